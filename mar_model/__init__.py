@@ -1,0 +1,1 @@
+"""Plain PyTorch: the model, its diffusion, generation and tokenizers. Usable alone."""

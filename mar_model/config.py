@@ -1,0 +1,68 @@
+"""The sizes of a MAR model, as one flat dataclass that travels inside every checkpoint."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a person chooses about the model. The defaults are the published base model
+    (arXiv 2406.11838, section 4.2; released checkpoints: denoiser 6/1024)."""
+
+    patch_size: int = 1  # latents per token side
+    encoder_depth: int = 12
+    encoder_width: int = 768
+    encoder_heads: int = 12
+    decoder_depth: int = 12
+    decoder_width: int = 768
+    decoder_heads: int = 12
+    mlp_ratio: float = 4.0
+    buffer_size: int = 64  # positions before the tokens that hold the class embedding
+    attention_dropout: float = 0.1
+    projection_dropout: float = 0.1
+    label_drop: float = 0.1  # share of images trained without their label (classifier-free guidance)
+    denoiser_depth: int = 6
+    denoiser_width: int = 1024
+    diffusion_repeats: int = 4  # timesteps and noises drawn for each masked token in training
+    mask_ratio_mean: float = 1.0  # mode of the truncated normal that the mask ratio is drawn from
+    mask_ratio_std: float = 0.25
+    mask_ratio_min: float = 0.7
+
+
+@dataclass(frozen=True)
+class MARConfig(Architecture):
+    """An architecture together with what the data determines: latent side and channels, class count.
+
+    Raises ValueError with the names and values where sizes do not fit each other.
+    """
+
+    latent_size: int = 16  # latents per image side (256 px at stride 16)
+    latent_channels: int = 16
+    classes: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in (
+            "patch_size", "encoder_depth", "encoder_width", "encoder_heads", "decoder_depth", "decoder_width",
+            "decoder_heads", "buffer_size", "denoiser_depth", "denoiser_width", "diffusion_repeats", "latent_size",
+            "latent_channels", "classes",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.latent_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide latent_size {self.latent_size}")
+        for half in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{half}_width"), getattr(self, f"{half}_heads")
+            if width % heads:
+                raise ValueError(f"{half}_heads {heads} does not divide {half}_width {width}")
+        for name in ("attention_dropout", "projection_dropout", "label_drop", "mask_ratio_min"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image, L."""
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def token_dim(self) -> int:
+        """Values per token, D."""
+        return self.latent_channels * self.patch_size**2

@@ -1,0 +1,1 @@
+"""One module a stage, and the data contracts between the stages."""

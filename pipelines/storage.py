@@ -1,0 +1,150 @@
+"""Every path of every stage, local or `s3://`, through pyarrow's file systems; writes are visible only when whole."""
+
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from pipelines.errors import UserError
+
+
+def filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """The pyarrow file system of a path and the path inside it. Relative local paths are taken from the working directory."""
+    if "://" in path:
+        try:
+            return fs.FileSystem.from_uri(path)
+        except Exception as error:
+            raise UserError(f"path {path!r} can't be opened: {error}; expected a local path or s3://bucket/prefix") from error
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+
+
+def join(path: str, *parts: str) -> str:
+    """`path/part/part…`, for local paths and URIs alike."""
+    return posixpath.join(str(path), *parts)
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path or path.startswith("file://")
+
+
+def exists(path: str) -> bool:
+    system, inner = filesystem(path)
+    return system.get_file_info(inner).type != fs.FileType.NotFound
+
+
+def is_directory(path: str) -> bool:
+    system, inner = filesystem(path)
+    return system.get_file_info(inner).type == fs.FileType.Directory
+
+
+def size(path: str) -> int:
+    """Bytes of one file; raises FileNotFoundError."""
+    system, inner = filesystem(path)
+    info = system.get_file_info(inner)
+    if info.type != fs.FileType.File:
+        raise FileNotFoundError(path)
+    return int(info.size)
+
+
+def list_files(path: str, suffixes: tuple[str, ...] = ()) -> list[str]:
+    """Paths relative to `path` of all files below it, sorted; only those with one of the (lower-case) suffixes if given."""
+    system, inner = filesystem(path)
+    selector = fs.FileSelector(inner, recursive=True, allow_not_found=True)
+    files = [info.path[len(inner) :].lstrip("/") for info in system.get_file_info(selector) if info.type == fs.FileType.File]
+    return sorted(one for one in files if not suffixes or one.lower().endswith(suffixes))
+
+
+def list_directory(path: str) -> list[str]:
+    """Names (files and folders) directly below `path`, sorted; empty when it is not there."""
+    system, inner = filesystem(path)
+    return sorted(info.base_name for info in system.get_file_info(fs.FileSelector(inner, allow_not_found=True)))
+
+
+def make_directory(path: str) -> None:
+    system, inner = filesystem(path)
+    system.create_dir(inner, recursive=True)
+
+
+def read_bytes(path: str) -> bytes:
+    system, inner = filesystem(path)
+    with system.open_input_stream(inner) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write one file so that it is there whole or not at all (rename on local disks, one object on S3)."""
+    system, inner = filesystem(path)
+    if isinstance(system, fs.LocalFileSystem):
+        os.makedirs(os.path.dirname(inner), exist_ok=True)
+        temporary = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            with open(temporary, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, inner)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return
+    with system.open_output_stream(inner) as stream:
+        stream.write(data)
+
+
+def read_json(path: str) -> Any:
+    return json.loads(read_bytes(path))
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON atomically; keys keep their order, so equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def delete(path: str) -> None:
+    """Delete a file or a folder with all that is in it; nothing happens if it is not there."""
+    system, inner = filesystem(path)
+    kind = system.get_file_info(inner).type
+    if kind == fs.FileType.Directory:
+        system.delete_dir(inner)
+    elif kind == fs.FileType.File:
+        system.delete_file(inner)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def publish_directory(local: Path, path: str, last: str) -> None:
+    """Make a finished local folder appear at `path`: by rename on a local disk; on S3 file by file with the file named
+    `last` at the end, so that a folder without it is known to be unfinished."""
+    system, inner = filesystem(path)
+    if isinstance(system, fs.LocalFileSystem):
+        os.makedirs(os.path.dirname(inner), exist_ok=True)
+        staging = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+        shutil.copytree(local, staging)
+        if os.path.isdir(inner):
+            shutil.rmtree(inner)
+        os.replace(staging, inner)
+        return
+    names = sorted((str(one.relative_to(local)) for one in local.rglob("*") if one.is_file()), key=lambda name: (name == last, name))
+    for name in names:
+        write_bytes(join(path, name), (local / name).read_bytes())
+
+
+def local_directory(path: str) -> Path:
+    """A local folder with the contents of `path`: itself on a local disk, a temporary copy of an S3 prefix."""
+    system, inner = filesystem(path)
+    if isinstance(system, fs.LocalFileSystem):
+        return Path(inner)
+    target = Path(tempfile.mkdtemp(prefix="mar-"))
+    for name in list_files(path):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(read_bytes(join(path, name)))
+    return target
