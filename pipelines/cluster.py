@@ -1,8 +1,25 @@
 """The Ray cluster a stage runs on: joined by address, or started for this process alone and stopped again."""
 
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import UserError
 from pipelines.settings import operational
+
+if TYPE_CHECKING:
+    import torch
+
+START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
+STOP_SECONDS = 15.0
 
 
 @dataclass
@@ -13,3 +30,158 @@ class ClusterSettings:
     cpus: int = operational(0, "CPUs of a Ray of its own; 0: this machine's")
     threads: int = operational(1, "torch threads of a worker without GPU")
     gpus_per_worker: float = operational(0.0, "GPUs each training, encoding and generating worker takes")
+
+
+@contextmanager
+def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
+    """Ray for the body: the one this process already uses, the one at `cluster.address` or RAY_ADDRESS, or one of its own.
+
+    A Ray of its own listens for this process alone and is stopped at the end, also on Ctrl-C, SIGTERM and errors; a joined one
+    is only left. Ray's chatter goes to the file `log`. Raises UserError when the address does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    _send_chatter_to(log)
+    address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    with _termination_as_exit():
+        if address:
+            _join(address)
+        else:
+            _start(cluster)
+        try:
+            yield
+        finally:
+            _leave(own=not address)
+
+
+def _join(address: str) -> None:
+    import ray
+
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a submitted job brings the project as its working directory
+    project = Path(__file__).resolve().parent.parent
+    modules = [str(project / package) for package in ("pipelines", "mar_model")]
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            configure_logging=False,
+            runtime_env=None if inside_job else {"py_modules": modules},
+        )
+    except Exception as error:
+        raise UserError(
+            f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected a running Ray head "
+            "(`ray status --address …` shows one); leave it empty to use a Ray of this machine's own"
+        ) from error
+
+
+def _start(cluster: ClusterSettings) -> None:
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=cluster.cpus or None,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
+            return
+        except Exception as error:
+            logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)
+            ray.shutdown()
+            if attempt == START_ATTEMPTS - 1:
+                raise UserError(f"a Ray of this machine's own did not start: {error}") from error
+            time.sleep(2.0 * (attempt + 1))
+
+
+def _leave(own: bool) -> None:
+    """Disconnect; of a Ray of our own, wait until its processes are gone, and end those that stay."""
+    import psutil
+    import ray
+
+    started = psutil.Process().children(recursive=True) if own else []
+    ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=STOP_SECONDS)
+    ray_processes = [one for one in alive if _belongs_to_ray(one)]
+    for process in ray_processes:
+        process.kill()
+    psutil.wait_procs(ray_processes, timeout=STOP_SECONDS)
+
+
+def _belongs_to_ray(process: Any) -> bool:
+    import psutil
+
+    try:
+        command = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return "ray" in command
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that what was started is stopped."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(_signal: int, _frame: Any) -> None:
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _send_chatter_to(log: Path) -> None:
+    """Ray's loggers write to `log` and no longer to the terminal."""
+    import ray.data
+    import ray.train  # noqa: F401  (their import installs handlers of their own)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in list(logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        if name.split(".")[0] == "ray":
+            logger.handlers = [one for one in logger.handlers if not isinstance(one, logging.StreamHandler)]
+    root = logging.getLogger("ray")
+    root.handlers, root.propagate = [handler], False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def cluster_resources() -> tuple[float, float]:
+    """CPUs and GPUs of the connected cluster."""
+    import ray
+
+    total = ray.cluster_resources()
+    return total.get("CPU", 0.0), total.get("GPU", 0.0)
+
+
+def worker_resources(cluster: ClusterSettings) -> dict[str, float]:
+    """What one actor that holds a model takes."""
+    return {"num_cpus": 1, "num_gpus": cluster.gpus_per_worker}
+
+
+def use_threads(cluster: ClusterSettings) -> None:
+    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere."""
+    import torch
+
+    torch.set_num_threads(cluster.threads)
+
+
+def default_device() -> "torch.device":
+    """The GPU this worker was given, else the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,124 @@
+"""How far a stage is: one live bar on a terminal, a line now and then elsewhere; and metrics on their way from workers to the driver."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+LINE_SECONDS = 15.0  # between lines where no terminal shows a bar
+
+
+def console() -> Console:
+    """Where a person reads: stderr, so that a stage's result on stdout can be piped."""
+    return Console(stderr=True, highlight=False)
+
+
+class Bar:
+    """One stage's progress, counted in `unit`."""
+
+    def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, done
+        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
+        self._metrics: dict[str, float] = {}
+        self._live = sys.stderr.isatty()
+        self._rich: Progress | None = None
+
+    def __enter__(self) -> "Bar":
+        if self._live:
+            self._rich = Progress(
+                TextColumn("{task.description:>9}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[metrics]}"),
+                console=console(),
+            )
+            self._task = self._rich.add_task(self.name, total=self.total, completed=self.done, rate="", metrics="")
+            self._rich.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._rich is not None:
+            self._rich.stop()
+        elif self.done > self._first:
+            self._line()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since this bar began."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def update(self, done: int, **metrics: float) -> None:
+        """`done` units are done in all; metrics are shown beside the bar."""
+        self.done = done
+        self._metrics.update(metrics)
+        if self._rich is not None:
+            self._rich.update(self._task, completed=done, rate=f"{self.rate:,.0f} {self.unit}/s", metrics=self._text())
+        elif time.monotonic() - self._said >= LINE_SECONDS:
+            self._line()
+
+    def _text(self) -> str:
+        return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._metrics.items())
+
+    def _line(self) -> None:
+        self._said = time.monotonic()
+        left = (self.total - self.done) / self.rate if self.rate else float("inf")
+        share = 100 * self.done / max(self.total, 1)
+        remaining = f", {left:.0f} s left" if self.done < self.total and left != float("inf") else ""
+        console().print(
+            f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), {self.rate:,.0f}/s{remaining}  {self._text()}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+class MetricsChannel:
+    """Carries metrics from Ray workers to the driver, which alone writes them down. Made in the driver, sent to the workers."""
+
+    def __init__(self) -> None:
+        from ray.util.queue import Queue
+
+        self._queue = Queue(actor_options={"num_cpus": 0})
+
+    def send(self, metrics: dict[str, Any]) -> None:
+        """From a worker; does not wait for the driver."""
+        self._queue.actor.put_nowait.remote(metrics)
+
+    @contextmanager
+    def listening(self, callback: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+        """In the driver: `callback` gets each message, in the order sent, on a thread of its own, until the body ends.
+
+        An exception in the callback is raised at the end of the body.
+        """
+        ended, errors = threading.Event(), list[BaseException]()
+
+        def listen() -> None:
+            while True:
+                last = ended.is_set()
+                try:
+                    for message in self._queue.get_nowait_batch(self._queue.qsize()):
+                        if not errors:
+                            callback(message)
+                except BaseException as error:
+                    errors.append(error)
+                    return
+                if last:
+                    return
+                ended.wait(0.2)
+
+        thread = threading.Thread(target=listen, name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join(timeout=30)
+            self._queue.shutdown(force=True)
+        if errors:
+            raise errors[0]

@@ -1,0 +1,25 @@
+"""Fixtures every room's tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import ClusterSettings, connected
+from pipelines.stage import Stage
+
+
+@pytest.fixture(scope="module")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSettings]:
+    """A real Ray of this module's own, with two CPUs."""
+    settings = ClusterSettings(address="", cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected(settings, Path(tmp_path_factory.mktemp("ray")) / "ray.log"):
+            yield settings
+
+
+@pytest.fixture
+def stage(ray_local: ClusterSettings) -> Stage:
+    """An untracked stage on the module's Ray."""
+    return Stage("test", ray_local)
