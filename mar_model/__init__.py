@@ -1,1 +1,8 @@
-"""Plain PyTorch: the model, its diffusion, generation and tokenizers. Usable alone."""
+"""Plain PyTorch: the MAR model, its diffusion, generation, tokenizers and checkpoints. Usable alone, without a cluster."""
+
+from mar_model.config import Architecture, MARConfig
+from mar_model.generate import generate
+from mar_model.mar import MAR, TrainingDraws
+from mar_model.noise import SampleNoise, stream
+
+__all__ = ["MAR", "Architecture", "MARConfig", "SampleNoise", "TrainingDraws", "generate", "stream"]

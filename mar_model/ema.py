@@ -1,0 +1,23 @@
+"""The exponential moving average of the weights, with a warm-up of its decay so that short runs are not averaged with noise."""
+
+import torch
+from torch import Tensor, nn
+
+
+def decay_at(step: int, decay: float, warmup: bool) -> float:
+    """The decay used at optimizer step `step` (0-based): min(decay, (1 + step)/(10 + step)) while warming up."""
+    return min(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+class WeightAverage:
+    """average ← decay · average + (1 − decay) · weights, over all parameters in one fused call."""
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.weights: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model's weights after optimizer step `step` (0-based)."""
+        current = [value for _, value in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(step, self.decay, self.warmup))

@@ -1,0 +1,137 @@
+"""MAR: a masked autoencoder whose decoder conditions a small diffusion model on each token (arXiv 2406.11838)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mar_model.config import MARConfig
+from mar_model.denoiser import Denoiser
+from mar_model.diffusion import Diffusion, TokenLoss
+from mar_model.transformer import NORM_EPS, Block
+
+
+class TrainingDraws(NamedTuple):
+    """All the randomness of one forward pass over B images of L tokens of which M are masked, R times each (except dropout's)."""
+
+    orders: Tensor  # (B, L) int64, the generation order; its first M tokens are masked
+    label_dropped: Tensor  # (B,) bool, images that see the unconditional vector
+    timesteps: Tensor  # (R, B, M) int64 in 0…999; tokens by position
+    noise: Tensor  # (R, B, M, D) float32
+
+
+class DiffusionHead(nn.Module):
+    """The denoiser and its training schedule; a module of its own because released checkpoints call it `diffloss.net`."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        self.net = Denoiser(config.token_dim, config.decoder_width, config.denoiser_width, config.denoiser_depth)
+        self.diffusion = Diffusion()
+
+    def forward(self, x0: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> TokenLoss:
+        """Losses of clean tokens x0 (N, D) under conditions z (N, W) at timesteps t (N,)."""
+        xt = self.diffusion.noised(x0, t, noise)
+        return self.diffusion.loss(self.net(xt, t, z), x0, xt, t, noise)
+
+
+class MAR(nn.Module):
+    """Encoder, decoder and denoiser. The state dict has the names and shapes of the released checkpoints."""
+
+    def __init__(self, config: MARConfig) -> None:
+        super().__init__()
+        self.config = config
+        length, buffer = config.tokens, config.buffer_size
+        width, decoder_width = config.encoder_width, config.decoder_width
+        dropouts = (config.attention_dropout, config.projection_dropout)
+
+        self.class_emb = nn.Embedding(config.classes, width)
+        self.fake_latent = nn.Parameter(torch.empty(1, width))  # replaces the class embedding where there is no label
+        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=NORM_EPS)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer + length, width))
+        self.encoder_blocks = nn.ModuleList(
+            Block(width, config.encoder_heads, config.mlp_ratio, *dropouts) for _ in range(config.encoder_depth)
+        )
+        self.encoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer + length, decoder_width))
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_width, config.decoder_heads, config.mlp_ratio, *dropouts) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=NORM_EPS)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, decoder_width))
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for tensor in (
+            self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
+            self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
+        ):  # fmt: skip
+            nn.init.normal_(tensor, std=0.02)
+        self.diffloss = DiffusionHead(config)
+
+    def patchify(self, latents: Tensor) -> Tensor:
+        """(B, C, H, W) → tokens (B, L, D); inside a token the order is channel, row, column."""
+        patch, channels = self.config.patch_size, self.config.latent_channels
+        batch, side = latents.shape[0], self.config.latent_size // patch
+        grid = latents.reshape(batch, channels, side, patch, side, patch)
+        return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, side * side, self.config.token_dim)
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) → latents (B, C, H, W)."""
+        patch, channels, size = self.config.patch_size, self.config.latent_channels, self.config.latent_size
+        batch, side = tokens.shape[0], size // patch
+        grid = tokens.reshape(batch, side, side, channels, patch, patch)
+        return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, size, size)
+
+    def class_embedding(self, labels: Tensor, dropped: Tensor) -> Tensor:
+        """Embedding of labels (B,), or the unconditional vector where `dropped` (B,): (B, W)."""
+        return torch.where(dropped[:, None], self.fake_latent, self.class_emb(labels))
+
+    def encode(self, tokens: Tensor, kept: Tensor, class_embedding: Tensor) -> Tensor:
+        """Encode the kept tokens, at positions `kept` (B, K) ascending, behind the buffer: (B, buffer + K, W)."""
+        batch, buffer = tokens.shape[0], self.config.buffer_size
+        positions = self.encoder_pos_embed_learned
+        chosen = self.z_proj(tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])))
+        chosen = chosen + positions[0, buffer:][kept]
+        front = class_embedding[:, None].expand(batch, buffer, -1) + positions[:, :buffer]
+        x = self.z_proj_ln(torch.cat([front.to(chosen.dtype), chosen], dim=1))
+        for block in self.encoder_blocks:
+            x = block(x)
+        return self.encoder_norm(x)  # type: ignore[no-any-return]
+
+    def decode(self, encoded: Tensor, kept: Tensor) -> Tensor:
+        """Conditions of all tokens from the encoded kept ones: z (B, L, W)."""
+        buffer = self.config.buffer_size
+        x = self.decoder_embed(encoded)
+        width = x.shape[2]
+        tokens = self.mask_token.to(x.dtype).expand(x.shape[0], self.config.tokens, -1)
+        tokens = tokens.scatter(1, kept[:, :, None].expand(-1, -1, width), x[:, buffer:])
+        x = torch.cat([x[:, :buffer], tokens], dim=1) + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned  # type: ignore[no-any-return]
+
+    def forward(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
+        """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to.
+
+        Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times.
+        """
+        positions = draws.orders[:, :masked].sort(dim=1).values
+        kept = draws.orders[:, masked:].sort(dim=1).values
+        tokens = self.patchify(latents)
+        z = self.decode(self.encode(tokens, kept, self.class_embedding(labels, draws.label_dropped)), kept)
+        repeats = draws.timesteps.shape[0]
+        target = _gather(tokens, positions).repeat(repeats, 1)  # (R·B·M, D)
+        condition = _gather(z, positions).repeat(repeats, 1)
+        timesteps = draws.timesteps.reshape(-1)
+        return self.diffloss(target, condition, timesteps, draws.noise.reshape(-1, self.config.token_dim)), timesteps
+
+
+def _gather(values: Tensor, positions: Tensor) -> Tensor:
+    """Values (B, L, D) at positions (B, M), as rows (B·M, D)."""
+    return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2])).flatten(0, 1)

@@ -1,0 +1,34 @@
+"""How many tokens are masked: in training by a random ratio, in generation by a cosine schedule (arXiv 2406.11838, section 3.4)."""
+
+import math
+
+import torch
+
+
+def draw_mask_ratio(generator: torch.Generator, mean: float = 1.0, std: float = 0.25, minimum: float = 0.7) -> float:
+    """One mask ratio from normal(mean, std) truncated to [minimum, 1], by inversion of its distribution function."""
+    low = torch.special.ndtr(torch.tensor((minimum - mean) / std, dtype=torch.float64))
+    high = torch.special.ndtr(torch.tensor((1.0 - mean) / std, dtype=torch.float64))
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    ratio = mean + std * float(torch.special.ndtri(low + (high - low) * uniform))
+    return min(max(ratio, minimum), 1.0)
+
+
+def masked_tokens(tokens: int, ratio: float) -> int:
+    """Masked tokens of an image of `tokens` tokens: ceil(tokens · ratio)."""
+    return min(tokens, math.ceil(tokens * ratio))
+
+
+def mask_schedule(tokens: int, steps: int) -> list[int]:
+    """Tokens still masked before step 0 and after each step: steps + 1 lengths from `tokens` down to 0.
+
+    After step i they are max(1, min(previous − 1, floor(tokens · cos(π/2 · (i+1)/steps)))); the last step predicts all that are
+    left. Raises ValueError for less than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"ar_steps is {steps}, expected 1 or more")
+    lengths = [tokens]
+    for i in range(steps - 1):
+        cosine = math.floor(tokens * math.cos(math.pi / 2 * (i + 1) / steps))
+        lengths.append(max(1, min(lengths[-1] - 1, cosine)))
+    return [*lengths, 0]
