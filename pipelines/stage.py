@@ -1,7 +1,7 @@
 """What every stage is given and does alike: say how far it is, log its numbers, know its finished output again."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ class Stage:
         if self.tracker is not None:
             self.tracker.artifact(path)
 
-    def begin(self, path: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+    def begin(
+        self, path: str, identity: dict[str, Any], enough: Callable[[dict[str, Any]], bool] = lambda summary: True
+    ) -> dict[str, Any] | None:
         """Claim `path` for an output with this identity: None when there is work to do, the summary when all is done.
 
-        Raises UserError with the fields that differ when `path` holds an output of another identity.
+        `enough` decides whether a finished output is as long as it is wanted now. Raises UserError with the fields that differ when `path` holds an output of another identity.
         """
         self._began = time.monotonic()
         identity_file = storage.join(path, "identity.json")
@@ -58,6 +60,8 @@ class Stage:
         if not storage.exists(summary_file):
             return None
         summary: dict[str, Any] = storage.read_json(summary_file)
+        if not enough(summary):
+            return None
         self.say(f"{path} is complete")
         return summary
 

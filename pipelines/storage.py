@@ -122,13 +122,13 @@ def digest(data: bytes) -> str:
 
 
 def publish_directory(local: Path, path: str, last: str) -> None:
-    """Make a finished local folder appear at `path`: by rename on a local disk; on S3 file by file with the file named
-    `last` at the end, so that a folder without it is known to be unfinished."""
+    """Move a finished local folder to `path`: by rename on a local disk; on S3 file by file with the file named `last` at the
+    end, so that a folder without it is known to be unfinished."""
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
         staging = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
-        shutil.copytree(local, staging)
+        shutil.move(local, staging)  # a copy when `local` is on another disk; the rename below is what makes it visible
         if os.path.isdir(inner):
             shutil.rmtree(inner)
         os.replace(staging, inner)
