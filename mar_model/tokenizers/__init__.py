@@ -1,0 +1,71 @@
+"""Tokenizers: images ↔ latents, behind one interface.
+
+A tokenizer is an `nn.Module` with `channels` (latent channels), `stride` (pixels per latent side), `encode(images)` →
+moments and `decode(latents)` → images. On disk it is a directory: `config.json` (`kind`, its sizes, `format_version`) and,
+where it has weights, `tokenizer.safetensors`.
+"""
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sample_posterior
+from mar_model.tokenizers.pixels import PixelTokenizer
+
+__all__ = [
+    "KLAutoencoder", "KLConfig", "PixelTokenizer", "Tokenizer", "load_tokenizer", "posterior_kl", "sample_posterior",
+    "save_tokenizer",
+]  # fmt: skip
+
+Tokenizer = KLAutoencoder | PixelTokenizer
+FORMAT_VERSION = 1
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `config.json` and, of a tokenizer with weights, `tokenizer.safetensors` into `directory` (made if need be)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {"kind": "pixels"}
+    if isinstance(tokenizer, KLAutoencoder):
+        config = {"kind": "kl", **asdict(tokenizer.config)}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tokenizer.state_dict().items()}
+        save_file(weights, directory / "tokenizer.safetensors")
+    (directory / "config.json").write_text(json.dumps({**config, "format_version": FORMAT_VERSION}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer in `directory`, on the CPU, in evaluation mode.
+
+    Raises FileNotFoundError where a file is missing, ValueError on an unknown kind, format version or configuration key, and
+    on weights that do not fit the configuration (naming the first missing, unexpected and mis-shaped tensors).
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    version, kind = config.pop("format_version", None), config.pop("kind", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{directory / 'config.json'} has format_version {version!r}, expected {FORMAT_VERSION}")
+    if kind == "pixels":
+        return PixelTokenizer().eval()
+    if kind != "kl":
+        raise ValueError(f"{directory / 'config.json'} has kind {kind!r}, expected 'kl' or 'pixels'")
+    unknown = sorted(set(config) - {one.name for one in fields(KLConfig)})
+    if unknown:
+        raise ValueError(f"{directory / 'config.json'} has unknown keys {unknown}")
+    tokenizer = KLAutoencoder(KLConfig(**config))
+    weights = load_file(directory / "tokenizer.safetensors")
+    expected = tokenizer.state_dict()
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        described = "; ".join(f"{what} ({len(names)}): {', '.join(names[:5])}" for what, names in problems.items() if names)
+        raise ValueError(f"{directory / 'tokenizer.safetensors'} does not fit its config.json: {described}")
+    tokenizer.load_state_dict(weights)
+    return tokenizer.eval()
