@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mar_model.config import MARConfig
-from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.mar import TrainingDraws
+from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.noise import stream
 from mar_model.recipe import micro_batch_draws
 from pipelines.latents import LatentCache

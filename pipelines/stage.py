@@ -47,7 +47,8 @@ class Stage:
     ) -> dict[str, Any] | None:
         """Claim `path` for an output with this identity: None when there is work to do, the summary when all is done.
 
-        `enough` decides whether a finished output is as long as it is wanted now. Raises UserError with the fields that differ when `path` holds an output of another identity.
+        `enough` decides whether a finished output is as long as it is wanted now. Raises UserError with the fields that differ when
+        `path` holds an output of another identity.
         """
         self._began = time.monotonic()
         identity_file = storage.join(path, "identity.json")

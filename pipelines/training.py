@@ -1,40 +1,25 @@
 """Stage *train*: MAR on a latent cache with Ray Train."""
 
-import contextlib
-import importlib.metadata
-import json
-import logging
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
-from mar_model.checkpoint import AVERAGE, STATE, WEIGHTS, load_optimizer, load_weights, read_state, save_checkpoint
+from mar_model.checkpoint import read_state
 from mar_model.config import Architecture, MARConfig
-from mar_model.diffusion import TokenLoss
-from mar_model.ema import WeightAverage
-from mar_model.mar import MAR, TrainingDraws
-from mar_model.recipe import BANDS, band_sums, initial_weights, learning_rate, parameter_groups
-from mar_model.tokenizers import sample_posterior
+from mar_model.recipe import BANDS
 from pipelines import storage
 from pipelines.caching import CacheSettings
-from pipelines.cluster import ClusterSettings, cluster_resources, default_device, use_threads
+from pipelines.checkpoints import newest_checkpoint
+from pipelines.cluster import ClusterSettings, cluster_resources
 from pipelines.errors import UserError
-from pipelines.latents import LatentCache, Manifest
-from pipelines.micro_batches import MicroBatches
-from pipelines.precision import autocast
+from pipelines.latents import LatentCache
+from pipelines.metrics_log import MetricsLog
 from pipelines.progress import MetricsChannel
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
-
-logger = logging.getLogger(__name__)
+from pipelines.training_worker import TrainingJob, train_worker
 
 
 @dataclass
@@ -130,9 +115,7 @@ def fit(
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={
-            "tokenizer": tokenizer, "cache": cache, "model": config, "train": train, "seed": seed, "cluster": cluster, "channel": channel,
-        },
+        train_loop_config={"job": TrainingJob(config, train, cache.path, tokenizer.path, seed, cluster, channel)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
@@ -142,7 +125,7 @@ def fit(
             storage_path=train.path,
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
         ),
-    )  # fmt: skip
+    )
     with channel.listening(keep_last):
         trainer.fit()
     checkpoint = newest_checkpoint(train.path)
@@ -183,221 +166,3 @@ def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
             f"train.workers is {train.workers}, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster has {cpus:g} CPUs "
             f"and {gpus:g} GPUs; lower train.workers, or join a larger cluster with cluster.address"
         )
-
-
-def train_worker(job: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import ray.train
-
-    train: TrainSettings = job["train"]
-    config: MARConfig = job["model"]
-    seed: int = job["seed"]
-    context = ray.train.get_context()
-    worker, workers = context.get_world_rank(), context.get_world_size()
-    use_threads(job["cluster"])
-    device = default_device()
-    cache = LatentCache(job["cache"].path)
-    normalise = Normalisation(cache.manifest, device)
-
-    with torch.random.fork_rng():
-        torch.manual_seed(initial_weights(seed))
-        model = MAR(config).to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
-    )
-    average = WeightAverage(model, train.ema_decay, train.ema_warmup)
-    images_seen = step = 0
-    newest = newest_checkpoint(train.path)
-    if newest is not None:
-        directory = storage.local_directory(newest)
-        state = read_state(directory)
-        load_weights(model, load_file(directory / WEIGHTS))
-        average.weights = {name: value.to(device) for name, value in load_file(directory / AVERAGE).items()}
-        load_optimizer(directory, model, optimizer)
-        images_seen, step = state["images_seen"], state["step"]
-
-    distributed = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
-    micro_batches = MicroBatches(
-        cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers
-    )
-    interval = Interval(device)
-    model.train()
-    for share in micro_batches.from_images(images_seen):
-        if images_seen >= train.images:
-            break
-        rate = learning_rate(images_seen, train.learning_rate, train.warmup_images, train.schedule, train.schedule_images)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        tokens = train.batch * share.masked * config.diffusion_repeats  # of the global batch: losses are summed, then divided once
-        for index, micro_batch in enumerate(share.micro_batches):
-            last = index == len(share.micro_batches) - 1
-            with contextlib.nullcontext() if last or workers == 1 else distributed.no_sync():  # type: ignore[operator]
-                latents = normalise(micro_batch.moments, micro_batch.posterior_noise)
-                draws = TrainingDraws(*(one.to(device, non_blocking=True) for one in micro_batch.draws))
-                torch.manual_seed(micro_batch.dropout_seed)
-                with autocast(train.precision, device):
-                    loss, timesteps = distributed(latents, micro_batch.labels.to(device), share.masked, draws)
-                (loss.total.sum() * (workers / tokens)).backward()  # DDP divides the summed gradients by the workers
-                interval.add(loss, timesteps)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(model, step)
-        images_seen, step = images_seen + train.batch, step + 1
-        interval.steps(train.batch, norm)
-
-        ended = images_seen >= train.images
-        if ended or _crosses(images_seen, train.batch, train.log_images):
-            row = interval.close(workers, micro_batches.seconds_waited)
-            micro_batches.seconds_waited = 0.0
-            if worker == 0:
-                parameters = sum(one.numel() for one in model.parameters())
-                job["channel"].send({"images_seen": images_seen, **row, "learning_rate": rate, "parameters": parameters})
-        if ended or _crosses(images_seen, train.batch, train.checkpoint_images):
-            saved = None
-            if worker == 0:
-                saved = write_checkpoint(train, model, average, optimizer, job, cache, images_seen, step)
-            ray.train.report(
-                {"images_seen": images_seen},
-                checkpoint=ray.train.Checkpoint(saved) if saved else None,
-                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-            )
-
-
-def _crosses(images_seen: int, batch: int, every: int) -> bool:
-    """Whether the step that ended at `images_seen` passed a multiple of `every` images."""
-    return images_seen // every > (images_seen - batch) // every
-
-
-class Normalisation:
-    """Moments (B, 2C, H, W) and noise → normalised latents (B, C, H, W) float32 on the training device."""
-
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
-        self.device = device
-        self.mean = torch.tensor(manifest.latent_mean, device=device)[None, :, None, None]
-        self.std = torch.tensor(manifest.latent_std, device=device)[None, :, None, None]
-
-    def __call__(self, moments: Tensor, noise: Tensor) -> Tensor:
-        latents = sample_posterior(moments.to(self.device, torch.float32), noise.to(self.device))
-        return (latents - self.mean) / self.std
-
-
-class Interval:
-    """Sums over the steps between two lines of metrics; nothing is read from the device until the line is made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss = torch.zeros(2, device=self.device)
-        self._bands = torch.zeros(2, BANDS, device=self.device)
-        self._norm = torch.zeros(1, device=self.device)
-        self._images = self._steps = 0
-        self._began = time.perf_counter()
-
-    def add(self, loss: TokenLoss, timesteps: Tensor) -> None:
-        """One micro-batch."""
-        self._loss[0] += loss.total.detach().sum()
-        self._loss[1] += loss.total.numel()
-        self._bands += band_sums(loss.mse, timesteps)
-
-    def steps(self, images: int, gradient_norm: Tensor) -> None:
-        """One optimizer step over `images` images of the global batch."""
-        self._images += images
-        self._steps += 1
-        self._norm += gradient_norm.detach()
-
-    def close(self, workers: int, seconds_waited: float) -> dict[str, float]:
-        """The interval's line, summed over all workers (every worker must call it), and a new interval."""
-        totals = torch.cat([self._loss, self._bands.flatten()])
-        if workers > 1:
-            torch.distributed.all_reduce(totals)
-        values = totals.tolist()
-        seconds = time.perf_counter() - self._began
-        row = {"loss": values[0] / values[1]}
-        for band in range(BANDS):
-            row[f"loss_band_{band}"] = values[2 + band] / max(values[2 + BANDS + band], 1.0)
-        row["gradient_norm"] = float(self._norm) / self._steps
-        row["images_per_second"] = self._images / seconds
-        row["data_wait_share"] = seconds_waited / seconds
-        self._reset()
-        return row
-
-
-def write_checkpoint(
-    train: TrainSettings,
-    model: MAR,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-    job: dict[str, Any],
-    cache: LatentCache,
-    images_seen: int,
-    step: int,
-) -> str:
-    """Publish `checkpoints/images-…` whole or not at all, then drop the oldest beyond `train.checkpoints_kept`. Returns its path."""
-    manifest = cache.manifest
-    state = {
-        "images_seen": images_seen,
-        "step": step,
-        "seed": job["seed"],
-        "code_version": importlib.metadata.version("mar-ray"),
-        "train": asdict(train),
-        "cache_digest": cache.digest,
-        "tokenizer": {"path": job["tokenizer"].path, "digest": manifest.tokenizer["digest"]},
-        "class_names": manifest.class_names,
-        "image_size": manifest.image_size,
-        **{name: getattr(manifest, name) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")},
-    }
-    folder = storage.join(train.path, "checkpoints")
-    path = storage.join(folder, f"images-{images_seen:012d}")
-    scratch = str(Path(folder)) if storage.is_local(folder) else None
-    if scratch:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".writing-") as temporary:
-        save_checkpoint(Path(temporary) / "checkpoint", model, average.weights, state, optimizer)
-        storage.publish_directory(Path(temporary) / "checkpoint", path, last=STATE)
-    for name in _checkpoint_names(train.path)[: -train.checkpoints_kept]:
-        storage.delete(storage.join(folder, name))
-    return path
-
-
-def _checkpoint_names(train_path: str) -> list[str]:
-    names = storage.list_directory(storage.join(train_path, "checkpoints"))
-    return [name for name in names if name.startswith("images-") and not name.endswith(".partial")]
-
-
-def newest_checkpoint(train_path: str) -> str | None:
-    """The newest checkpoint of a run whose files all match their digests; damaged ones are named in a warning and passed over."""
-    for name in reversed(_checkpoint_names(train_path)):
-        path = storage.join(train_path, "checkpoints", name)
-        try:
-            read_state(storage.local_directory(path))
-        except ValueError as error:
-            logger.warning("checkpoint passed over: %s", error)
-            continue
-        return path
-    return None
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one line an interval. A resumed run drops the lines after its checkpoint before it goes on."""
-
-    WRITE_SECONDS = 5.0
-
-    def __init__(self, path: str, images_seen: int) -> None:
-        self.path = path
-        lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
-        self.rows: list[dict[str, Any]] = [row for row in map(json.loads, lines) if row["images_seen"] <= images_seen]
-        self._written = time.monotonic()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Take in a row; rows that a restarted worker group repeats replace those of the lost one."""
-        self.rows = [one for one in self.rows if one["images_seen"] < row["images_seen"]]
-        self.rows.append(row)
-        if time.monotonic() - self._written > self.WRITE_SECONDS:
-            self.write()
-
-    def write(self) -> None:
-        storage.write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._written = time.monotonic()
