@@ -1,6 +1,7 @@
 """Stage *evaluate*: samples → feature network → streaming statistics → Fréchet distance, label agreement."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.settings import identity, operational
 
@@ -12,7 +13,7 @@ class EvaluateSettings:
     path: str = operational("runs/mar/evaluation", "directory of the evaluation record")
     images: int = identity(50_000, "samples drawn, equal per class")
     reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
-    features: str = identity("inception", "feature network: inception (result named fid) or efficientnet-lite0")
+    features: Literal["inception", "efficientnet-lite0"] = identity("inception", "feature network: inception (result named fid) or efficientnet-lite0")
     weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
     classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
     batch: int = operational(64, "images a batch of the feature network")

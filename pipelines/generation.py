@@ -1,6 +1,7 @@
 """Stage *generate*: images for given labels from a checkpoint, through an actor pool of Ray Data."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.settings import identity, operational
 
@@ -16,10 +17,10 @@ class GenerateSettings:
     ar_steps: int = identity(64, "autoregressive steps")
     diffusion_steps: int = identity(100, "denoising steps a token")
     guidance: float = identity(3.0, "classifier-free guidance scale; 1 is off")
-    guidance_schedule: str = identity("linear", "linear (grows as the image fills) or constant")
+    guidance_schedule: Literal["linear", "constant"] = identity("linear", "linear (grows as the image fills) or constant")
     temperature: float = identity(1.0, "factor on the noise added at every denoising step")
     limit_x0: bool = identity(True, "keep each predicted clean token inside the range seen in the cache (off: the published sampler)")
     ema: bool = identity(True, "draw with the moving average of the weights")
-    precision: str = identity("auto", "matrix products: auto, bf16 or float32; sampler state is always float32")
+    precision: Literal["auto", "bf16", "float32"] = identity("auto", "matrix products: auto, bf16 or float32; sampler state is always float32")
     batch: int = operational(64, "images a batch and a shard")
     actors: int = operational(1, "actors that hold the model")

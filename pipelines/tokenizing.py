@@ -1,6 +1,7 @@
 """Stage *tokenize*: train a KL autoencoder of the KL-16 family on an image source with Ray Train."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pipelines.settings import identity, operational
 
@@ -10,7 +11,7 @@ class TokenizerSettings:
     """Section `tokenizer`."""
 
     path: str = operational("runs/mar/tokenizer", "directory of the tokenizer (written by `mar tokenize`)")
-    kind: str = identity("kl", "kl (a KL autoencoder) or pixels (identity in [-1, 1], no training)")
+    kind: Literal["kl", "pixels"] = identity("kl", "kl (a KL autoencoder) or pixels (identity in [-1, 1], no training)")
     channels: int = identity(16, "latent channels")
     width: int = identity(128, "base channels of the convolutional autoencoder")
     multipliers: list[int] = identity(help="channel multiplier of each level; stride = 2^(levels − 1)", factory=lambda: [1, 1, 2, 2, 4])
@@ -22,7 +23,7 @@ class TokenizerSettings:
     learning_rate: float = identity(1e-4, "AdamW learning rate, cosine to zero after a short warm-up")
     kl_weight: float = identity(1e-6, "weight of the KL term beside the reconstruction error")
     workers: int = operational(1, "Ray Train workers")
-    precision: str = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
+    precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
 
     @property
     def stride(self) -> int:
