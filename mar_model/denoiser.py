@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mar_model.diffusion import TRAINING_STEPS
 from mar_model.transformer import NORM_EPS
 
 FREQUENCIES = 128  # sinusoids of each phase in the time embedding
@@ -77,8 +78,15 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x (N, D) at training timesteps t (N,) under conditions z (N, W)."""
-        return self.denoise(x, self.time_embed(t) + self.cond_embed(z))
+        """x (N, D) at training timesteps t (N,) under conditions z (N / R, W), which serve R times each, in blocks."""
+        condition = self.cond_embed(z).repeat(x.shape[0] // z.shape[0], 1)
+        return self.denoise(x, self.embed_time(t) + condition)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Time embeddings (N, w) of t (N,); of more tokens than there are timesteps, each timestep is embedded once."""
+        if t.numel() <= TRAINING_STEPS:
+            return self.time_embed(t)  # type: ignore[no-any-return]
+        return F.embedding(t, self.time_embed(torch.arange(TRAINING_STEPS, device=t.device)))
 
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
         """The same with y = time embedding + embedded condition (N, w), so that sampling embeds each condition once."""

@@ -29,7 +29,7 @@ class DiffusionHead(nn.Module):
         self.diffusion = Diffusion()
 
     def forward(self, x0: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> TokenLoss:
-        """Losses of clean tokens x0 (N, D) under conditions z (N, W) at timesteps t (N,)."""
+        """Losses of clean tokens x0 (N, D) at timesteps t (N,) under conditions z (N / R, W), which serve R times each, in blocks."""
         xt = self.diffusion.noised(x0, t, noise)
         return self.diffusion.loss(self.net(xt, t, z), x0, xt, t, noise)
 
@@ -127,9 +127,9 @@ class MAR(nn.Module):
         z = self.decode(self.encode(tokens, kept, self.class_embedding(labels, draws.label_dropped)), kept)
         repeats = draws.timesteps.shape[0]
         target = _gather(tokens, positions).repeat(repeats, 1)  # (R·B·M, D)
-        condition = _gather(z, positions).repeat(repeats, 1)
         timesteps = draws.timesteps.reshape(-1)
-        return self.diffloss(target, condition, timesteps, draws.noise.reshape(-1, self.config.token_dim)), timesteps
+        noise = draws.noise.reshape(-1, self.config.token_dim)
+        return self.diffloss(target, _gather(z, positions), timesteps, noise), timesteps
 
 
 def _gather(values: Tensor, positions: Tensor) -> Tensor:

@@ -1,0 +1,141 @@
+"""The whole journey in one command: images → tokenizer → cache → model → sweeps → evaluation → report."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from mar_model.config import Architecture
+from pipelines import caching, evaluation, storage, sweeping, tokenizing, training
+from pipelines.attempts import Attempts
+from pipelines.caching import CacheSettings
+from pipelines.classifier import train_classifier
+from pipelines.cluster import ClusterSettings
+from pipelines.digits import write_digits
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings
+from pipelines.generation import GenerateSettings
+from pipelines.images import ImageSettings
+from pipelines.report import report
+from pipelines.settings import identity_of
+from pipelines.stage import FORMAT_VERSION, Stage, open_stage
+from pipelines.sweeping import SweepSettings
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.tracking import TrackingSettings
+from pipelines.training import TrainSettings
+
+WIDTH_SWEEP_SHARE = 0.04  # of train.images: long enough to tell two denoiser widths apart, short enough for a demo
+FRECHET_IMAGES = 500  # each row of the comparison: distances are comparable only at equal numbers
+
+
+def quickstart(
+    *,
+    images: ImageSettings,
+    tokenizer: TokenizerSettings,
+    cache: CacheSettings,
+    model: Architecture,
+    train: TrainSettings,
+    generate: GenerateSettings,
+    evaluate: EvaluateSettings,
+    sweep: SweepSettings,
+    tracking: TrackingSettings,
+    cluster: ClusterSettings,
+    seed: int,
+    configuration: dict[str, Any],
+) -> dict[str, Any]:
+    """Run every stage that is not complete yet, all in one Ray, and write `summary.json` and `report.html` in the folder that
+    holds train.path.
+
+    Where `images.source` does not exist the demo's digits are written there. Returns the summary.
+    Raises UserError when that folder holds a run of another configuration.
+    """
+    root = _parent(train.path)
+    identity = identity_of(
+        images=images, tokenizer=tokenizer, cache=cache, model=model, train=train, generate=generate, evaluate=evaluate,
+        sweep=sweep, seed=seed, lengths=[tokenizer.images, train.images],
+    )  # fmt: skip
+    run = Stage("quickstart", cluster, configuration)
+    finished = run.begin(root, identity)
+    if finished is not None:
+        for stage, seconds in finished["seconds_by_stage"].items():
+            run.say(f"{stage} is complete ({seconds:.0f} s)")
+        return finished
+    storage.write_json(storage.join(root, "configuration.json"), configuration)
+
+    seconds: dict[str, float] = {}
+    with Attempts(storage.join(root, "attempts.json")) as attempts:
+        with open_stage("quickstart", root, configuration, cluster, tracking) as parent:
+
+            @contextmanager
+            def stage(name: str, path: str) -> Iterator[Stage]:
+                with open_stage(name, path, configuration, cluster, tracking, parent.tracker) as child:
+                    yield child
+
+            def note(name: str, summary: dict[str, Any]) -> dict[str, Any]:
+                seconds[name] = summary["seconds"]
+                return summary
+
+            if not storage.exists(images.source):
+                parent.say(f"writing {write_digits(images.source):,} digits to {images.source}")
+            with stage("tokenize", tokenizer.path) as child:
+                note("tokenize", tokenizing.tokenize(images, tokenizer, seed, child))
+            with stage("cache", cache.path) as child:
+                note("cache", caching.cache(images, tokenizer, cache, child))
+            with stage("train", train.path) as child:
+                note("train", training.train(tokenizer, cache, model, train, seed, child))
+            classifier = storage.join(root, "classifier")
+            with stage("classifier", classifier) as child:
+                real = note("classifier", train_classifier(images, classifier, seed, child))
+            evaluate = replace(evaluate, classifier=classifier)
+
+            sections = {
+                "images": images, "tokenizer": tokenizer, "cache": cache, "model": model, "train": train, "generate": generate,
+                "evaluate": evaluate, "seed": seed,
+            }  # fmt: skip
+            with stage("sweep-generate", sweep.path) as child:
+                swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
+            width = width_sweep(sweep, model)
+            short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4)
+            with stage("sweep-train", width.path) as child:
+                note("sweep-train", sweeping.sweep(**{**sections, "train": short}, sweep=width, stage=child))
+
+            chosen = {name.removeprefix("generate."): value for name, value in swept["best"]["parameters"].items()}
+            drawn = replace(generate, **chosen)
+            with stage("evaluate", evaluate.path) as child:
+                evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
+                rows = evaluation.frechet_rows(images, evaluate, seed, FRECHET_IMAGES, child)
+
+        summary = {
+            "seconds": round(attempts.seconds, 1),
+            "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
+            "peak_memory_gb": round(attempts.peak_memory_gb, 2),
+            "samples": evaluated["images"],
+            "label_agreement": evaluated["label_agreement"],
+            "classifier_accuracy_real": real["accuracy_held_out"],
+            "frechet_distance": rows,
+            "sampling": chosen,
+            "resumed": attempts.resumed,
+        }
+        storage.write_json(storage.join(root, "summary.json"), {"format_version": FORMAT_VERSION, **summary})
+        report(root)
+    return run.complete(root, identity, summary)
+
+
+def width_sweep(sweep: SweepSettings, model: Architecture) -> SweepSettings:
+    """The demo's second sweep: short trainings of two widths of the denoiser, beside the first sweep's folder."""
+    widths = [model.denoiser_width // 2, model.denoiser_width]
+    return replace(
+        sweep,
+        path=sweep.path.rstrip("/") + "-width",
+        over="train",
+        parameters={"model.denoiser_width": widths},
+        metric="loss",
+        mode="min",
+    )
+
+
+def _parent(path: str) -> str:
+    parent, separator, _ = path.rstrip("/").rpartition("/")
+    if not separator:
+        raise UserError(f"train.path is {path!r}, expected a folder inside the run's folder, e.g. runs/demo/train")
+    return parent
