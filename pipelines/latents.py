@@ -1,0 +1,209 @@
+"""The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
+from pipelines import storage
+from pipelines.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARDS = "shards"
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Per-channel float64 statistics of posteriors: of how many values, and C numbers for each of the others."""
+
+    values: int
+    mean: list[float]  # of the posterior means
+    squares: list[float]  # sum of squared deviations of the posterior means from `mean`
+    variances: list[float]  # sum of the posterior variances
+    min: list[float]  # of the posterior means
+    max: list[float]
+
+    @classmethod
+    def of(cls, moments: np.ndarray) -> "LatentStatistics":
+        """Of moments (N, 2C, h, w), N ≥ 1."""
+        means, log_variances = np.split(moments.astype(np.float64), 2, axis=1)
+        over = (0, 2, 3)
+        mean = means.mean(over)
+        return cls(
+            values=means.size // means.shape[1],
+            mean=mean.tolist(),
+            squares=np.square(means - mean[:, None, None]).sum(over).tolist(),
+            variances=np.exp(log_variances.clip(*LOG_VARIANCE_RANGE)).sum(over).tolist(),
+            min=means.min(over).tolist(),
+            max=means.max(over).tolist(),
+        )
+
+    def merged(self, other: "LatentStatistics") -> "LatentStatistics":
+        """Of both sets of values together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        values = self.values + other.values
+        mean, theirs = np.array(self.mean), np.array(other.mean)
+        shift = theirs - mean
+        squares = np.array(self.squares) + np.array(other.squares) + shift**2 * (self.values * other.values / values)
+        return LatentStatistics(
+            values=values,
+            mean=(mean + shift * (other.values / values)).tolist(),
+            squares=squares.tolist(),
+            variances=(np.array(self.variances) + np.array(other.variances)).tolist(),
+            min=np.minimum(self.min, other.min).tolist(),
+            max=np.maximum(self.max, other.max).tolist(),
+        )
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of posterior samples: √(variance of the means + mean of the variances)."""
+        deviations: list[float] = np.sqrt((np.array(self.squares) + np.array(self.variances)) / self.values).tolist()
+        return deviations
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.arrow"
+
+
+def shard_bytes(keys: list[str], labels: list[int], moments: np.ndarray, flipped: np.ndarray) -> bytes:
+    """One shard as an Arrow IPC file of one record batch. `moments` and `flipped` (N, 2C, h, w), float16 or float32."""
+    shape = moments.shape[1:]
+    values = pa.list_(pa.from_numpy_dtype(moments.dtype), int(np.prod(shape)))
+    schema = pa.schema(
+        [("key", pa.string()), ("label", pa.int64()), ("moments", values), ("moments_flipped", values)],
+        metadata={"format_version": str(FORMAT_VERSION), "moments_shape": json.dumps(shape), "moments_axes": "2C, h, w"},
+    )
+
+    def column(array: np.ndarray) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), type=values)
+
+    columns = [pa.array(keys, pa.string()), pa.array(labels, pa.int64()), column(moments), column(flipped)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return bytes(sink.getvalue())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a latent cache is. `latent_*` are C numbers in the tokenizer's own scale, over image and mirror image alike:
+    mean and standard deviation of posterior samples, smallest and largest posterior mean."""
+
+    format_version: int
+    rows: int
+    shards: list[dict[str, Any]]  # name, rows, sha256, bytes
+    class_names: list[str]
+    image_size: int
+    latent_size: int
+    latent_channels: int
+    dtype: str
+    latent_mean: list[float]
+    latent_std: list[float]
+    latent_min: list[float]
+    latent_max: list[float]
+    tokenizer: dict[str, Any]  # path, digest, config
+    images: dict[str, Any]  # which images: the split, and the digest of the list of keys and labels
+    rejected: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LatentCache:
+    """A finished cache, for reading any rows in any order. Local shards are memory-mapped when first used, those on S3 are
+    then read whole; a pickle of this object holds the path alone."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UserError when `path` holds no finished cache of this format."""
+        self.path = path
+        if not storage.exists(storage.join(path, MANIFEST)):
+            raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
+        data = storage.read_bytes(storage.join(path, MANIFEST))
+        values = json.loads(data)
+        if values.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}/{MANIFEST} has format_version {values.get('format_version')!r}, expected {FORMAT_VERSION}: "
+                "read it with the version of mar-ray that wrote it, or write the cache anew"
+            )
+        self.manifest = Manifest(**values)
+        self.digest = storage.digest(data)
+        self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
+        self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
+        self._opened: dict[int, _Shard] = {}
+
+    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str]]:
+        return LatentCache, (self.path,)
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2C, h, w)"""
+        side = self.manifest.latent_size
+        return 2 * self.manifest.latent_channels, side, side
+
+    def take(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image where `flipped` (N,) is true, and labels int64 (N,)."""
+        moments = np.empty((len(indices), *self.moments_shape), dtype=self.manifest.dtype)
+        labels = np.empty(len(indices), dtype=np.int64)
+        for position, ((shard, row), mirror) in enumerate(zip(self._places(indices), np.asarray(flipped).tolist(), strict=True)):
+            moments[position] = shard.moments_flipped[row] if mirror else shard.moments[row]
+            labels[position] = shard.labels[row]
+        return moments, labels
+
+    def labels(self) -> np.ndarray:
+        """Labels of all rows, int64 (rows,)."""
+        return np.concatenate([self._shard(number).labels for number in range(len(self._ends))])
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Keys of the images in these rows."""
+        return [shard.keys[row].as_py() for shard, row in self._places(indices)]
+
+    def _places(self, indices: np.ndarray) -> list[tuple["_Shard", int]]:
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        rows = indices - self._starts[numbers]
+        return [(self._shard(number), row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+
+    def _shard(self, number: int) -> "_Shard":
+        shard = self._opened.get(number)
+        if shard is None:
+            entry = self.manifest.shards[number]
+            shard = self._opened[number] = _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"], self.moments_shape)
+        return shard
+
+
+class _Shard:
+    """Views of one shard's columns: labels (N,), moments and moments_flipped (N, 2C, h, w), keys."""
+
+    def __init__(self, path: str, size: int, shape: tuple[int, int, int]) -> None:
+        found = storage.size(path) if storage.exists(path) else None
+        if found != size:
+            raise UserError(
+                f"{path} is {'missing' if found is None else f'{found} bytes long'}, the manifest says {size} bytes: "
+                "run `mar cache` again to repair it"
+            )
+        if storage.is_local(path):
+            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
+                batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
+        else:
+            batch = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).get_batch(0)
+        self._batch, self._shape = batch, shape
+        self.labels: np.ndarray = batch.column("label").to_numpy()
+        self.moments = self._view("moments")
+        self.moments_flipped = self._view("moments_flipped")
+
+    def _view(self, name: str) -> np.ndarray:
+        values: np.ndarray = self._batch.column(name).flatten().to_numpy(zero_copy_only=True)
+        return values.reshape(-1, *self._shape)
+
+    @cached_property
+    def keys(self) -> pa.StringArray:
+        return self._batch.column("key")

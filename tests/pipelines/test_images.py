@@ -1,0 +1,155 @@
+"""Listing, splitting, decoding and cropping images."""
+
+import hashlib
+import io
+import random
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.errors import UserError
+from pipelines.images import ImageError, ImageSettings, decode, list_images, read_image, to_model, to_uint8
+
+
+def encoded(width: int, height: int, seed: int = 0, mode: str = "RGB", kind: str = "PNG") -> bytes:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels, mode=mode).save(sink, kind)
+    return sink.getvalue()
+
+
+def write_tree(root: Path, *names: str) -> ImageSettings:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encoded(4, 4))
+    return ImageSettings(source=str(root), size=4)
+
+
+def test_lists_class_folders_in_the_order_of_keys(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path, "dog/2.PNG", "cat/b/1.jpeg", "cat/a.webp", "dog/notes.txt", "top.png", ".git/x.png", "cat/._a.png")
+    listing = list_images(settings)
+    assert listing.class_names == ["cat", "dog"]
+    assert [(row.key, row.label, row.held_out) for row in listing.rows] == [
+        ("cat/a.webp", 0, False), ("cat/b/1.jpeg", 0, False), ("dog/2.PNG", 1, False),
+    ]  # fmt: skip
+    assert read_image(settings, listing.rows[2]) == encoded(4, 4)
+
+
+def test_held_out_by_folder_numbers_the_classes_of_all_parts_together(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path, "train/cat/1.png", "train/emu/2.png", "extra/cat/3.png", "val/bee/4.png", "val/emu/5.png")
+    listing = list_images(replace(settings, held_out_folder="val"))
+    assert listing.class_names == ["bee", "cat", "emu"]
+    assert [(row.key, row.label) for row in listing.train()] == [("extra/cat/3.png", 1), ("train/cat/1.png", 1), ("train/emu/2.png", 2)]
+    assert [(row.key, row.label) for row in listing.held_out()] == [("val/bee/4.png", 0), ("val/emu/5.png", 2)]
+
+
+def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path, *(f"c/{number:03d}.png" for number in range(400)))
+    small = {row.key for row in list_images(replace(settings, held_out_share=0.1)).held_out()}
+    large = {row.key for row in list_images(replace(settings, held_out_share=0.3)).held_out()}
+    assert small < large  # an image never comes back when the share grows
+    assert 20 < len(small) < 60 and 90 < len(large) < 150
+    digests = {key: int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in large}
+    assert all((digest < 0.1 * 2**32) == (key in small) for key, digest in digests.items())
+    write_tree(tmp_path, "c/999.png", "a/000.png")  # nor when the source grows
+    assert small <= {row.key for row in list_images(replace(settings, held_out_share=0.1)).held_out()}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"source": ""}, "images.source '' is not there"),
+        ({"source": "{root}/nowhere"}, "nowhere' is not there"),
+        ({"source": "{root}/a"}, "holds no class folders"),
+        ({"held_out_folder": "a"}, "holds no class folders with images; expected {root}/part/class/image"),
+        ({"held_out_share": 1e-9}, "holds out none of the 2 images"),
+        ({"held_out_share": 1.0}, "images.held_out_share is 1.0, expected"),
+        ({"held_out_share": 0.5, "held_out_folder": "a"}, "set one of them back"),
+    ],
+)
+def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, object], text: str) -> None:
+    settings = write_tree(tmp_path, "a/1.png", "b/2.png")
+    change = {name: value.format(root=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
+    with pytest.raises(UserError) as error:
+        list_images(replace(settings, **change))
+    assert text.format(root=tmp_path) in str(error.value)
+
+
+def test_held_out_folder_that_is_not_a_part(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path, "train/a/1.png", "val/a/2.png")
+    with pytest.raises(UserError, match=r"'test' holds no images .* \['train', 'val'\]"):
+        list_images(replace(settings, held_out_folder="test"))
+    only = write_tree(tmp_path / "only", "val/a/1.png")
+    with pytest.raises(UserError, match="none is left to train on"):
+        list_images(replace(only, held_out_folder="val"))
+
+
+def adm_crop(image: Image.Image, size: int) -> Image.Image:
+    """The definition of the reference page, word by word, in exact arithmetic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+    short = min(image.size)
+    image = image.resize(tuple(round(Fraction(side * size, short)) for side in image.size), Image.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def test_crop_follows_the_definition_on_random_sizes() -> None:
+    draw = random.Random(0)
+    for seed in range(40):
+        width, height, size = draw.randint(3, 150), draw.randint(3, 150), draw.choice([7, 16, 32])
+        data = encoded(width, height, seed)
+        expected = np.asarray(adm_crop(Image.open(io.BytesIO(data)), size))
+        found = decode(data, size)
+        assert found.shape == (size, size, 3) and found.dtype == np.uint8
+        np.testing.assert_array_equal(found, expected, err_msg=f"{width}x{height} to {size}")
+
+
+def test_crop_in_closed_form() -> None:
+    data = encoded(24, 16)
+    whole = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(decode(data, 16), whole[:, 4:20])  # nothing to scale: the middle
+    halves = np.asarray(Image.open(io.BytesIO(encoded(32, 32)))).reshape(16, 2, 16, 2, 3).astype(float).mean((1, 3))
+    assert np.abs(decode(encoded(32, 32), 16) - halves).max() <= 1.0  # one halving: the mean of 2 × 2 pixels,
+    # rounded once along each side
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("RGBA", "PNG"), ("CMYK", "JPEG"), ("RGB", "WEBP"), ("RGB", "BMP")])
+def test_every_colour_mode_becomes_rgb(mode: str, kind: str) -> None:
+    assert decode(encoded(9, 12, mode=mode, kind=kind), 8).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"a text\n", "UnidentifiedImageError: cannot identify image file"),
+        (encoded(64, 64)[:6000], "OSError: image file is truncated"),
+        (encoded(64, 64, kind="JPEG")[:900], "OSError: image file is truncated"),
+    ],
+)
+def test_broken_images_raise_with_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as error:
+        decode(data, 16)
+    assert str(error.value).startswith(reason) and "0x" not in str(error.value)
+
+
+def test_very_long_images_are_refused_before_they_fill_the_memory() -> None:
+    with pytest.raises(ImageError, match="1 × 3000 pixels is too long"):
+        decode(encoded(1, 3000), 256)
+
+
+def test_pixels_to_the_model_and_back() -> None:
+    values = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    tensor = to_model(values)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32
+    assert tensor.min() == -1.0 and tensor.max() == 1.0
+    np.testing.assert_array_equal(to_uint8(tensor), values)
+    outside = torch.tensor([-7.0, 7.0, float("nan")]).reshape(1, 3, 1, 1)
+    assert to_uint8(outside).tolist() == [[[[0, 255, 0]]]]
