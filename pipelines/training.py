@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mar_model.checkpoint import read_state
 from mar_model.config import Architecture, MARConfig
@@ -31,7 +31,9 @@ class TrainSettings:
     batch: int = identity(2048, "images a step, over all workers")
     micro_batch: int = identity(128, "images a forward pass: the unit of randomness, dealt out to the workers")
     learning_rate: float = identity(8e-4, "peak learning rate (published: 1e-4 · batch / 256)")
-    schedule: str = identity("constant", "constant or cosine (to zero at train.schedule_images), after the warm-up")
+    schedule: Literal["constant", "cosine"] = identity(
+        "constant", "constant or cosine (to zero at train.schedule_images), after the warm-up"
+    )
     schedule_images: int = identity(0, "images at which the cosine schedule reaches zero (cosine only)")
     warmup_images: int = identity(1_281_167 * 100, "images of linear warm-up")
     weight_decay: float = identity(0.02, "AdamW weight decay (none on biases, norms and the denoiser)")
@@ -42,7 +44,7 @@ class TrainSettings:
     ema_warmup: bool = identity(True, "start the average with a short memory: decay min(ema_decay, (1 + step) / (10 + step))")
     flip: bool = identity(True, "use the mirror image half of the time (off for digits and text)")
     workers: int = operational(2, "Ray Train workers")
-    precision: str = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
+    precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
     checkpoint_images: int = operational(1_281_167, "images between checkpoints")
     checkpoints_kept: int = operational(3, "newest checkpoints kept")
     log_images: int = operational(51_200, "images between lines of metrics")
