@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from mar_model.tokenizers import load_tokenizer
-from pipelines import storage, tokenizing
+from pipelines import storage
 from pipelines.cluster import ClusterSettings, cluster_resources, worker_resources
 from pipelines.encoding import ShardEncoder, decode_shard, read, shard_paths
 from pipelines.errors import UserError
@@ -26,7 +26,7 @@ from pipelines.images import ImageListing, ImageRow, ImageSettings, list_images
 from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
+from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
 
 CHECKS_AT_ONCE = 8  # threads that compare finished shards with their checksums
 
@@ -55,7 +55,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
     identity = {
         **identity_of(images=images, cache=cache),
         "images.train_listing": _listing_digest(listing, rows),
-        "tokenizer.digest": tokenizing.tokenizer_digest(tokenizer.path),
+        "tokenizer.digest": tokenizer_digest(tokenizer.path),
     }
     summary_path = storage.join(cache.path, "summary.json")
     if storage.exists(summary_path) and not _is_whole(cache.path):
@@ -66,6 +66,9 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         return summary
 
     shards = {start // cache.shard_images: rows[start : start + cache.shard_images] for start in range(0, len(rows), cache.shard_images)}
+    for name in storage.list_directory(storage.join(cache.path, SHARDS)):
+        if name.endswith(".partial"):  # a killed run left it half written
+            storage.delete(storage.join(cache.path, SHARDS, name))
     records = _finished(images, cache.path, shards)
     kept = sum(len(shards[index]) for index in records)
     if records:

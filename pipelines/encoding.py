@@ -1,6 +1,8 @@
 """One shard of the latent cache, from the names of its images to its file: the work of stage *cache* on the workers."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.images import ImageError, ImageRow, ImageSettings, decode, read_image, to_model
 from pipelines.latents import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
 from pipelines.precision import autocast
+
+READS_AT_ONCE = 8  # an object store answers one read after tens of milliseconds, and many in the same time
 
 
 def shard_paths(path: str, index: int) -> tuple[str, str]:
@@ -25,17 +29,18 @@ def decode_shard(images: ImageSettings, batch: dict[str, np.ndarray]) -> dict[st
     `reason` (empty: usable) and `sha256` of the bytes."""
     pixels = np.zeros((len(batch["key"]), images.size, images.size, 3), np.uint8)
     reasons, digests = [], []
-    for position, (key, label) in enumerate(zip(batch["key"], batch["label"], strict=True)):
-        data, digest = read(images, ImageRow(str(key), int(label), held_out=False))
-        reason = ""
-        try:
-            if data is None:
-                raise ImageError("the file can't be read")
-            pixels[position] = decode(data, images.size)
-        except ImageError as error:
-            reason = str(error)
-        reasons.append(reason)
-        digests.append(digest)
+    rows = [ImageRow(str(key), int(label), held_out=False) for key, label in zip(batch["key"], batch["label"], strict=True)]
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        for position, (data, digest) in enumerate(pool.map(partial(read, images), rows)):
+            reason = ""
+            try:
+                if data is None:
+                    raise ImageError("the file can't be read")
+                pixels[position] = decode(data, images.size)
+            except ImageError as error:
+                reason = str(error)
+            reasons.append(reason)
+            digests.append(digest)
     return {**batch, "image": pixels, "reason": np.array(reasons), "sha256": np.array(digests)}
 
 

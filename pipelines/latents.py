@@ -166,7 +166,7 @@ class LatentCache:
 
     def _places(self, indices: np.ndarray) -> list[tuple["_Shard", int]]:
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not (0 <= indices.min() and indices.max() < len(self)):
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
         numbers = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[numbers]

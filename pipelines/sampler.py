@@ -46,11 +46,13 @@ class SampleOrder:
         left, right = values >> bits, values & mask
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) >> (np.uint64(64) - bits))
-        return (left << bits) | right
+        joined: np.ndarray = (left << bits) | right
+        return joined
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea & Flood 2014), on uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
     small = {row.key for row in list_images(replace(settings, held_out_share=0.1)).held_out()}
     large = {row.key for row in list_images(replace(settings, held_out_share=0.3)).held_out()}
     assert small < large  # an image never comes back when the share grows
-    assert 20 < len(small) < 60 and 90 < len(large) < 150
+    assert 20 < len(small) < 60
+    assert 90 < len(large) < 150
     digests = {key: int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) for key in large}
     assert all((digest < 0.1 * 2**32) == (key in small) for key, digest in digests.items())
     write_tree(tmp_path, "c/999.png", "a/000.png")  # nor when the source grows
@@ -73,7 +75,7 @@ def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
         ({"held_out_share": 0.5, "held_out_folder": "a"}, "set one of them back"),
     ],
 )
-def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, object], text: str) -> None:
+def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, Any], text: str) -> None:
     settings = write_tree(tmp_path, "a/1.png", "b/2.png")
     change = {name: value.format(root=tmp_path) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(UserError) as error:
@@ -93,9 +95,9 @@ def test_held_out_folder_that_is_not_a_part(tmp_path: Path) -> None:
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """The definition of the reference page, word by word, in exact arithmetic."""
     while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     short = min(image.size)
-    image = image.resize(tuple(round(Fraction(side * size, short)) for side in image.size), Image.Resampling.BICUBIC)
+    image = image.resize([round(Fraction(side * size, short)) for side in image.size], Image.Resampling.BICUBIC)
     left, top = ((side - size) // 2 for side in image.size)
     return image.crop((left, top, left + size, top + size))
 
@@ -107,7 +109,7 @@ def test_crop_follows_the_definition_on_random_sizes() -> None:
         data = encoded(width, height, seed)
         expected = np.asarray(adm_crop(Image.open(io.BytesIO(data)), size))
         found = decode(data, size)
-        assert found.shape == (size, size, 3) and found.dtype == np.uint8
+        assert (found.shape, str(found.dtype)) == ((size, size, 3), "uint8")
         np.testing.assert_array_equal(found, expected, err_msg=f"{width}x{height} to {size}")
 
 
@@ -137,7 +139,8 @@ def test_every_colour_mode_becomes_rgb(mode: str, kind: str) -> None:
 def test_broken_images_raise_with_a_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError) as error:
         decode(data, 16)
-    assert str(error.value).startswith(reason) and "0x" not in str(error.value)
+    assert str(error.value).startswith(reason)
+    assert "0x" not in str(error.value)
 
 
 def test_very_long_images_are_refused_before_they_fill_the_memory() -> None:
@@ -148,8 +151,8 @@ def test_very_long_images_are_refused_before_they_fill_the_memory() -> None:
 def test_pixels_to_the_model_and_back() -> None:
     values = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     tensor = to_model(values)
-    assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32
-    assert tensor.min() == -1.0 and tensor.max() == 1.0
+    assert (tensor.shape, tensor.dtype) == ((1, 3, 16, 16), torch.float32)
+    assert (tensor.min().item(), tensor.max().item()) == (-1.0, 1.0)
     np.testing.assert_array_equal(to_uint8(tensor), values)
     outside = torch.tensor([-7.0, 7.0, float("nan")]).reshape(1, 3, 1, 1)
     assert to_uint8(outside).tolist() == [[[[0, 255, 0]]]]

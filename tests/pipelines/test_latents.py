@@ -54,7 +54,7 @@ def test_take_equals_direct_reads(written: tuple[LatentCache, np.ndarray, np.nda
     cache, moments, flipped = written
     indices, mirror = np.array([row for row, _ in wanted], np.int64), np.array([one for _, one in wanted], bool)
     found, labels = cache.take(indices, mirror)
-    assert found.dtype == np.float16 and labels.dtype == np.int64 and found.shape == (len(wanted), *SHAPE)
+    assert (str(found.dtype), str(labels.dtype), found.shape) == ("float16", "int64", (len(wanted), *SHAPE))
     np.testing.assert_array_equal(found, np.where(mirror[:, None, None, None], flipped[indices], moments[indices]))
     np.testing.assert_array_equal(labels, indices)
     assert cache.keys(indices) == [f"c/{row:02d}.png" for row in indices]
@@ -63,7 +63,7 @@ def test_take_equals_direct_reads(written: tuple[LatentCache, np.ndarray, np.nda
 def test_whole_cache(written: tuple[LatentCache, np.ndarray, np.ndarray]) -> None:
     cache, moments, _ = written
     again = pickle.loads(pickle.dumps(cache))
-    assert len(again) == 13 and again.moments_shape == SHAPE and again.digest == cache.digest
+    assert (len(again), again.moments_shape, again.digest) == (13, SHAPE, cache.digest)
     assert cache.digest == storage.digest(Path(cache.path, "manifest.json").read_bytes())
     assert again.labels().tolist() == list(range(13))
     np.testing.assert_array_equal(again.take(np.arange(13), np.zeros(13, bool))[0], moments)
@@ -99,15 +99,15 @@ def test_shards_are_mapped_and_no_file_stays_open(tmp_path: Path) -> None:
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no finished latent cache .* run `mar cache`"):
+    with pytest.raises(UserError, match=r"no finished latent cache .* run `mar cache`"):
         LatentCache(str(tmp_path))
     write_cache(tmp_path, [2, 2])
     shard = tmp_path / "shards" / shard_name(1)
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError, match="shard-00001.arrow is .* bytes long, the manifest says"):
+    with pytest.raises(UserError, match=r"shard-00001\.arrow is .* bytes long, the manifest says"):
         LatentCache(str(tmp_path)).take(np.array([2]), np.array([False]))
     shard.unlink()
-    with pytest.raises(UserError, match="shard-00001.arrow is missing"):
+    with pytest.raises(UserError, match=r"shard-00001\.arrow is missing"):
         LatentCache(str(tmp_path)).take(np.array([3]), np.array([False]))
     manifest = storage.read_json(str(tmp_path / "manifest.json"))
     storage.write_json(str(tmp_path / "manifest.json"), {**manifest, "format_version": 2})

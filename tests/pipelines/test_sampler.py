@@ -1,5 +1,7 @@
 """The order of training: a permutation an epoch, computable anywhere."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ def test_every_epoch_is_a_permutation(seed: int, rows: int, epoch: int) -> None:
 def test_any_cut_of_the_positions_gives_the_same_order(seed: int, rows: int, cuts: list[int]) -> None:
     whole = SampleOrder(seed, rows).indices(0, 1000)
     edges = [0, *sorted(cuts), 1000]
-    parts = [SampleOrder(seed, rows).indices(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    parts = [SampleOrder(seed, rows).indices(start, stop) for start, stop in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
