@@ -1,9 +1,21 @@
 """Stage *tokenize*: train a KL autoencoder of the KL-16 family on an image source with Ray Train."""
 
-from dataclasses import dataclass
-from typing import Literal
+import tempfile
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from pipelines.settings import identity, operational
+from mar_model.tokenizers import KLConfig, PixelTokenizer, save_tokenizer
+from pipelines import storage
+from pipelines.cluster import ClusterSettings, cluster_resources
+from pipelines.errors import UserError
+from pipelines.images import ImageListing, ImageSettings, list_images
+from pipelines.progress import Bar, MetricsChannel
+from pipelines.settings import identity, identity_of, operational
+from pipelines.stage import Stage
+
+FAILURES = 3  # restarts after failed workers before the stage gives up
 
 
 @dataclass
@@ -18,14 +30,145 @@ class TokenizerSettings:
     encoder_blocks: int = identity(2, "residual blocks a level in the encoder")
     decoder_blocks: int = identity(3, "residual blocks a level in the decoder")
     attention: bool = identity(True, "self-attention at the lowest resolution, as KL-16 has")
-    images: int = operational(5_000_000, "images seen in training")
+    images: int = identity(5_000_000, "images seen in training, over which the learning rate falls to zero")
     batch: int = identity(64, "images a step, over all workers")
     learning_rate: float = identity(1e-4, "AdamW learning rate, cosine to zero after a short warm-up")
-    kl_weight: float = identity(1e-6, "weight of the KL term beside the reconstruction error")
+    kl_weight: float = identity(1e-6, "weight of the KL term beside the reconstruction error, both summed over an image")
     workers: int = operational(1, "Ray Train workers")
     precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
+    checkpoint_images: int = operational(250_000, "images between the states that a killed run goes on from")
 
     @property
     def stride(self) -> int:
         """Pixels per latent side."""
         return 1 if self.kind == "pixels" else 2 ** (len(self.multipliers) - 1)
+
+    def network(self) -> KLConfig:
+        """The autoencoder's sizes. Raises ValueError where they make no network."""
+        return KLConfig(self.channels, self.width, tuple(self.multipliers), self.encoder_blocks, self.decoder_blocks, self.attention)
+
+
+def tokenizer_digest(path: str) -> str:
+    """SHA-256 over the bytes of `config.json` and, where there is one, `tokenizer.safetensors` of a tokenizer directory."""
+    weights = storage.join(path, "tokenizer.safetensors")
+    return storage.digest(
+        storage.read_bytes(storage.join(path, "config.json")) + (storage.read_bytes(weights) if storage.exists(weights) else b"")
+    )
+
+
+def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
+    """Train the tokenizer at `tokenizer.path` on the train part of `images`, going on from where a killed run was.
+
+    Returns the summary: psnr_held_out in dB (psnr_train where nothing is held out), loss, images_per_second, loss_curve as
+    [images seen, loss] pairs; beside it `pairs.png`, originals above reconstructions. Raises UserError on settings that don't fit
+    each other or the cluster, on an output of another identity, and on a folder with a tokenizer from elsewhere.
+    """
+    from pipelines.tokenizing_worker import PROGRESS, RESULT, progress_metadata
+
+    _check(images, tokenizer)
+    path = tokenizer.path
+    if storage.exists(storage.join(path, "config.json")) and not storage.exists(storage.join(path, "identity.json")):
+        raise UserError(
+            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite; "
+            "go on with `mar cache`, or give another tokenizer.path"
+        )
+    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed)
+    summary = stage.begin(path, identity)
+    if summary is None and tokenizer.kind == "pixels":
+        _write_pixels(path)
+        return stage.complete(path, identity, {"images": 0})
+    if summary is None:
+        if not storage.exists(storage.join(path, RESULT)):
+            _check_cluster(tokenizer, stage.cluster)
+            listing = list_images(images)
+            progress = storage.join(path, PROGRESS)
+            first = int(progress_metadata(storage.read_bytes(progress))["images_seen"]) if storage.exists(progress) else 0
+            if first:
+                stage.say(f"going on from {first:,} images seen")
+            with stage.progress(tokenizer.images, done=first) as bar:
+                _fit(images, tokenizer, listing, seed, stage, bar)
+        result = storage.read_json(storage.join(path, RESULT))
+        part = "held_out" if "psnr_held_out" in result else "train"
+        remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
+        stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
+        if storage.is_local(path):
+            stage.artifact(storage.join(path, "pairs.png"))
+        summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
+    for leftover in (PROGRESS, "ray"):
+        storage.delete(storage.join(path, leftover))
+    return summary
+
+
+def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, seed: int, stage: Stage, bar: Bar) -> None:
+    """The Ray Train run."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.tokenizing_worker import TokenizerJob, tokenize_worker
+
+    if storage.is_local(tokenizer.path):
+        tokenizer = replace(tokenizer, path=str(Path(tokenizer.path).resolve()))
+    if storage.is_local(images.source):
+        images = replace(images, source=str(Path(images.source).resolve()))
+
+    def on_metrics(row: dict[str, Any]) -> None:
+        bar.update(row["images_seen"], loss=row["loss"])
+        stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+
+    channel = MetricsChannel()
+    job = TokenizerJob(images, tokenizer, ray.put(listing), seed, stage.cluster, channel)
+    gpus = stage.cluster.gpus_per_worker
+    trainer = TorchTrainer(
+        tokenize_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=tokenizer.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex[:12],  # a name seen before would make Ray restore from what a killed run left half-written
+            storage_path=storage.join(tokenizer.path, "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
+        ),
+    )
+    try:
+        with channel.listening(on_metrics):
+            trainer.fit()
+    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise failure from error
+        raise
+
+
+def _write_pixels(path: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        save_tokenizer(PixelTokenizer(), Path(temporary))
+        storage.write_bytes(storage.join(path, "config.json"), (Path(temporary) / "config.json").read_bytes())
+
+
+def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    try:
+        tokenizer.network()
+    except ValueError as error:
+        raise UserError(f"section tokenizer: {error}") from error
+    if images.size % tokenizer.stride:
+        raise UserError(
+            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
+            "tokenizer.multipliers"
+        )
+    for name in ("images", "batch", "workers", "checkpoint_images"):
+        if getattr(tokenizer, name) < 1:
+            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
+    if tokenizer.batch % tokenizer.workers:
+        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
+
+
+def _check_cluster(tokenizer: TokenizerSettings, cluster: ClusterSettings) -> None:
+    cpus, gpus = cluster_resources()
+    if tokenizer.workers > cpus or tokenizer.workers * cluster.gpus_per_worker > gpus:
+        raise UserError(
+            f"tokenizer.workers is {tokenizer.workers}, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster has "
+            f"{cpus:g} CPUs and {gpus:g} GPUs; lower tokenizer.workers, or join a larger cluster with cluster.address"
+        )

@@ -77,7 +77,7 @@ def test_side_that_the_stride_does_not_divide() -> None:
 def test_sizes_that_make_no_network() -> None:
     with pytest.raises(ValueError, match="width is 0"):
         KLConfig(width=0)
-    with pytest.raises(ValueError, match="multipliers is \\[\\]"):
+    with pytest.raises(ValueError, match=r"multipliers is \[\]"):
         KLConfig(multipliers=())
 
 
@@ -114,7 +114,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     weights["stray"] = weights.pop("quant_conv.bias")
     weights["post_quant_conv.bias"] = torch.zeros(7)
     save_file(weights, tmp_path / "tokenizer.safetensors")
-    with pytest.raises(ValueError, match="quant_conv.bias.*stray.*post_quant_conv.bias is \\[7\\], expected \\[4\\]"):
+    with pytest.raises(ValueError, match=r"quant_conv.bias.*stray.*post_quant_conv.bias is \[7\], expected \[4\]"):
         load_tokenizer(tmp_path)
 
 

@@ -1,0 +1,54 @@
+"""Images of a source as pixels, by position: decoded by threads, and kept where all of them fit in memory."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipelines.errors import UserError
+from pipelines.images import ImageError, ImageRow, ImageSettings, decode, read_image
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels that one process keeps
+DECODERS = 8  # threads: Pillow and file systems release the interpreter lock
+
+
+class DecodedImages:
+    """The images of `rows`. The place of one that can't be used is taken by the next that can; `rejected` has the reasons by key."""
+
+    def __init__(self, settings: ImageSettings, rows: Sequence[ImageRow], memory_limit: int = MEMORY_LIMIT) -> None:
+        self.settings, self.rows = settings, rows
+        self.rejected: dict[str, str] = {}
+        shape = (len(rows), settings.size, settings.size, 3)
+        self._kept = np.zeros(shape, np.uint8) if np.prod(shape) <= memory_limit else None
+        self._decoded = np.zeros(len(rows), bool)
+        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Positions (n,) → uint8 (n, size, size, 3). Raises UserError when more than `images.max_rejected` can't be used."""
+        if self._kept is None:
+            return np.stack(list(self._threads.map(self._decode, indices.tolist())))
+        new = np.unique(indices[~self._decoded[indices]])
+        for index, image in zip(new, self._threads.map(self._decode, new.tolist()), strict=True):
+            self._kept[index] = image
+        self._decoded[new] = True
+        pixels: np.ndarray = self._kept[indices]
+        return pixels
+
+    def _decode(self, index: int) -> np.ndarray:
+        while True:
+            row = self.rows[index]
+            if row.key not in self.rejected:
+                try:
+                    return decode(read_image(self.settings, row), self.settings.size)
+                except (ImageError, OSError) as error:
+                    self._reject(row, str(error))
+            index = (index + 1) % len(self.rows)
+
+    def _reject(self, row: ImageRow, reason: str) -> None:
+        self.rejected[row.key] = reason
+        found, total = len(self.rejected), len(self.rows)
+        if found > self.settings.max_rejected * total or found == total:
+            raise UserError(
+                f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
+                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason}); mend them or raise images.max_rejected"
+            )

@@ -1,0 +1,221 @@
+"""Stage *tokenize* on a real Ray: it learns, knows its finished output, and goes on where a killed run was."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mar_model.noise import stream
+from mar_model.recipe import learning_rate
+from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
+from pipelines import storage, tokenizing
+from pipelines.decoded_images import DecodedImages
+from pipelines.errors import UserError
+from pipelines.images import ImageSettings, list_images, to_model, to_uint8
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings, tokenize, tokenizer_digest
+from pipelines.tokenizing_worker import (
+    GRADIENT_CLIP,
+    PROGRESS,
+    RESULT,
+    WARMUP_SHARE,
+    Objective,
+    batches,
+    load_progress,
+    psnr,
+    save_progress,
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageSettings:
+    """64 train and 16 held-out images, 16×16: a bright disc on a dark ground, the class being its colour."""
+    source = tmp_path_factory.mktemp("discs")
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[:16, :16]
+    for index in range(80):
+        pixels = np.full((16, 16, 3), 20, np.uint8)
+        y, x = random.uniform(4, 12, 2)
+        pixels[(rows - y) ** 2 + (columns - x) ** 2 < 16, index % 2] = 230
+        folder = source / ("held_out" if index >= 64 else "train") / ("red", "green")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{index:03d}.png")
+    return ImageSettings(source=str(source), size=16, held_out_folder="held_out")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> TokenizerSettings:
+    return TokenizerSettings(
+        path=str(tmp_path / "tokenizer"), channels=4, width=8, multipliers=[1, 2, 2], encoder_blocks=1, decoder_blocks=1,
+        attention=False, images=3072, batch=16, learning_rate=4e-3, kl_weight=1e-3, precision="float32", checkpoint_images=1024,
+    )  # fmt: skip
+
+
+def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
+    summary = tokenize(images, settings, seed=1, stage=stage)
+    first, last = summary["loss_curve"][0], summary["loss_curve"][-1]
+    assert last == [3072, summary["loss"]]
+    assert last[1] < 0.2 * first[1]
+    assert summary["psnr_images"] == 16
+    assert sorted(storage.list_directory(settings.path)) == [
+        "config.json", "identity.json", "pairs.png", "summary.json", "tokenizer.safetensors", RESULT,
+    ]  # fmt: skip
+
+    tokenizer = load_tokenizer(Path(settings.path))
+    held_out = DecodedImages(images, list_images(images).held_out()).take(np.arange(16))
+    with torch.no_grad():
+        reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(held_out))[:, :4]))
+    assert summary["psnr_held_out"] == pytest.approx(psnr(held_out, reconstructions).mean(), abs=0.01)
+    mean_image = np.broadcast_to(held_out.mean(axis=0).round().astype(np.uint8), held_out.shape)
+    assert summary["psnr_held_out"] > psnr(held_out, mean_image).mean() + 3
+    with Image.open(Path(settings.path) / "pairs.png") as picture:
+        assert picture.size == (8 * 96, 2 * 96)
+
+    digest = tokenizer_digest(settings.path)
+    assert tokenize(images, settings, seed=1, stage=stage) == summary
+    Path(settings.path, "summary.json").unlink()
+    again = tokenize(images, settings, seed=1, stage=stage)
+    assert again["loss_curve"] == summary["loss_curve"]
+    assert tokenizer_digest(settings.path) == digest
+    with pytest.raises(UserError, match="learning_rate"):
+        tokenize(images, replace(settings, learning_rate=1e-3), seed=1, stage=stage)
+
+
+def test_killed_and_resumed_on_two_workers_is_the_uninterrupted_run(
+    images: ImageSettings, settings: TokenizerSettings, stage: Stage
+) -> None:
+    settings = replace(settings, images=512, workers=2)
+    curve = train_here(images, settings, save_at=256)
+    summary = tokenize(images, settings, seed=1, stage=stage)
+    np.testing.assert_allclose(summary["loss_curve"], curve, rtol=1e-3)
+
+
+def train_here(images: ImageSettings, settings: TokenizerSettings, save_at: int) -> list[list[float]]:
+    """The whole training in this process, step by step; leaves behind what a run killed after `save_at` images would. Returns the
+    loss curve."""
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(1, "tokenize", "weights").initial_seed())
+        tokenizer = KLAutoencoder(settings.network())
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
+    objective = Objective(tokenizer, settings.kl_weight)
+    images_seen, curve = 0, list[list[float]]()
+    for pixels, noise in batches(DecodedImages(images, list_images(images).train()), settings, (4, 4, 4), 1, 0, 0, 1):
+        if images_seen == save_at:
+            save_progress(settings.path, tokenizer, optimizer, images_seen, curve)
+        warmup = int(WARMUP_SHARE * settings.images)
+        optimizer.param_groups[0]["lr"] = learning_rate(images_seen, settings.learning_rate, warmup, "cosine", settings.images)
+        losses = objective(pixels, noise)
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        images_seen += settings.batch
+        curve.append([images_seen, losses[0].item()])
+    return curve
+
+
+def test_progress_brings_back_weights_and_optimizer(tmp_path: Path, settings: TokenizerSettings) -> None:
+    def make() -> tuple[KLAutoencoder, torch.optim.Optimizer]:
+        tokenizer = KLAutoencoder(settings.network())
+        return tokenizer, torch.optim.AdamW(tokenizer.parameters(), lr=1e-3)
+
+    images = torch.rand(2, 3, 16, 16)
+
+    def step(tokenizer: KLAutoencoder, optimizer: torch.optim.Optimizer) -> None:
+        tokenizer.encode(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    tokenizer, optimizer = make()
+    assert load_progress(str(tmp_path), tokenizer, optimizer) == (0, [])
+    step(tokenizer, optimizer)
+    # the decoder took no part in this step and has no optimizer state yet: give it one, as real training does
+    tokenizer.decode(torch.rand(2, 4, 4, 4)).square().mean().backward()
+    optimizer.step()
+    save_progress(str(tmp_path), tokenizer, optimizer, 32, [[16, 0.5], [32, 0.25]])
+    again, optimizer_again = make()
+    optimizer.zero_grad()
+    step(tokenizer, optimizer)
+    assert load_progress(str(tmp_path), again, optimizer_again) == (32, [[16, 0.5], [32, 0.25]])
+    step(again, optimizer_again)
+    assert all(torch.equal(one, other) for one, other in zip(tokenizer.parameters(), again.parameters(), strict=True))
+    assert (tmp_path / PROGRESS).is_file()
+
+
+def test_objective_against_its_definition(settings: TokenizerSettings) -> None:
+    tokenizer = KLAutoencoder(settings.network())
+    images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 4, 4)
+    loss, error, kl = Objective(tokenizer, kl_weight=0.5)(images, noise).tolist()
+    mean, log_variance = tokenizer.encode(images).chunk(2, dim=1)
+    reconstruction = tokenizer.decode(mean + (0.5 * log_variance).exp() * noise)
+    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
+    nats = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum().item() / 2
+    assert error == pytest.approx(torch.nn.functional.mse_loss(reconstruction, images).item(), rel=1e-5)
+    assert kl == pytest.approx(nats, rel=1e-4)
+    assert loss == pytest.approx(error + 0.5 * nats / (3 * 16 * 16), rel=1e-5)
+
+
+def test_batches_do_not_depend_on_workers(images: ImageSettings, settings: TokenizerSettings) -> None:
+    rows = list_images(images).train()
+    alone = list(batches(DecodedImages(images, rows), replace(settings, images=128), (4, 4, 4), 7, 32, 0, 1))
+    shared = [list(batches(DecodedImages(images, rows), replace(settings, images=128), (4, 4, 4), 7, 32, one, 2)) for one in range(2)]
+    assert len(alone) == 6
+    for whole, left, right in zip(alone, *shared, strict=True):
+        for part in range(2):
+            assert torch.equal(whole[part], torch.cat([left[part], right[part]]))
+
+
+def test_psnr_closed_form() -> None:
+    black = np.zeros((3, 4, 4, 3), np.uint8)
+    other = np.stack([black[0], black[0] + 255, black[0] + 51])
+    assert psnr(black, other).tolist() == pytest.approx([100.0, 0.0, 20 * np.log10(5)])
+
+
+def test_unusable_images_are_passed_over_up_to_the_limit(images: ImageSettings, tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(tmp_path / "class" / f"{index}.png")
+    (tmp_path / "class" / "1.png").write_bytes(b"no image")
+    broken = ImageSettings(source=str(tmp_path), size=16, max_rejected=0.25)
+    rows = list_images(broken).rows
+    for limit in (2**30, 0):  # kept in memory, and decoded anew each time
+        source = DecodedImages(broken, rows, memory_limit=limit)
+        assert source.take(np.array([3, 1, 0]))[:, 0, 0, 0].tolist() == [180, 120, 0]
+        assert list(source.rejected) == ["class/1.png"]
+    with pytest.raises(UserError, match=r"1 of 4 images.*class/1.png"):
+        DecodedImages(replace(broken, max_rejected=0.1), rows).take(np.arange(4))
+
+
+def test_pixels_need_no_training(tmp_path: Path) -> None:
+    from pipelines.cluster import ClusterSettings
+
+    settings = TokenizerSettings(path=str(tmp_path / "pixels"), kind="pixels")
+    tokenize(ImageSettings(size=64), settings, seed=0, stage=Stage("tokenize", ClusterSettings()))
+    assert isinstance(load_tokenizer(Path(settings.path)), PixelTokenizer)
+    assert json.loads(Path(settings.path, "config.json").read_text()) == {"kind": "pixels", "format_version": 1}
+
+
+def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
+    for change, message in (
+        ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of 32"),
+        ({"width": 0}, "width is 0"),
+        ({"batch": 15, "workers": 2}, "tokenizer.batch is 15"),
+        ({"batch": 15, "workers": 5}, "tokenizer.workers is 5"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tokenize(images, replace(settings, **change), seed=1, stage=stage)
+    save_tokenizer(PixelTokenizer(), Path(settings.path + "-brought"))
+    with pytest.raises(UserError, match="did not make"):
+        tokenize(images, replace(settings, path=settings.path + "-brought"), seed=1, stage=stage)
+
+
+def test_a_workers_user_error_reaches_the_person(
+    images: ImageSettings, settings: TokenizerSettings, stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "FAILURES", 0)  # it would be the same error each time
+    with pytest.raises(UserError, match=r"diverged.*lower tokenizer.learning_rate"):
+        tokenize(images, replace(settings, learning_rate=1e30, images=64), seed=1, stage=stage)
