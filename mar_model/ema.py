@@ -16,6 +16,11 @@ class WeightAverage:
         self.decay, self.warmup = decay, warmup
         self.weights: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.named_parameters()}
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Go on from saved averages. Raises KeyError for a parameter that `weights` lacks."""
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model's weights after optimizer step `step` (0-based)."""

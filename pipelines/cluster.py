@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
+from pipelines.progress import stderr_in
 from pipelines.settings import operational
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    _send_chatter_to(log)
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
-    with _termination_as_exit():
+    with _termination_as_exit(), stderr_in(log):
+        _send_chatter_to(log)
         if address:
             _join(address)
         else:
@@ -146,7 +147,6 @@ def _send_chatter_to(log: Path) -> None:
     import ray.data
     import ray.train  # noqa: F401  (their import installs handlers of their own)
 
-    log.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in list(logging.root.manager.loggerDict):

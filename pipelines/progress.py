@@ -1,11 +1,13 @@
 """How far a stage is: one live bar on a terminal, a line now and then elsewhere; and metrics on their way from workers to the driver."""
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -13,9 +15,32 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 LINE_SECONDS = 15.0  # between lines where no terminal shows a bar
 
 
+_terminal: TextIO | None = None  # the person's stderr while `stderr_in` sends the process's own to a file
+
+
 def console() -> Console:
     """Where a person reads: stderr, so that a stage's result on stdout can be piped."""
-    return Console(stderr=True, highlight=False)
+    return Console(file=_terminal or sys.stderr, highlight=False)
+
+
+@contextmanager
+def stderr_in(log: Path) -> Iterator[None]:
+    """Whatever this process writes to stderr in the body, C++ libraries included, goes to `log`; `console()` still reaches the person."""
+    global _terminal
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    original = os.dup(2)
+    before, _terminal = _terminal, os.fdopen(os.dup(original), "w", buffering=1)
+    try:
+        with log.open("a") as stream:
+            os.dup2(stream.fileno(), 2)
+            yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(original, 2)
+        os.close(original)
+        _terminal.close()
+        _terminal = before
 
 
 class Bar:
@@ -25,7 +50,7 @@ class Bar:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         self._metrics: dict[str, float] = {}
-        self._live = sys.stderr.isatty()
+        self._live = console().is_terminal
         self._rich: Progress | None = None
 
     def __enter__(self) -> "Bar":

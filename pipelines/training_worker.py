@@ -67,7 +67,7 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
         directory = storage.local_directory(newest)
         state = read_state(directory)
         load_weights(model, load_file(directory / WEIGHTS))
-        average.weights = {name: value.to(device) for name, value in load_file(directory / AVERAGE).items()}
+        average.load(load_file(directory / AVERAGE))
         load_optimizer(directory, model, optimizer)
         images_seen, step = state["images_seen"], state["step"]
 

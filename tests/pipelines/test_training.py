@@ -1,0 +1,119 @@
+"""Training through a real Ray Train: resumed = uninterrupted, one worker = two workers, damaged checkpoints, refusals."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mar_model.checkpoint import load_model
+from mar_model.config import Architecture
+from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
+from pipelines.caching import CacheSettings, cache
+from pipelines.cluster import ClusterSettings
+from pipelines.errors import UserError
+from pipelines.images import ImageSettings
+from pipelines.latents import LatentCache
+from pipelines.micro_batches import MicroBatches, share_of
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings, model_config, newest_checkpoint, train
+
+ARCHITECTURE = Architecture(
+    encoder_depth=1, encoder_width=32, encoder_heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, buffer_size=2,
+    denoiser_depth=1, denoiser_width=32,
+)  # fmt: skip
+RECIPE = TrainSettings(
+    images=96, batch=16, micro_batch=4, learning_rate=1e-3, warmup_images=32, ema_decay=0.99, workers=2, precision="float32",
+    checkpoint_images=48, log_images=48, failures=0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sections(ray_local: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenizerSettings, CacheSettings]:
+    """A cache of 40 random 16×16 images in two classes."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        file = root / "images" / f"class-{index % 2}" / f"{index:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    tokenizer = TokenizerSettings(path=str(root / "tokenizer"))
+    config = KLConfig(width=32, multipliers=(1, 1, 1), channels=4, encoder_blocks=1, decoder_blocks=1, attention=False)
+    save_tokenizer(KLAutoencoder(config), root / "tokenizer")
+    settings = CacheSettings(path=str(root / "cache"), shard_images=16)
+    cache(ImageSettings(source=str(root / "images"), size=16), tokenizer, settings, Stage("cache", ray_local))
+    return tokenizer, settings
+
+
+def weights(path: Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(str(path))
+    assert newest is not None
+    return load_file(Path(newest) / name)
+
+
+def test_interrupted_equals_uninterrupted_bit_by_bit_and_one_worker_equals_two(
+    sections: tuple[TokenizerSettings, CacheSettings], stage: Stage, tmp_path: Path
+) -> None:
+    whole, parts = replace(RECIPE, path=str(tmp_path / "whole")), replace(RECIPE, path=str(tmp_path / "parts"))
+    summary = train(*sections, ARCHITECTURE, whole, 3, stage)
+    assert summary["images_seen"] == 96
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images_seen"] for row in rows] == [48, 96]
+    assert {"loss", "loss_band_0", "loss_band_3", "gradient_norm", "learning_rate", "images_per_second", "data_wait_share"} <= rows[0].keys()
+
+    train(*sections, ARCHITECTURE, replace(parts, images=48), 3, stage)
+    one_worker = replace(RECIPE, path=str(tmp_path / "one"), images=48, workers=1)
+    train(*sections, ARCHITECTURE, one_worker, 3, stage)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "parts")
+    for name in one:  # the same step up to the order of a sum
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    model, state = load_model(Path(newest_checkpoint(str(tmp_path / "one")) or ""))
+    assert state["cache_digest"] == LatentCache(sections[1].path).digest
+    assert model.config == model_config(ARCHITECTURE, LatentCache(sections[1].path))
+
+    longer = train(*sections, ARCHITECTURE, parts, 3, stage)  # a longer run of the same identity goes on from 48 images
+    assert longer["restarts_from"] == [48]
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        expected, found = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+    assert longer["loss"] == summary["loss"]
+
+    assert train(*sections, ARCHITECTURE, parts, 3, stage)["images_seen"] == 96  # complete: nothing is trained again
+    with pytest.raises(UserError, match=r"train\.learning_rate \(there: 0\.001, asked for: 0\.5\)"):
+        train(*sections, ARCHITECTURE, replace(parts, learning_rate=0.5), 3, stage)
+
+    damaged = tmp_path / "parts" / "checkpoints" / "images-000000000096" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    fallback = newest_checkpoint(str(tmp_path / "parts"))
+    assert fallback is not None
+    assert fallback.endswith("images-000000000048")
+
+
+def test_every_image_once_an_epoch_whatever_the_workers(sections: tuple[TokenizerSettings, CacheSettings]) -> None:
+    cache_ = LatentCache(sections[1].path)
+    config = model_config(ARCHITECTURE, cache_)
+
+    def labels_and_noise(workers: int) -> list[torch.Tensor]:
+        shares = [
+            MicroBatches(cache_, config, batch=20, micro_batch=4, flip=True, seed=5, worker=worker, workers=workers)
+            for worker in range(workers)
+        ]
+        return [one.posterior_noise for begin in (0, 20) for share in shares for one in share.prepare(begin).micro_batches]
+
+    assert all(torch.equal(a, b) for a, b in zip(labels_and_noise(1), labels_and_noise(3), strict=True))
+    order = MicroBatches(cache_, config, batch=20, micro_batch=4, flip=True, seed=5, worker=0, workers=1).order
+    assert sorted(order.indices(0, 40).tolist()) == list(range(40))
+    assert [list(share_of(worker, 3, 5)) for worker in range(3)] == [[0], [1, 2], [3, 4]]
+
+
+def test_more_workers_than_the_cluster_holds(sections: tuple[TokenizerSettings, CacheSettings], stage: Stage, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.workers is 3.*the cluster has 2 CPUs"):
+        train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=3), 0, stage)
+    with pytest.raises(UserError, match="only 4 micro-batches"):
+        train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=5), 0, stage)
