@@ -1,9 +1,34 @@
 """Stage *sweep*: Ray Tune over training or over generation."""
 
-from dataclasses import dataclass
+import math
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from pipelines.settings import identity, operational
+from mar_model.config import Architecture
+from pipelines import evaluation, storage, training
+from pipelines.caching import CacheSettings
+from pipelines.checkpoints import newest_checkpoint
+from pipelines.cluster import ClusterSettings, cluster_resources
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings
+from pipelines.generation import GenerateSettings
+from pipelines.images import ImageSettings
+from pipelines.metrics_log import MetricsLog
+from pipelines.settings import identity, identity_of, operational
+from pipelines.stage import Stage
+from pipelines.sweep_grid import Sections, Trial, grid
+from pipelines.sweep_table import draw_plot, write_table
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings
+
+LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
 
 
 @dataclass
@@ -12,10 +37,254 @@ class SweepSettings:
 
     path: str = operational("runs/mar/sweep", "directory of the sweep: trials/, table.json, sweep.png")
     over: Literal["train", "generate"] = identity("generate", "train (each trial trains) or generate (trials draw from one checkpoint)")
-    parameters: dict[str, list[Any]] = identity(
-        help="grid: section.key → values, e.g. {generate.temperature: [0.9, 1.0]}", factory=dict
-    )
+    parameters: dict[str, list[Any]] = identity(help="grid: section.key → values, e.g. {generate.temperature: [0.9, 1.0]}", factory=dict)
     metric: str = identity("frechet_distance", "what is compared: a metric of the evaluation, or loss")
     mode: Literal["min", "max"] = identity("min", "min or max")
     images: int = identity(1000, "samples a trial draws for its metric")
     concurrent: int = operational(0, "trials at once; 0: as many as the cluster's CPUs or GPUs hold")
+
+
+def sweep(
+    *,
+    images: ImageSettings,
+    tokenizer: TokenizerSettings,
+    cache: CacheSettings,
+    model: Architecture,
+    train: TrainSettings,
+    generate: GenerateSettings,
+    evaluate: EvaluateSettings,
+    sweep: SweepSettings,
+    seed: int,
+    stage: Stage,
+) -> dict[str, Any]:
+    """Run every combination of `sweep.parameters` as a Tune trial; trials that an earlier attempt finished are not run again.
+
+    Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, error), `best` (trial, parameters, metric).
+    A failed trial is a row with its reason. Raises UserError for a parameter or metric that does not exist, a trial that the
+    cluster can't hold, or when every trial failed.
+    """
+    sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
+    trials = grid(sections, sweep)
+    identity = sweep_identity(sections, sweep, seed)
+    summary = stage.begin(sweep.path, identity)
+    if summary is not None:
+        return summary
+    if sweep.over == "generate":
+        checkpoint = generate.checkpoint or newest_checkpoint(train.path)
+        if checkpoint is None:
+            raise UserError(f"no checkpoint in train.path {train.path!r}: run `mar train` first, or name one with generate.checkpoint")
+        trials = grid(replace(sections, generate=replace(generate, checkpoint=checkpoint)), sweep)
+    rows = {trial.name: storage.read_json(_record(trial)) for trial in trials if storage.exists(_record(trial))}
+    left = [trial for trial in trials if trial.name not in rows]
+    concurrent = concurrency(trials, sweep, stage.cluster)
+    stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
+    with stage.progress(len(trials), "trials", done=len(rows)) as bar:
+
+        def ended(trial: Trial, outcome: dict[str, Any]) -> None:
+            row = rows[trial.name] = _row(trial, outcome, sweep)
+            _track(trial, row, stage)
+            if row["error"] is None:
+                storage.write_json(_record(trial), row)
+            else:
+                stage.say(f"{trial.name} failed: {row['error']}")
+            found = best_of(list(rows.values()), sweep.mode)
+            bar.update(len(rows), **({f"best_{sweep.metric}": found["metric"]} if found else {}))
+
+        if left:
+            _run(left, sweep, seed, stage.cluster, concurrent, ended)
+    ordered = [rows[trial.name] for trial in trials]
+    best = best_of(ordered, sweep.mode)
+    if best is None:
+        reasons = "; ".join(f"{row['trial']}: {row['error']}" for row in ordered)
+        raise UserError(f"every trial of {sweep.path} failed ({reasons}); mend the cause, then run the sweep again")
+    write_table(sweep.path, ordered)
+    draw_plot(sweep.path, ordered, sweep.metric, best["trial"])
+    if storage.is_local(sweep.path):
+        stage.artifact(storage.join(sweep.path, "table.csv"))
+        stage.artifact(storage.join(sweep.path, "sweep.png"))
+    stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
+    return stage.complete(
+        sweep.path,
+        identity,
+        {
+            "over": sweep.over,
+            "metric": sweep.metric,
+            "mode": sweep.mode,
+            "trials": len(ordered),
+            "failed": sum(row["error"] is not None for row in ordered),
+            "best": {key: best[key] for key in ("trial", "parameters", "metric")},
+            "rows": ordered,
+        },
+    )
+
+
+def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int) -> dict[str, Any]:
+    """What decides the table: the grid, and every setting that the trials share."""
+    if sweep.over == "train":
+        found = {**training.training_identity(sections.cache, sections.model, sections.train, seed), "train.images": sections.train.images}
+    else:
+        found = {**identity_of(generate=sections.generate, seed=seed), "checkpoint": sections.generate.checkpoint or sections.train.path}
+        del found["generate.images"]
+    if _is_scored(sweep):
+        found |= identity_of(generate=sections.generate, evaluate=sections.evaluate)
+        found = {name: value for name, value in found.items() if name not in ("evaluate.images", "generate.images")}
+    found = {name: value for name, value in found.items() if name not in sweep.parameters}
+    return {**found, **identity_of(sweep=sweep)}
+
+
+def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSettings) -> int:
+    """Trials at a time that the cluster holds, at most `sweep.concurrent`. A trial itself takes no CPU, its workers do.
+
+    Raises UserError for a trial whose workers the cluster does not hold, since it would wait for ever.
+    """
+    cpus, gpus = cluster_resources()
+    most = 1
+    for trial in trials:
+        workers = trial.sections.train.workers if sweep.over == "train" else 1
+        if workers > cpus or workers * cluster.gpus_per_worker > gpus:
+            raise UserError(
+                f"sweep trial {trial.name} needs {workers} workers, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster "
+                f"has {cpus:g} CPUs and {gpus:g} GPUs; lower train.workers, or join a larger cluster with cluster.address"
+            )
+        if _is_scored(sweep):
+            workers = max(workers, trial.sections.generate.actors + trial.sections.evaluate.actors)
+        most = max(most, workers)
+    fitting = int(cpus // most)
+    if cluster.gpus_per_worker:
+        fitting = min(fitting, int(gpus // (most * cluster.gpus_per_worker)))
+    return max(1, min(fitting, sweep.concurrent or fitting))
+
+
+def run_trial(
+    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
+) -> dict[str, Any]:
+    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome."""
+    trial = trials[config["trial"]]
+    began = time.monotonic()
+    outcome: dict[str, Any] = {"metrics": {}, "error": None}
+    try:
+        stage = Stage(trial.name, cluster)
+        one = trial.sections
+        if sweep.over == "train":
+            outcome["metrics"] |= training.train(one.tokenizer, one.cache, one.model, one.train, seed, stage)
+        if _is_scored(sweep):
+            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
+    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
+        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
+        last = ([line for line in str(error).splitlines() if line.strip()] or ["no message"])[-1].strip()
+        outcome["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {last[:500]}"
+    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
+
+
+def best_of(rows: list[dict[str, Any]], mode: str) -> dict[str, Any] | None:
+    """The row with the lowest ("min") or highest ("max") metric; None when no trial has one."""
+    valid = [row for row in rows if row["metric"] is not None]
+    return (min if mode == "min" else max)(valid, key=lambda row: row["metric"]) if valid else None
+
+
+def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings, concurrent: int, ended: Any) -> None:
+    """Give the trials to Tune; `ended(trial, outcome)` is called in this process as each one ends."""
+    from ray import tune
+
+    by_name = {trial.name: trial for trial in left}
+
+    class Ended(tune.Callback):  # type: ignore[misc]
+        def __init__(self, call: Any) -> None:
+            self.call = call
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its callbacks for a resume that we don't use; this one's run in MLflow can't be
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.call(trial.config["trial"], trial.last_result["outcome"])
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            lost = f"its process was lost {LOST_ACTORS + 1} times"
+            self.call(trial.config["trial"], {"metrics": {}, "error": lost, "seconds": 0.0})
+
+    storage_path = storage.join(sweep.path, "ray")
+    storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
+    run_trials = partial(run_trial, trials=by_name, sweep=sweep, seed=seed, cluster=cluster)
+    with _tune_environment():
+        tune.Tuner(
+            tune.with_resources(run_trials, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
+            param_space={"trial": tune.grid_search(list(by_name))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, trial_dirname_creator=lambda trial: trial.trial_id),
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=os.path.abspath(storage_path) if storage.is_local(storage_path) else storage_path,
+                failure_config=tune.FailureConfig(max_failures=LOST_ACTORS),
+                callbacks=[Ended(lambda name, outcome: ended(by_name[name], outcome))],
+                verbose=0,
+            ),
+        ).fit()
+    storage.delete(storage_path)
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Variables tell Tune to keep the working directory (paths may be relative), leave Ctrl-C alone and write no logs of its own."""
+    wanted = {
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints its headings even with verbose=0
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _is_scored(sweep: SweepSettings) -> bool:
+    return sweep.over == "generate" or sweep.metric != "loss"
+
+
+def _record(trial: Trial) -> str:
+    return storage.join(trial.path, "trial.json")
+
+
+def _measured(metric: str, numbers: dict[str, float]) -> str:
+    """The name that carries `metric`: `frechet_distance` stands for whichever feature network measured it."""
+    if metric == "frechet_distance":
+        return next((name for name in numbers if name == "fid" or name.startswith("frechet_distance_")), metric)
+    return metric
+
+
+def _row(trial: Trial, outcome: dict[str, Any], sweep: SweepSettings) -> dict[str, Any]:
+    """A line of the table. A metric that is missing or not finite makes the trial a failed one."""
+    numbers = {name: value for name, value in outcome["metrics"].items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    finite = {name: value for name, value in numbers.items() if math.isfinite(value) and name not in ("format_version", "seconds")}
+    measured, error = _measured(sweep.metric, numbers), outcome["error"]
+    value = finite.get(measured)
+    if error is None and value is None:
+        found = numbers.get(measured, f"not among its metrics: {', '.join(finite)}")
+        error = f"sweep.metric {sweep.metric} is {found}"
+    return {
+        "trial": trial.name,
+        "parameters": trial.parameters,
+        "metric": value if error is None else None,
+        "metrics": finite,
+        "seconds": outcome["seconds"],
+        "error": error,
+    }
+
+
+def _track(trial: Trial, row: dict[str, Any], stage: Stage) -> None:
+    """An MLflow run of the trial's own, with its training curve where it has one."""
+    if stage.tracker is None:
+        return
+    configuration = asdict(trial.sections)
+    tracker = stage.tracker.child(trial.name, configuration, trial.path)
+    log = MetricsLog(storage.join(trial.path, "metrics.jsonl"), 2**63)
+    for line in log.rows:
+        tracker.log({name: value for name, value in line.items() if name != "images_seen"}, line["images_seen"])
+    tracker.log({**row["metrics"], "seconds": row["seconds"]}, log.rows[-1]["images_seen"] if log.rows else 0)
+    tracker.close("FAILED" if row["error"] else "FINISHED")

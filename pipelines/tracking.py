@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,12 +36,14 @@ class TrackingSettings:
 class Tracker:
     """One MLflow run. `Tracker.open` finds or creates it; `log` buffers a little; `close` ends it."""
 
-    def __init__(self, client: Any, run_id: str, uri: str, parent: "Tracker | None", say: Callable[[str], None]) -> None:
+    def __init__(self, client: Any, run_id: str, settings: TrackingSettings, parent: "Tracker | None", say: Callable[[str], None]) -> None:
         self.run_id = run_id
         self.parent = parent
         self._client = client
-        self._uri = uri
+        self._settings = settings
+        self._uri = settings.uri
         self._say = say
+        self._lock = threading.RLock()  # metrics come from the thread that listens to the workers
         self._waiting: list[Any] = []
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         self._skipped: set[str] = set()
@@ -75,21 +78,26 @@ class Tracker:
                 for key, value in tags.items():
                     client.set_tag(run_id, key, value)
             _log_parameters(client, run_id, flatten(configuration))
-        return cls(client, run_id, settings.uri, parent, say)
+        return cls(client, run_id, settings, parent, say)
+
+    def child(self, name: str, configuration: dict[str, Any], path: str) -> "Tracker":
+        """A run nested under this one, in the same store."""
+        return Tracker.open(self._settings, name, configuration, path, self, self._say)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at a step (images seen). Values that are not finite are left out, and named once each."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        for key, value in metrics.items():
-            if math.isfinite(value):
-                self._waiting.append(Metric(key, float(value), now, int(step)))
-            elif key not in self._skipped:
-                self._skipped.add(key)
-                self._say(f"metric {key} is {value} at step {step}: values that are not finite are left out of MLflow")
-        if time.monotonic() >= self._next_flush:
-            self._flush()
+        with self._lock:
+            for key, value in metrics.items():
+                if math.isfinite(value):
+                    self._waiting.append(Metric(key, float(value), now, int(step)))
+                elif key not in self._skipped:
+                    self._skipped.add(key)
+                    self._say(f"metric {key} is {value} at step {step}: values that are not finite are left out of MLflow")
+            if time.monotonic() >= self._next_flush:
+                self._flush()
 
     def artifact(self, path: str) -> None:
         """Copy a local file, or a local folder with all that is in it, to the run's artefacts."""
@@ -99,7 +107,7 @@ class Tracker:
                 self._client.log_artifacts(self.run_id, path, artifact_path=Path(path).name)
             else:
                 self._client.log_artifact(self.run_id, path)
-        except Exception as error:  # noqa: BLE001 - a finished or running stage outlives whatever its store raises
+        except Exception as error:  # a stage outlives whatever its store raises
             self._say(f"MLflow did not take the artefact {path}: {_without_secrets(error, self._uri)}")
 
     def close(self, status: str = "FINISHED") -> None:
@@ -110,22 +118,23 @@ class Tracker:
         try:
             with _short_waits():
                 self._client.set_terminated(self.run_id, status)
-        except Exception as error:  # noqa: BLE001 - a finished or running stage outlives whatever its store raises
+        except Exception as error:  # a stage outlives whatever its store raises
             self._say(f"MLflow run {self.run_id} stays open: {_without_secrets(error, self._uri)}")
 
     def _flush(self) -> None:
         """Send what waits. A long training must outlive its MLflow server: on failure all is kept and tried again later."""
-        try:
-            with _short_waits():
-                while self._waiting:
-                    self._client.log_batch(self.run_id, metrics=self._waiting[:METRICS_A_CALL])
-                    del self._waiting[:METRICS_A_CALL]
-            self._away = False
-        except Exception as error:  # noqa: BLE001 - a finished or running stage outlives whatever its store raises
-            if not self._away:
-                self._say(f"MLflow does not answer, its metrics wait: {_without_secrets(error, self._uri)}")
-            self._away = True
-        self._next_flush = time.monotonic() + (RETRY_SECONDS if self._away else FLUSH_SECONDS)
+        with self._lock:
+            try:
+                with _short_waits():
+                    while self._waiting:
+                        self._client.log_batch(self.run_id, metrics=self._waiting[:METRICS_A_CALL])
+                        del self._waiting[:METRICS_A_CALL]
+                self._away = False
+            except Exception as error:  # a stage outlives whatever its store raises
+                if not self._away:
+                    self._say(f"MLflow does not answer, its metrics wait: {_without_secrets(error, self._uri)}")
+                self._away = True
+            self._next_flush = time.monotonic() + (RETRY_SECONDS if self._away else FLUSH_SECONDS)
 
 
 def flatten(configuration: Mapping[str, Any]) -> dict[str, str]:
@@ -160,7 +169,7 @@ def _as_user_error(uri: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the store, its driver or the network raises
+    except Exception as error:  # whatever the store, its driver or the network raises
         remedy = (
             "start that server, or keep the runs in a file with tracking.uri=sqlite:///runs/mlflow.db"
             if uri.startswith("http")

@@ -37,7 +37,8 @@ def test_flatten_names_every_key_and_cuts_long_values() -> None:
         "seed": "3",
     }
     cut = flatten({"a": {"b": "x" * 7000}})["a.b"]
-    assert len(cut) == LONGEST_PARAMETER and cut.endswith("… (cut: 7000 characters)")
+    assert len(cut) == LONGEST_PARAMETER
+    assert cut.endswith("… (cut: 7000 characters)")
 
 
 def test_runs_nest_and_hold_configuration_metrics_and_artefacts(settings: TrackingSettings, tmp_path: Path) -> None:
@@ -54,14 +55,19 @@ def test_runs_nest_and_hold_configuration_metrics_and_artefacts(settings: Tracki
 
     client = MlflowClient(settings.uri)
     run = client.get_run(child.run_id)
-    assert run.data.tags["mlflow.parentRunId"] == parent.run_id and child.parent is parent
-    assert run.info.run_name == "train" and run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert child.parent is parent
+    assert run.info.run_name == "train"
+    assert run.info.status == "FINISHED"
     assert client.get_run(parent.run_id).info.status == "KILLED"
     assert len(run.data.params) == 152
-    assert run.data.params["train.key149"] == "149" and len(run.data.params["model.long"]) == LONGEST_PARAMETER
+    assert run.data.params["train.key149"] == "149"
+    assert len(run.data.params["model.long"]) == LONGEST_PARAMETER
     history = client.get_metric_history(child.run_id, "loss")
     assert sorted((one.step, one.value) for one in history) == [(step, step / 10) for step in range(0, 2500, 2)]
-    assert "bad" not in run.data.metrics and len(said) == 1 and "bad" in said[0]
+    assert "bad" not in run.data.metrics
+    assert len(said) == 1
+    assert "bad" in said[0]
     root = Path(settings.uri.removeprefix("sqlite:///")).parent / "artifacts"
     assert (root / child.run_id / "artifacts" / "picture.txt").read_text() == "pixels"
 
@@ -77,7 +83,8 @@ def test_a_resumed_stage_goes_on_in_its_run(settings: TrackingSettings, tmp_path
     client = MlflowClient(settings.uri)
     run = client.get_run(again.run_id)
     assert run.data.params == {"train.batch": "8", "train.workers": "1", "train.new": "5"}
-    assert run.data.tags["resumed.train.workers"] == "2" and "resumed.train.batch" not in run.data.tags
+    assert run.data.tags["resumed.train.workers"] == "2"
+    assert "resumed.train.batch" not in run.data.tags
     assert [one.value for one in client.get_metric_history(again.run_id, "loss")] == [2.0, 1.0]
 
     elsewhere = TrackingSettings(uri=settings.uri, experiment="other")
@@ -104,8 +111,11 @@ def test_a_server_that_is_not_there_is_named_quickly_and_without_its_password(tm
         Tracker.open(TrackingSettings(uri=f"http://me:hunter2@127.0.0.1:{port}"), "train", {}, str(tmp_path))
     assert time.monotonic() - began < 20
     text = str(caught.value)
-    assert f"'http://127.0.0.1:{port}'" in text and "hunter2" not in text and "tracking.uri=sqlite" in text
-    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert f"'http://127.0.0.1:{port}'" in text
+    assert "hunter2" not in text
+    assert "tracking.uri=sqlite" in text
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
     assert without_password("postgresql://a:b@host/db") == "postgresql://host/db"
 
@@ -131,7 +141,8 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
                 socket.create_connection(("127.0.0.1", port), 0.2).close()
                 break
             except OSError:
-                assert process.poll() is None and time.monotonic() < until, (tmp_path / "server.log").read_text()
+                if process.poll() is not None or time.monotonic() > until:
+                    pytest.fail((tmp_path / "server.log").read_text())
                 time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process
     finally:
@@ -157,4 +168,6 @@ def test_a_real_server_takes_the_run_and_may_go_away(server: tuple[str, "subproc
     one.log({"loss": 1.0}, 1)
     one._flush()
     one.close()  # the work is done: nothing is raised
-    assert "does not answer" in said[0] and "1 metrics did not reach it" in said[1] and len(said) == 3
+    assert "does not answer" in said[0]
+    assert "1 metrics did not reach it" in said[1]
+    assert len(said) == 3

@@ -1,0 +1,250 @@
+"""Sweeps through a real Ray Tune: the grid, what is refused before it starts, trials, failures, resume, table and plot."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from mar_model.config import Architecture
+from pipelines import storage
+from pipelines.caching import CacheSettings
+from pipelines.cluster import ClusterSettings
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings
+from pipelines.generation import GenerateSettings
+from pipelines.images import ImageSettings
+from pipelines.latents import LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.stage import Stage
+from pipelines.sweep_grid import Sections, grid
+from pipelines.sweep_table import draw_plot, write_table
+from pipelines.sweeping import SweepSettings, best_of, concurrency, sweep, sweep_identity
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.tracking import Tracker, TrackingSettings
+from pipelines.training import TrainSettings
+
+TINY = Architecture(
+    patch_size=1, encoder_depth=1, encoder_width=8, encoder_heads=2, decoder_depth=1, decoder_width=8, decoder_heads=2,
+    buffer_size=2, denoiser_depth=1, denoiser_width=8,
+)  # fmt: skip
+
+
+def write_cache(path: str) -> None:
+    """32 random latents of 2 channels on 2×2 in two classes."""
+    moments, flipped = np.random.default_rng(0).normal(size=(2, 32, 4, 2, 2)).astype("float16")
+    data = shard_bytes([f"{row:02d}.png" for row in range(32)], [row % 2 for row in range(32)], moments, flipped)
+    storage.write_bytes(storage.join(path, "shards", shard_name(0)), data)
+    found = LatentStatistics.of(moments).merged(LatentStatistics.of(flipped))
+    manifest = Manifest(
+        format_version=1, rows=32, shards=[{"name": shard_name(0), "rows": 32, "sha256": storage.digest(data), "bytes": len(data)}],
+        class_names=["a", "b"], image_size=16, latent_size=2, latent_channels=2, dtype="float16", latent_mean=found.mean,
+        latent_std=found.std, latent_min=found.min, latent_max=found.max, tokenizer={"path": "none", "digest": "0"}, images={}, rejected=0,
+    )  # fmt: skip
+    storage.write_json(storage.join(path, "manifest.json"), manifest.as_dict())
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory: pytest.TempPathFactory) -> Sections:
+    root = tmp_path_factory.mktemp("run")
+    write_cache(str(root / "cache"))
+    return Sections(
+        ImageSettings(size=16),
+        TokenizerSettings(path=str(root / "tokenizer"), kind="pixels", channels=2),
+        CacheSettings(path=str(root / "cache")),
+        TINY,
+        TrainSettings(
+            path=str(root / "train"),
+            images=64,
+            batch=16,
+            micro_batch=8,
+            warmup_images=0,
+            workers=1,
+            log_images=16,
+            checkpoint_images=64,
+            failures=0,
+        ),
+        GenerateSettings(path=str(root / "samples")),
+        EvaluateSettings(path=str(root / "evaluation")),
+    )
+
+
+def run(sections: Sections, settings: SweepSettings, stage: Stage) -> dict[str, Any]:
+    return sweep(**vars(sections), sweep=settings, seed=1, stage=stage)
+
+
+def test_the_grid_has_every_combination_with_its_own_configuration(sections: Sections) -> None:
+    parameters = {"generate.temperature": [0.9, 1], "generate.guidance_schedule": ["linear", "constant"]}
+    trials = grid(sections, SweepSettings(path="s", parameters=parameters, images=7))
+    assert [trial.name for trial in trials] == [
+        "temperature=0.9,guidance_schedule=linear",
+        "temperature=0.9,guidance_schedule=constant",
+        "temperature=1,guidance_schedule=linear",
+        "temperature=1,guidance_schedule=constant",
+    ]
+    last = trials[-1].sections
+    assert (last.generate.temperature, last.generate.guidance_schedule) == (1, "constant")
+    assert last.evaluate.images == 7
+    assert last.evaluate.path == "s/trials/temperature=1,guidance_schedule=constant/evaluation"
+    assert last.train == sections.train
+    assert sections.generate.temperature == 1.0
+    trained = grid(sections, SweepSettings(path="s", over="train", parameters={"model.denoiser_width": [8, 16]}))
+    assert [(one.sections.train.path, one.sections.model.denoiser_width) for one in trained] == [
+        ("s/trials/denoiser_width=8", 8),
+        ("s/trials/denoiser_width=16", 16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("over", "parameters", "message"),
+    [
+        ("generate", {}, "sweep.parameters is empty"),
+        ("generate", {"generate.temperatur": [1.0]}, "'generate.temperatur'.*nearest is 'generate.temperature'"),
+        ("generate", {"train.learning_rate": [1e-3]}, "a sweep over generate takes the keys of generate"),
+        ("train", {"train.path": ["a"]}, "'train.path'.*takes the keys of model and train"),
+        ("generate", {"generate.temperature": []}, r"temperature is \[\], expected a list of one value or more"),
+        ("generate", {"generate.ar_steps": [8, "many"]}, "the value 'many', expected int, as in 64"),
+        ("generate", {"generate.limit_x0": [1]}, "the value 1, expected bool"),
+    ],
+)
+def test_a_parameter_that_cannot_be_swept_is_named(sections: Sections, over: Any, parameters: dict[str, list[Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        grid(sections, SweepSettings(over=over, parameters=parameters))
+
+
+def test_concurrency_fits_the_cluster_and_too_many_workers_are_refused(sections: Sections, ray_local: ClusterSettings) -> None:
+    def allowed(concurrent: int, workers: list[int], cluster: ClusterSettings = ray_local) -> int:
+        settings = SweepSettings(over="train", metric="loss", parameters={"train.workers": workers}, concurrent=concurrent)
+        return concurrency(grid(sections, settings), settings, cluster)
+
+    assert allowed(0, [1]) == 2
+    assert allowed(1, [1]) == 1
+    assert allowed(8, [1]) == 2
+    assert allowed(0, [1, 2]) == 1
+    with pytest.raises(UserError, match=r"workers=3 needs 3 workers, each with 1 CPU and 0 GPU, but the cluster has 2 CPUs and 0 GPUs"):
+        allowed(0, [1, 3])
+    with pytest.raises(UserError, match="has 2 CPUs and 0 GPUs"):
+        allowed(0, [1], ClusterSettings(gpus_per_worker=1.0))
+
+
+def test_identity_holds_what_decides_the_table_and_no_more(sections: Sections) -> None:
+    settings = SweepSettings(over="train", metric="loss", parameters={"model.denoiser_width": [8, 16]}, concurrent=3)
+    found = sweep_identity(sections, settings, 1)
+    assert found["train.images"] == 64
+    assert "cache.digest" in found
+    assert found["sweep.parameters"] == {"model.denoiser_width": [8, 16]}
+    assert not {"model.denoiser_width", "sweep.concurrent", "train.workers", "generate.temperature"} & set(found)
+    scored = sweep_identity(sections, SweepSettings(parameters={"generate.temperature": [1.0]}), 1)
+    assert "generate.guidance" in scored
+    assert "evaluate.features" in scored
+    assert "sweep.images" in scored
+    assert not {"generate.temperature", "evaluate.images", "generate.images"} & set(scored)
+
+
+def test_best_of_ignores_failed_trials() -> None:
+    rows = [{"trial": "a", "metric": 2.0}, {"trial": "b", "metric": None}, {"trial": "c", "metric": 1.0}]
+    assert best_of(rows, "min")["trial"] == "c"
+    assert best_of(rows, "max")["trial"] == "a"
+    assert best_of(rows[1:2], "min") is None
+
+
+def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
+    sections: Sections, ray_local: ClusterSettings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    path = str(tmp_path / "sweep")
+    settings = SweepSettings(
+        path=path, over="train", metric="loss", parameters={"model.decoder_width": [8, 12, 9]}
+    )  # 9: two heads don't divide
+    parent = Tracker.open(tracking, "sweep", {}, path)
+    summary = run(sections, settings, Stage("sweep", ray_local, tracker=parent))
+    parent.close()
+
+    rows = {row["trial"]: row for row in summary["rows"]}
+    assert list(rows) == ["decoder_width=8", "decoder_width=12", "decoder_width=9"]
+    assert summary["failed"] == 1
+    assert rows["decoder_width=9"]["metric"] is None
+    assert "decoder_heads 2 does not divide decoder_width 9" in rows["decoder_width=9"]["error"]
+    for width in (8, 12):
+        row, trial = rows[f"decoder_width={width}"], tmp_path / "sweep" / "trials" / f"decoder_width={width}"
+        trained = json.loads((trial / "summary.json").read_text())
+        assert row["metric"] == trained["loss"]
+        assert math.isfinite(row["metric"])
+        assert trained["images_seen"] == 64
+        assert json.loads((trial / "trial.json").read_text()) == row
+    best = min(("decoder_width=8", "decoder_width=12"), key=lambda name: rows[name]["metric"])
+    assert summary["best"] == {"trial": best, "parameters": rows[best]["parameters"], "metric": rows[best]["metric"]}
+    assert json.loads((tmp_path / "sweep" / "table.json").read_text()) == summary["rows"]
+    assert not (tmp_path / "sweep" / "ray").exists()
+    assert Image.open(tmp_path / "sweep" / "sweep.png").width > 600
+    assert "Traceback" not in capfd.readouterr().err
+
+    client = MlflowClient(tracking.uri)
+    experiment = client.get_experiment_by_name(tracking.experiment).experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    assert {(one.info.run_name, one.info.status) for one in nested} == {
+        ("decoder_width=8", "FINISHED"),
+        ("decoder_width=12", "FINISHED"),
+        ("decoder_width=9", "FAILED"),
+    }
+    tracked = next(one for one in nested if one.info.run_name == best)
+    assert tracked.data.params["model.decoder_width"] == best.split("=")[1]
+    assert tracked.data.metrics["loss"] == rows[best]["metric"]
+    assert [point.step for point in client.get_metric_history(tracked.info.run_id, "learning_rate")] == [16, 32, 48, 64]
+
+    # a killed sweep: no summary, one trial unfinished; the other is not touched again
+    (tmp_path / "sweep" / "summary.json").unlink()
+    (tmp_path / "sweep" / "trials" / "decoder_width=12" / "trial.json").unlink()
+    before = (tmp_path / "sweep" / "trials" / "decoder_width=8" / "trial.json").stat().st_mtime_ns
+    again = run(sections, settings, Stage("sweep", ray_local))
+    assert (tmp_path / "sweep" / "trials" / "decoder_width=8" / "trial.json").stat().st_mtime_ns == before
+    assert [row["metric"] for row in again["rows"]] == [row["metric"] for row in summary["rows"]]
+    assert run(sections, settings, Stage("sweep", ray_local)) == again  # complete
+    with pytest.raises(UserError, match=r"sweep\.metric"):
+        run(
+            sections,
+            SweepSettings(path=path, over="train", metric="loss_band_0", parameters=settings.parameters),
+            Stage("sweep", ray_local),
+        )
+
+
+def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
+    settings = SweepSettings(path=str(tmp_path), over="train", metric="loss", parameters={"model.decoder_width": [9]})
+    with pytest.raises(UserError, match=r"every trial of .* failed \(decoder_width=9: .*does not divide"):
+        run(sections, settings, Stage("sweep", ray_local))
+
+
+def test_a_generate_sweep_needs_a_checkpoint(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
+    settings = SweepSettings(path=str(tmp_path), parameters={"generate.temperature": [0.9, 1.0]})
+    with pytest.raises(UserError, match=r"no checkpoint in train.path .*run `mar train` first"):
+        run(sections, settings, Stage("sweep", ray_local))
+
+
+def test_table_and_plot_of_two_parameters(tmp_path: Path) -> None:
+    rows = [
+        {
+            "trial": f"{rate}-{schedule}",
+            "parameters": {"train.learning_rate": rate, "train.schedule": schedule},
+            "metric": None if rate == 1e-2 else 1 + rate,
+            "metrics": {} if rate == 1e-2 else {"loss": 1 + rate},
+            "seconds": 2.5,
+            "error": "out of memory, sorry" if rate == 1e-2 else None,
+        }
+        for rate in (1e-4, 1e-3, 1e-2)
+        for schedule in ("constant", "cosine")
+    ]
+    write_table(str(tmp_path), rows)
+    draw_plot(str(tmp_path), rows, "loss", "0.0001-cosine")
+    with open(tmp_path / "table.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read[1] == {
+        "trial": "0.0001-cosine", "train.learning_rate": "0.0001", "train.schedule": "cosine", "loss": "1.0001", "seconds": "2.5",
+        "error": "",
+    }  # fmt: skip
+    assert read[5]["loss"] == ""
+    assert read[5]["error"] == "out of memory, sorry"
+    assert Image.open(tmp_path / "sweep.png").getbbox() is not None
