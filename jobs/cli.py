@@ -1,0 +1,182 @@
+"""The command `mar`: one command a stage, the whole demo, submission to a cluster, and the check before a long job."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.config import RunConfig
+
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
+Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="one setting; repeatable")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and stop")]
+
+app = typer.Typer(
+    name="mar",
+    help="Masked autoregressive image models (MAR) on Ray.",
+    epilog="Example:  mar quickstart",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 96},
+)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C during a stage. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
+
+
+def main() -> None:
+    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C."""
+    try:
+        guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
+    except UserError as error:
+        _leave("\n".join(f"mar: error: {line}" for line in str(error).splitlines()), 2)
+    except StageFailed as error:
+        _leave(f"mar: {error}", 1)
+    except _Interrupted:
+        _leave(f"\nmar: interrupted; to go on: {shlex.join(['mar', *sys.argv[1:]])}", 130)
+
+
+def _leave(text: str, status: int) -> None:
+    print(text, file=sys.stderr)
+    sys.exit(status)
+
+
+def _load(config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
+    """The configuration; printed and done with --print-config, else named on stderr."""
+    from jobs.config import load
+    from pipelines.tracking import without_password
+
+    loaded = load(preset, config, assignments or [])
+    sources = [f"preset {preset}" if preset else "defaults", *([config] if config else []), *(assignments or [])]
+    source = ", ".join(without_password(one) for one in sources)
+    if print_config:
+        print(f"# {source}\n{loaded.yaml()}", end="")
+        raise typer.Exit
+    print(f"configuration: {source}", file=sys.stderr)
+    return loaded
+
+
+def _stage_command(name: str) -> Callable[..., None]:
+    def run(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
+        loaded = _load(config, preset, assignments, print_config)
+        stage = STAGES[name]
+        for key in (*stage.reads, stage.writes):
+            print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
+        _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+
+    return run
+
+
+for _name, _stage in STAGES.items():
+    app.command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(_stage_command(_name))
+
+
+@app.command(epilog="Example:  mar report runs/demo")
+def report(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="directory of the run; else the one that holds train.path")] = "",
+    config: ConfigFile = None,
+    preset: Preset = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Write RUN/report.html, one page of all results."""
+    loaded = _load(config, preset, assignments, print_config)
+    run = run or run_directory(loaded)
+
+    def work() -> str:
+        from pipelines.report import report as write_report
+
+        return write_report(run)
+
+    print(guarded("report", run, work))
+
+
+@app.command(epilog="Example:  mar quickstart --set train.workers=1")
+def quickstart(
+    config: ConfigFile = None, preset: Preset = "demo", assignments: Assignments = None, print_config: PrintConfig = False
+) -> None:
+    """Run every stage, of the preset demo by default."""
+    loaded = _load(config, preset, assignments, print_config)
+
+    def work() -> dict[str, Any]:
+        from pipelines.quickstart import quickstart as run_all
+
+        sections = {name: getattr(loaded, name) for name in type(loaded).model_fields}
+        return run_all(**sections, configuration=loaded.plain())
+
+    root = run_directory(loaded)
+    _print_summary("quickstart", _interruptible(lambda: guarded("quickstart", root, work)))
+    _print_next_steps(root, loaded.tracking.uri)
+
+
+@app.command(
+    epilog="Example:  mar submit --address http://127.0.0.1:8265 -- doctor --preset demo",
+    context_settings={"allow_interspersed_args": False},
+)
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
+    address: Annotated[str, typer.Option(metavar="URL", help="dashboard of the head node")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave; the job goes on")] = False,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment of the job; repeatable")] = None,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Run a command on a Ray cluster, follow its log, end as it ends."""
+    from jobs.submit import environment, job_command, outputs_lost_with_the_job, send
+
+    job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])
+    loaded = _load(job.config, job.preset, job.assignments, print_config)
+    for warning in outputs_lost_with_the_job(job, loaded):
+        print(f"mar: warning: {warning}", file=sys.stderr)
+    raise typer.Exit(send(address, job, environment(env or []), detach))
+
+
+@app.command(epilog="Example:  mar doctor --preset demo")
+def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
+    """Check Ray, paths, MLflow, weights and disk before a long job."""
+    loaded = _load(config, preset, assignments, print_config)
+    from jobs.doctor import examine, show
+
+    raise typer.Exit(0 if show(examine(loaded)) else 1)
+
+
+def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except KeyboardInterrupt:
+        raise _Interrupted from None
+
+
+def _print_summary(name: str, summary: dict[str, Any]) -> None:
+    """The summary's plain values as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=name, show_header=False, title_justify="left")
+    for key, value in summary.items():
+        if isinstance(value, str | int | float) and key not in ("format_version", "stage"):
+            table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _print_next_steps(root: str, tracking_uri: str) -> None:
+    print(f"report: {root}/report.html")
+    print(f"every number: mlflow ui --host 127.0.0.1 --backend-store-uri {tracking_uri}")
+    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")
+    print("                 mar quickstart --config mine.yaml")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The stages as commands: what each reads and writes, and the function that does its work."""
+
+import importlib
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.config import RunConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """One stage. `function` is `module:name`; it takes `sections` of the configuration, each under its own name, and `stage`."""
+
+    function: str
+    sections: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: str
+    help: str
+    example: str
+
+
+STAGES = {
+    "tokenize": StageCommand(
+        "pipelines.tokenizing:tokenize",
+        ("images", "tokenizer", "seed"),
+        ("images.source",),
+        "tokenizer.path",
+        "Train the tokenizer, a KL autoencoder, on images.",
+        "mar tokenize --preset demo --set tokenizer.images=20_000",
+    ),
+    "cache": StageCommand(
+        "pipelines.caching:cache",
+        ("images", "tokenizer", "cache"),
+        ("images.source", "tokenizer.path"),
+        "cache.path",
+        "Encode every image once: the latent cache.",
+        "mar cache --preset demo --set cache.encoders=2",
+    ),
+    "train": StageCommand(
+        "pipelines.training:train",
+        ("tokenizer", "cache", "model", "train", "seed"),
+        ("cache.path", "tokenizer.path"),
+        "train.path",
+        "Train a MAR model on the cache, or go on with it.",
+        "mar train --preset demo --set train.workers=1",
+    ),
+    "generate": StageCommand(
+        "pipelines.generation:generate",
+        ("tokenizer", "train", "generate", "seed"),
+        ("train.path", "tokenizer.path"),
+        "generate.path",
+        "Draw images of given classes from a checkpoint.",
+        "mar generate --preset demo --set generate.labels=[3,7]",
+    ),
+    "evaluate": StageCommand(
+        "pipelines.evaluation:evaluate",
+        ("images", "tokenizer", "train", "generate", "evaluate", "seed"),
+        ("images.source", "train.path", "tokenizer.path"),
+        "evaluate.path",
+        "Measure samples against a reference: FID and more.",
+        "mar evaluate --preset demo --set evaluate.images=500",
+    ),
+    "sweep": StageCommand(
+        "pipelines.sweeping:sweep",
+        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed"),
+        ("images.source", "cache.path", "tokenizer.path", "train.path"),
+        "sweep.path",
+        "Compare settings of training or of generation.",
+        "mar sweep --preset demo --set sweep.metric=label_agreement --set sweep.mode=max",
+    ),
+}  # fmt: skip
+
+
+class StageFailed(Exception):
+    """A stage ended with an error that is no user's mistake; its text is the cause and where the traceback is."""
+
+
+def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
+    """Run one stage on Ray and return its summary.
+
+    Raises UserError for a mistake of the person's, wherever it was found (also in a Ray worker), and StageFailed for any
+    other error, whose traceback is then in `error.log` beside the output.
+    """
+    command = STAGES[name]
+    path = value_at(config, command.writes)
+
+    def work() -> dict[str, Any]:
+        from pipelines.stage import open_stage
+
+        module, _, function = command.function.partition(":")
+        do = getattr(importlib.import_module(module), function)
+        sections = {section: getattr(config, section) for section in command.sections}
+        with open_stage(name, path, config.plain(), config.cluster, config.tracking) as stage:
+            summary: dict[str, Any] = do(**sections, stage=stage)
+        return summary
+
+    return guarded(name, path, work)
+
+
+def guarded(name: str, path: str, work: Callable[[], T]) -> T:
+    """`work()`, with whatever it raises turned into UserError, or into StageFailed with the traceback in `path/error.log`."""
+    try:
+        return work()
+    except (UserError, StageFailed):
+        raise
+    except Exception as error:
+        mistake = _find(error, UserError)
+        if mistake is not None:
+            raise UserError(str(mistake)) from error
+        cause = _innermost(error)
+        text = (str(cause).strip() or "no message").splitlines()[-1]
+        raise StageFailed(f"{name} failed: {type(cause).__name__}: {text}\nthe traceback is in {_log(name, path, error)}") from error
+
+
+def value_at(config: "RunConfig", key: str) -> Any:
+    """The value of `section.key`."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name) if name else getattr(config, section)
+
+
+def run_directory(config: "RunConfig") -> str:
+    """The folder that holds train.path, and with it the whole run."""
+    return config.train.path.rstrip("/").rpartition("/")[0] or "."
+
+
+def _log(name: str, path: str, error: BaseException) -> str:
+    from pipelines import storage
+
+    target = storage.join(path, "error.log")
+    text = "".join(traceback.format_exception(error)).encode()
+    try:
+        storage.write_bytes(target, text)
+    except Exception:
+        target = f"{name}-error.log"
+        storage.write_bytes(target, text)
+    return target
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The errors behind one: what Ray's wrappers (`cause`, `worker_failures`) and Python's chain lead to."""
+    found: list[BaseException] = []
+    waiting: list[Any] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if not isinstance(one, BaseException) or any(one is each for each in found):
+            continue
+        found.append(one)
+        failures = getattr(one, "worker_failures", None) or {}
+        waiting += [getattr(one, "cause", None), *failures.values(), one.__cause__]
+    return found
+
+
+def _find(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    return next((one for one in reversed(_causes(error)) if isinstance(one, kind)), None)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    return _causes(error)[-1]

@@ -1,0 +1,194 @@
+"""Send a `mar` command to a Ray cluster through Ray's Jobs API, follow its log, and end with its exit status."""
+
+import asyncio
+import difflib
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from jobs.stages import STAGES, value_at
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.config import RunConfig
+
+PROJECT = Path(__file__).resolve().parent.parent
+# In .gitignore's language: of the project only what the job imports, never runs, data or virtual environments
+EXCLUDES = ["/*", "!/jobs", "!/pipelines", "!/mar_model", "!/pyproject.toml", "__pycache__"]
+CONNECT_SECONDS = 10.0
+LOST_LOG_SECONDS = 120.0  # without a word from the head before following is given up
+
+
+@dataclass(frozen=True)
+class Job:
+    """A `mar` command to run elsewhere: its name, its own arguments, and where its configuration comes from."""
+
+    name: str
+    arguments: list[str]
+    config: str | None
+    preset: str | None
+    assignments: list[str]
+
+    def entrypoint(self) -> str:
+        """The shell line that runs it in the job's working directory. A configuration file travels as its settings."""
+        from jobs.config import file_as_assignments
+
+        assignments = [*(file_as_assignments(self.config) if self.config else []), *self.assignments]
+        words = ["python", "-m", "jobs.cli", self.name, *self.arguments]
+        words += ["--preset", self.preset] if self.preset else []
+        return shlex.join([*words, *(word for text in assignments for word in ("--set", text))])
+
+
+def job_command(group: Any, words: Sequence[str], config: str | None, preset: str | None, assignments: list[str]) -> Job:
+    """Read `train --preset …` with the command line's own rules; what `mar submit` itself was given comes underneath.
+
+    Raises UserError for a command that is not there or can't be a job.
+    """
+    name, *rest = words[1:] if words[0] == "mar" and len(words) > 1 else words
+    possible = [one for one in group.commands if one != "submit"]
+    if name not in possible:
+        close = difflib.get_close_matches(name, possible, n=1)
+        raise UserError(
+            f"submit has the command {name!r}, expected one of {', '.join(possible)}" + (f"; nearest: {close[0]}" if close else "")
+        )
+    given = group.commands[name].make_context(name, list(rest)).params
+    arguments = [*([given["run"]] if given.get("run") else []), *(["--print-config"] if given["print_config"] else [])]
+    preset = given["preset"] if "--preset" in rest or preset is None else preset
+    return Job(name, arguments, given["config"] or config, preset, [*assignments, *(given["assignments"] or [])])
+
+
+def environment(pairs: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE texts as a mapping. Raises UserError for one without a key or a value."""
+    variables = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise UserError(f"--env {pair!r} is no variable, expected KEY=VALUE, e.g. --env AWS_REGION=eu-central-1")
+        variables[key] = value
+    return variables
+
+
+def outputs_lost_with_the_job(job: Job, config: "RunConfig") -> list[str]:
+    """A warning if the job writes to relative paths: they lie in a directory of Ray's own, which goes with the job."""
+    stages = [STAGES[job.name]] if job.name in STAGES else list(STAGES.values()) if job.name == "quickstart" else []
+    if not stages:
+        return []
+    paths = {one.writes: value_at(config, one.writes) for one in stages}
+    paths["tracking.uri"] = config.tracking.uri.removeprefix("sqlite:///")
+    relative = [key for key, path in paths.items() if "://" not in path and not path.startswith(("/", "~"))]
+    if not relative:
+        return []
+    return [
+        f"{', '.join(f'{key} ({paths[key]})' for key in relative)}: a relative path of a job lies in Ray's own copy of the project "
+        f"on one node and goes with it; give a path that all nodes share, e.g. --set {relative[0]}=s3://bucket/… or /shared/…"
+    ]
+
+
+def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int:
+    """Submit the job; with `detach` print its id and return 0, else stream its log and return its exit status.
+
+    Raises UserError for an address that does not answer or refuses the token.
+    """
+    client = _client(address)
+    runtime = {"working_dir": str(PROJECT), "excludes": EXCLUDES, "env_vars": variables}
+    job_id: str = client.submit_job(entrypoint=job.entrypoint(), runtime_env=runtime)
+    if detach:
+        print(job_id)
+        print(f"follow: ray job logs --address {address} --follow {job_id}", file=sys.stderr)
+        return 0
+    print(f"job {job_id} at {address}", file=sys.stderr)
+    try:
+        return _follow(client, job_id, address)
+    except KeyboardInterrupt:
+        print(f"\nmar: job {job_id} goes on; to stop it: ray job stop --address {address} {job_id}", file=sys.stderr)
+        return 130
+
+
+def _client(address: str) -> Any:
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"--address is {address!r}, expected the http:// address of a Ray dashboard, e.g. http://127.0.0.1:8265")
+    try:
+        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"--address {address!r} does not answer ({error}), expected the dashboard of a running Ray head; "
+            "`ray status` on the head node shows whether it runs, a port forward to it must be open"
+        ) from error
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        os.environ.pop(variable, None)  # Ray prefers them to the address it is given
+    token = _token()
+    try:
+        client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        client.list_jobs()  # the version, which the constructor asks for, needs no token
+    except AuthenticationError as error:
+        found = "a token that it refuses" if token else "no token"
+        raise UserError(
+            f"--address {address!r} asks for Ray's token, and there is {found}; put the cluster's own (`ray get-auth-token` on its head "
+            "node) into RAY_AUTH_TOKEN, into the file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token"
+        ) from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--address {address!r} answers, but not as a Ray dashboard: {reason[:200]}") from error
+    return client
+
+
+def _token() -> str:
+    """Where Ray itself looks, in its order; empty if there is none or authentication is switched off here."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return ""
+    if token := os.environ.get("RAY_AUTH_TOKEN", ""):
+        return token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _follow(client: Any, job_id: str, address: str) -> int:
+    """Print the job's log as it grows, over lost connections too; returns the exit status of the job's own command."""
+    printed, heard = 0, time.monotonic()
+    while True:
+        try:
+            printed, before = asyncio.run(_print_log(client, job_id, printed)), printed
+            info = client.get_job_info(job_id)
+            heard = time.monotonic()
+        except Exception as error:
+            if time.monotonic() - heard > LOST_LOG_SECONDS:
+                raise UserError(
+                    f"--address {address!r} has not answered for {LOST_LOG_SECONDS:.0f} s ({error}); the job may still run: "
+                    f"ray job logs --address {address} --follow {job_id}"
+                ) from error
+            time.sleep(2.0)
+            continue
+        if info.status.is_terminal():
+            break
+        if printed == before:
+            time.sleep(1.0)
+    print(f"job {job_id}: {info.status.value}", file=sys.stderr)
+    if info.status.value == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None and info.message:
+        print(f"mar: {info.message}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+async def _print_log(client: Any, job_id: str, printed: int) -> int:
+    """Print what of the log comes after its first `printed` characters; returns the characters printed in all."""
+    seen = 0
+    async for text in client.tail_job_logs(job_id):
+        seen += len(text)
+        if seen > printed:
+            sys.stdout.write(text[len(text) - (seen - printed) :])
+            sys.stdout.flush()
+            printed = seen
+    return printed
