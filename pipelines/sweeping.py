@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+from mar_model.checkpoint import AVERAGE, STATE, WEIGHTS
 from mar_model.config import Architecture
 from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
@@ -21,10 +22,11 @@ from pipelines.evaluation import EvaluateSettings
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
 from pipelines.metrics_log import MetricsLog
+from pipelines.plots import sweep_plot
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
-from pipelines.sweep_table import draw_plot, write_table
+from pipelines.sweep_table import write_table
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
 
@@ -63,17 +65,17 @@ def sweep(
     A failed trial is a row with its reason. Raises UserError for a parameter or metric that does not exist, a trial that the
     cluster can't hold, or when every trial failed.
     """
+    if sweep.over == "generate":
+        checkpoint = generate.checkpoint or newest_checkpoint(train.path)
+        if checkpoint is None:
+            raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
+        generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile
     sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
     trials = grid(sections, sweep)
     identity = sweep_identity(sections, sweep, seed)
     summary = stage.begin(sweep.path, identity)
     if summary is not None:
         return summary
-    if sweep.over == "generate":
-        checkpoint = generate.checkpoint or newest_checkpoint(train.path)
-        if checkpoint is None:
-            raise UserError(f"no checkpoint in train.path {train.path!r}: run `mar train` first, or name one with generate.checkpoint")
-        trials = grid(replace(sections, generate=replace(generate, checkpoint=checkpoint)), sweep)
     rows = {trial.name: storage.read_json(_record(trial)) for trial in trials if storage.exists(_record(trial))}
     left = [trial for trial in trials if trial.name not in rows]
     concurrent = concurrency(trials, sweep, stage.cluster)
@@ -98,7 +100,7 @@ def sweep(
         reasons = "; ".join(f"{row['trial']}: {row['error']}" for row in ordered)
         raise UserError(f"every trial of {sweep.path} failed ({reasons}); mend the cause, then run the sweep again")
     write_table(sweep.path, ordered)
-    draw_plot(sweep.path, ordered, sweep.metric, best["trial"])
+    storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
     if storage.is_local(sweep.path):
         stage.artifact(storage.join(sweep.path, "table.csv"))
         stage.artifact(storage.join(sweep.path, "sweep.png"))
@@ -123,13 +125,15 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int) -> dict[
     if sweep.over == "train":
         found = {**training.training_identity(sections.cache, sections.model, sections.train, seed), "train.images": sections.train.images}
     else:
-        found = {**identity_of(generate=sections.generate, seed=seed), "checkpoint": sections.generate.checkpoint or sections.train.path}
-        del found["generate.images"]
+        state_file = storage.join(sections.generate.checkpoint, STATE)
+        if not storage.exists(state_file):
+            raise UserError(f"generate.checkpoint {sections.generate.checkpoint!r} is no checkpoint: it holds no {STATE}")
+        state = storage.read_json(state_file)
+        found = {"checkpoint": state["files"][AVERAGE if sections.generate.ema else WEIGHTS], "seed": seed}
     if _is_scored(sweep):
         found |= identity_of(generate=sections.generate, evaluate=sections.evaluate)
-        found = {name: value for name, value in found.items() if name not in ("evaluate.images", "generate.images")}
-    found = {name: value for name, value in found.items() if name not in sweep.parameters}
-    return {**found, **identity_of(sweep=sweep)}
+    overridden = {*sweep.parameters, "generate.images", "evaluate.images"}
+    return {**{name: value for name, value in found.items() if name not in overridden}, **identity_of(sweep=sweep)}
 
 
 def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSettings) -> int:
@@ -138,21 +142,22 @@ def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSetti
     Raises UserError for a trial whose workers the cluster does not hold, since it would wait for ever.
     """
     cpus, gpus = cluster_resources()
-    most = 1
+    fitting = float(len(trials))
     for trial in trials:
-        workers = trial.sections.train.workers if sweep.over == "train" else 1
-        if workers > cpus or workers * cluster.gpus_per_worker > gpus:
+        one = trial.sections
+        drawing = one.generate.actors if _is_scored(sweep) else 0
+        trained = one.train.workers if sweep.over == "train" else 0
+        # one after the other: training, then drawing together with the feature network, whose actors take no CPU
+        need_cpus = max(trained, drawing, 1)
+        need_gpus = max(trained, drawing + (one.evaluate.actors if drawing else 0)) * cluster.gpus_per_worker
+        if need_cpus > cpus or need_gpus > gpus:
+            key = "train.workers" if trained == need_cpus else "generate.actors"
             raise UserError(
-                f"sweep trial {trial.name} needs {workers} workers, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster "
-                f"has {cpus:g} CPUs and {gpus:g} GPUs; lower train.workers, or join a larger cluster with cluster.address"
+                f"sweep trial {trial.name} needs {need_cpus} CPUs and {need_gpus:g} GPUs for its workers, but the cluster has {cpus:g} "
+                f"CPUs and {gpus:g} GPUs; lower {key}, or join a larger cluster with cluster.address"
             )
-        if _is_scored(sweep):
-            workers = max(workers, trial.sections.generate.actors + trial.sections.evaluate.actors)
-        most = max(most, workers)
-    fitting = int(cpus // most)
-    if cluster.gpus_per_worker:
-        fitting = min(fitting, int(gpus // (most * cluster.gpus_per_worker)))
-    return max(1, min(fitting, sweep.concurrent or fitting))
+        fitting = min(fitting, cpus // need_cpus, gpus // need_gpus if need_gpus else fitting)
+    return max(1, min(int(fitting), sweep.concurrent or len(trials)))
 
 
 def run_trial(

@@ -1,0 +1,285 @@
+"""One self-contained page about a run: what it drew, how good that is, what it cost, how to repeat it."""
+
+import base64
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.plots import loss_curve, training_curves, training_panels
+from pipelines.tracking import without_password
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # as the work flows
+NOT_FIGURES = ("format_version", "stage", "identity", "rows", "loss_curve", "seconds_by_stage")
+
+
+@dataclass
+class StageOutput:
+    """A finished stage's folder."""
+
+    name: str  # of the folder
+    path: str
+    summary: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return str(self.summary.get("stage", self.name))
+
+    @property
+    def images(self) -> int | None:
+        return self.summary.get("images_seen", self.summary.get("images"))
+
+    def file(self, name: str) -> str | None:
+        path = storage.join(self.path, name)
+        return path if storage.exists(path) else None
+
+
+@dataclass
+class Pictures:
+    """Collects the page's pictures: each is written to `folder` as PNG and goes into the page itself."""
+
+    folder: str
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str, data: bytes) -> str:
+        """The picture as a `data:` URI."""
+        storage.write_bytes(storage.join(self.folder, f"{name}.png"), data)
+        self.names.append(name)
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+
+    def copy(self, name: str, path: str | None) -> str | None:
+        return self.add(name, storage.read_bytes(path)) if path else None
+
+
+def report(path: str) -> str:
+    """Write `path/report.html` and its pictures to `path/report/`; returns the page's path.
+
+    `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out.
+    Raises UserError when no finished stage is found there.
+    """
+    from jinja2 import Environment
+
+    path = path.rstrip("/")
+    stages = find_stages(path)
+    if not stages:
+        raise UserError(
+            f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave them; "
+            "give the run's folder, e.g. `mar report runs/demo`"
+        )
+    summary = _json(storage.join(path, "summary.json"))
+    run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
+    configuration = _json(storage.join(path, "configuration.json"))
+    if "uri" in configuration.get("tracking", {}):
+        configuration["tracking"]["uri"] = without_password(configuration["tracking"]["uri"])
+    pictures = Pictures(storage.join(path, "report"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "duration": duration, "words": lambda name: str(name).replace("_", " ")}
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=path.rpartition("/")[2],
+        path=path,
+        tiles=key_figures(run, stages),
+        samples=_samples(path, stages, pictures, run),
+        distances=distances(run, stages),
+        training=_training(stages, pictures),
+        tokenizer=_tokenizer(stages, pictures),
+        sweeps=_sweeps(stages, pictures),
+        times=times(run, stages),
+        figures=[("whole run", figures(run))] * bool(run) + [(one.name, figures(one.summary)) for one in stages],
+        configuration=_configuration(configuration, stages),
+        commands=_commands(path, configuration, run),
+    )
+    target = storage.join(path, "report.html")
+    storage.write_bytes(target, page.encode())
+    return target
+
+
+def find_stages(path: str) -> list[StageOutput]:
+    """The finished stages in the folders of `path` and `path` itself, in the order the work flows."""
+    found = []
+    for name in ["", *storage.list_directory(path)]:
+        folder = storage.join(path, name) if name else path
+        summary = _json(storage.join(folder, "summary.json"))
+        if summary and (name or summary.get("stage") in ORDER):
+            found.append(StageOutput(name or path.rpartition("/")[2], folder, summary))
+    return sorted(found, key=lambda one: (ORDER.index(one.stage) if one.stage in ORDER else len(ORDER), one.name))
+
+
+def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All plain values of a summary; those of nested mappings under `name · key`."""
+    found: list[tuple[str, Any]] = []
+    for name, value in summary.items():
+        if name in NOT_FIGURES or value is None:
+            continue
+        if isinstance(value, dict):
+            found += [(f"{name} · {key}", one) for key, one in figures(value)]
+        else:
+            found.append((name, ", ".join(number(one) for one in value) if isinstance(value, list) else value))
+    return found
+
+
+def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, str]]:
+    """The few numbers at the top of the page."""
+    known = {name: value for one in stages for name, value in one.summary.items()} | run
+    trained = next((one.summary for one in stages if one.stage == "train"), {})
+    tiles = []
+
+    def tile(label: str, text: str, note: str = "") -> None:
+        tiles.append({"label": label, "text": text, "note": note})
+
+    if (agreement := known.get("label_agreement")) is not None:
+        real = known.get("classifier_accuracy_real", known.get("accuracy_held_out"))
+        tile("label agreement", f"{100 * agreement:.1f}\u00a0%", f"real images {100 * real:.1f}\u00a0%" if real is not None else "")
+    for row in distances(run, stages)[:1]:
+        tile("Fréchet distance", number(row["distance"]), row["name"].replace("_", " "))
+    if known.get("psnr_held_out") is not None:
+        tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", "PSNR, held-out images")
+    if "loss" in trained:
+        tile("training loss", number(trained["loss"]), f"{number(trained['images_seen'])} images seen")
+    if "images_per_second" in trained:
+        tile("training speed", f"{number(trained['images_per_second'])}/s", f"images, {trained.get('workers', 1)} workers")
+    if "samples" in run:
+        tile("samples", number(run["samples"]), "drawn and measured")
+    if "seconds" in run:
+        tile("whole run", duration(run["seconds"]), "gone on after a stop" if run.get("resumed") else "in one go")
+    if "peak_memory_gb" in run:
+        tile("peak memory", f"{run['peak_memory_gb']:.1f} GB", "all processes")
+    return tiles
+
+
+def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
+    """Rows {name, distance, share of the largest} of the Fréchet table: the run's comparison, else each evaluation's own distance."""
+    rows: dict[str, float] = {}
+    if isinstance(compared := run.get("frechet_distance"), dict):
+        rows = {name: value for name, value in compared.items() if isinstance(value, int | float)}
+    for one in stages:
+        if one.stage == "evaluate" and not rows:
+            measured = {name: value for name, value in one.summary.items() if name == "fid" or name.startswith("frechet_distance")}
+            rows = {name: value for name, value in measured.items() if isinstance(value, int | float)}
+    largest = max(rows.values(), default=0.0)
+    return [{"name": name, "distance": value, "share": 100 * value / largest if largest > 0 else 0} for name, value in rows.items()]
+
+
+def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
+    """Rows {name, seconds, share of the longest, images, images_per_second}, a line a stage."""
+    rows = [
+        {
+            "name": one.name,
+            "seconds": one.summary["seconds"],
+            "images": one.images,
+            "images_per_second": one.summary.get("images_per_second"),
+        }
+        for one in stages
+        if one.summary.get("seconds") is not None
+    ]
+    longest = max((row["seconds"] for row in rows), default=0)
+    return [{**row, "share": 100 * row["seconds"] / longest if longest else 0} for row in rows]
+
+
+def number(value: Any) -> str:
+    """For reading: thousands separated, four significant digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 05 s, 42 s, 0.8 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _json(path: str) -> dict[str, Any]:
+    return dict(storage.read_json(path)) if storage.exists(path) else {}
+
+
+def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any]) -> dict[str, Any] | None:
+    """The grid of the evaluation, else of the generation; it becomes `path/samples.png` too."""
+    for one in sorted(stages, key=lambda one: one.stage != "evaluate"):
+        file = one.file("samples.png") if one.stage in ("evaluate", "generate") else None
+        if file:
+            data = storage.read_bytes(file)
+            if one.path != path:
+                storage.write_bytes(storage.join(path, "samples.png"), data)
+            cached = next((other.path for other in stages if other.stage == "cache"), one.path)
+            names = _json(storage.join(cached, "manifest.json")).get("class_names", [])
+            return {
+                "picture": pictures.add("samples", data),
+                "classes": names if len(names) <= 20 else [],  # the grid has a row a class up to that number
+                "sampling": run.get("sampling", {}),
+            }
+    return None
+
+
+def _training(stages: list[StageOutput], pictures: Pictures) -> dict[str, Any] | None:
+    for one in stages:
+        if one.stage == "train":
+            file = one.file("metrics.jsonl")
+            rows = [json.loads(line) for line in storage.read_bytes(file).decode().splitlines()] if file else []
+            curves = (
+                (pictures.add("training", training_curves(rows)), pictures.add("training-panels", training_panels(rows))) if rows else ()
+            )
+            return {"curves": curves, "summary": one.summary}
+    return None
+
+
+def _tokenizer(stages: list[StageOutput], pictures: Pictures) -> dict[str, Any] | None:
+    for one in stages:
+        if one.stage == "tokenize":
+            points = [(seen, loss) for seen, loss in one.summary.get("loss_curve", [])]
+            curve = pictures.add("tokenizer", loss_curve(points)) if len(points) > 1 else None
+            pairs = pictures.copy("reconstructions", one.file("pairs.png"))
+            return {"pairs": pairs, "curve": curve, "summary": one.summary} if pairs or curve else None
+    return None
+
+
+def _sweeps(stages: list[StageOutput], pictures: Pictures) -> list[dict[str, Any]]:
+    found = []
+    for one in stages:
+        rows = one.summary.get("rows")
+        if one.stage.startswith("sweep") and isinstance(rows, list):
+            metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+            shown = [name for name in metrics if name.startswith(("loss", "fid", "frechet", "inception", "label_agreement"))]
+            found.append(
+                {
+                    "name": one.name,
+                    "summary": one.summary,
+                    "rows": rows,
+                    "metrics": [name for name in shown if not name.startswith("loss_band")],
+                    "plot": pictures.copy(one.name, one.file("sweep.png")),
+                }
+            )
+    return found
+
+
+def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}}; without a run's configuration, what the summaries say of their identity."""
+    if configuration:
+        top = {name: value for name, value in configuration.items() if not isinstance(value, dict)}
+        return {**({"run": top} if top else {}), **{name: value for name, value in configuration.items() if isinstance(value, dict)}}
+    return {one.name: one.summary["identity"] for one in stages if one.summary.get("identity")}
+
+
+def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what it does, command line)."""
+    if not configuration:
+        return [("write this page again", f"mar report {path}")]
+    file = storage.join(path, "configuration.json")
+    commands = (
+        [("the whole run, into an empty folder", f"mar quickstart --config {file}")]
+        if run.get("stage", "quickstart") == "quickstart"
+        else []
+    )
+    commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {path}")]
+    if uri := configuration.get("tracking", {}).get("uri"):
+        commands.append(("its numbers in MLflow", f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"))
+    return commands
