@@ -78,7 +78,12 @@ def test_links_lead_to_files_of_the_project(page: Path) -> None:
 
 def test_tables_of_settings_are_those_of_the_code() -> None:
     """Every setting stands in one table, with its default and its kind."""
-    rows = [line for page in PROJECT.glob("docs/*.md") for line in page.read_text().splitlines() if re.match(r"\| `[a-z]+(\.[a-z0-9_]+)?` \|", line)]
+    rows = [
+        line
+        for page in PROJECT.glob("docs/*.md")
+        for line in page.read_text().splitlines()
+        if re.match(r"\| `[a-z]+(\.[a-z0-9_]+)?` \|", line)
+    ]
     found = {}
     for row in rows:
         key, default, kind = (cell.strip() for cell in row.split("|")[1:4])
