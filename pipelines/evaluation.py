@@ -1,9 +1,34 @@
 """Stage *evaluate*: samples → feature network → streaming statistics → Fréchet distance, label agreement."""
 
-from dataclasses import dataclass
-from typing import Literal
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from pipelines.settings import identity, operational
+import numpy as np
+
+from pipelines import samples, storage
+from pipelines.classifier import classifier_digest
+from pipelines.cluster import cluster_resources
+from pipelines.errors import UserError
+from pipelines.features import DIMENSIONS, network_digest
+from pipelines.generation import Drawing, GenerateSettings, draw, plan_drawing, range_warning
+from pipelines.images import ImageRow, ImageSettings, list_images
+from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.references import find_reference, source_statistics, statistics_path
+from pipelines.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
+from pipelines.settings import identity, identity_of, operational
+from pipelines.stage import FORMAT_VERSION, Stage
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings
+
+NOT_USED = ("generate.images", "generate.labels")  # an evaluation draws evaluate.images, of all classes
+STATISTICS, RECORD, PICTURE = "statistics.npz", "evaluation.json", "samples.png"
+DEFINITIONS = {
+    "fid": "Fréchet distance of Inception-v3's 2,048 pooled features (arXiv 1706.08500), weights of 2015, images as drawn",
+    "frechet_distance_efficientnet-lite0": "Fréchet distance of EfficientNet-Lite0's 1,280 pooled features; not comparable with FID",
+    "label_agreement": "share of samples that the classifier assigns to the class they were drawn for",
+}
 
 
 @dataclass
@@ -13,8 +38,192 @@ class EvaluateSettings:
     path: str = operational("runs/mar/evaluation", "directory of the evaluation record")
     images: int = identity(50_000, "samples drawn, equal per class")
     reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
-    features: Literal["inception", "efficientnet-lite0"] = identity("inception", "feature network: inception (result named fid) or efficientnet-lite0")
+    features: Literal["inception", "efficientnet-lite0"] = identity(
+        "inception", "feature network: inception (result named fid) or efficientnet-lite0"
+    )
     weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
     classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
     batch: int = operational(64, "images a batch of the feature network")
     actors: int = operational(1, "actors that hold the feature network")
+
+
+def metric_name(features: str) -> str:
+    """What a Fréchet distance is called, by its feature network: only Inception's is the FID."""
+    return "fid" if features == "inception" else f"frechet_distance_{features}"
+
+
+def evaluate(
+    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings,
+    evaluate: EvaluateSettings, seed: int, stage: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference.
+
+    `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/` and the
+    reference's statistics. Returns the summary: the distance under its network's name and as `frechet_distance`, and where a
+    classifier is given `label_agreement`. Raises UserError for missing weights, checkpoint, reference or classifier.
+    """
+    digest = network_digest(evaluate.features, evaluate.weights)
+    drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False)
+    _check_gpus(generate, evaluate, stage)
+    reference = find_reference(images, evaluate, digest)
+    identity = {
+        **{name: value for name, value in identity_of(generate=generate, evaluate=evaluate).items() if name not in NOT_USED},
+        **drawing.identity,
+        "evaluate.reference": storage.digest(json.dumps(reference.identity(), sort_keys=True).encode()),
+        "evaluate.classifier": classifier_digest(evaluate.classifier, len(drawing.labels)) if evaluate.classifier else "",
+        "network": digest,
+    }
+    finished = stage.begin(evaluate.path, identity)
+    if finished is not None:
+        return finished
+    if isinstance(reference, FeatureStatistics):
+        real = reference
+    else:
+        stage.say(f"features of {len(reference):,} reference images")
+        [real] = source_statistics([reference], evaluate, digest, stage)
+
+    name = metric_name(evaluate.features)
+    result = _score(drawing, evaluate, stage, min(evaluate.images, real.count or evaluate.images))
+    samples_statistics = result.sums.statistics(evaluate.features, digest)
+    samples_statistics.save(storage.join(evaluate.path, STATISTICS))
+    metrics = {name: distance(samples_statistics, real)}
+    if evaluate.classifier:
+        metrics["label_agreement"] = result.agreeing / evaluate.images
+    first = result.first.statistics(evaluate.features, digest)
+    first.save(statistics_path(evaluate, DrawnSamples(evaluate.path, first.count or 0, identity), digest))
+    _write_picture(drawing, evaluate, stage)
+    if result.out_of_range:
+        stage.say(range_warning(result.out_of_range, evaluate.images, generate))
+    figures = {
+        "images": evaluate.images,
+        **metrics,
+        "out_of_range": result.out_of_range,
+        "seconds_per_image": result.seconds / result.drawn if result.drawn else None,
+    }
+    record = {
+        "format_version": FORMAT_VERSION,
+        **figures,
+        "metrics": metrics,
+        "definitions": {metric: DEFINITIONS[metric] for metric in metrics},
+        "at_equal_numbers": {"images": first.count, name: distance(first, real)},
+        "reference": {**reference.identity(), "images": real.count},
+        "network": {"name": evaluate.features, "digest": digest},
+        "seed": seed,
+        "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
+        "identity": identity,
+    }
+    storage.write_json(storage.join(evaluate.path, RECORD), record)
+    for file in (RECORD, PICTURE):
+        if storage.is_local(evaluate.path):
+            stage.artifact(storage.join(evaluate.path, file))
+    return stage.complete(
+        evaluate.path,
+        identity,
+        {**figures, "frechet_distance": metrics[name], "features": evaluate.features, "reference_images": real.count},
+    )
+
+
+@dataclass
+class Scores:
+    """What is kept of samples while they stream by."""
+
+    sums: FeatureSums
+    first: FeatureSums  # of as many samples as the reference has images: distances are comparable only at equal numbers
+    agreeing: int = 0
+    out_of_range: int = 0
+    drawn: int = 0
+    seconds: float = 0.0
+
+
+def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: int) -> Scores:
+    judges = Judges(evaluate.features, evaluate.weights, evaluate.classifier, evaluate.actors, stage.cluster)
+    scores = Scores(FeatureSums(DIMENSIONS[evaluate.features]), FeatureSums(DIMENSIONS[evaluate.features]))
+    with stage.progress(evaluate.images) as bar:
+        for block in scored(draw(drawing, evaluate.images), judges):
+            scores.first.merge(FeatureSums.of(block["features"][: max(0, first - scores.sums.count)]))
+            scores.sums.merge(FeatureSums.of(block["features"]))
+            scores.out_of_range += int((block["out_of_range"] > 0).sum())
+            scores.drawn += int((block["seconds"] > 0).sum())
+            scores.seconds += float(block["seconds"].sum())
+            if "predicted" in block:
+                scores.agreeing += int((block["predicted"] == block["label"]).sum())
+                bar.update(scores.sums.count, label_agreement=scores.agreeing / scores.sums.count)
+            else:
+                bar.update(scores.sums.count)
+    return scores
+
+
+def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    """Fréchet distance of two sets' statistics."""
+    return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
+
+
+def with_reference(images: ImageSettings, evaluate: EvaluateSettings, stage: Stage) -> EvaluateSettings:
+    """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them."""
+    digest = network_digest(evaluate.features, evaluate.weights)
+    reference = find_reference(images, evaluate, digest)
+    if isinstance(reference, FeatureStatistics):
+        return evaluate
+    source_statistics([reference], evaluate, digest, stage)
+    return replace(evaluate, reference=statistics_path(evaluate, reference, digest))
+
+
+def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
+    """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
+    train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
+
+    Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
+    """
+    digest = network_digest(evaluate.features, evaluate.weights)
+    record_path = storage.join(evaluate.path, RECORD)
+    if not storage.exists(record_path):
+        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
+    record = storage.read_json(record_path)
+    listing = list_images(images)
+    sources: dict[str, ImageSource] = {
+        "held_out": RealImages(images, _in_turn(listing.held_out(), count)),
+        "generated": DrawnSamples(evaluate.path, count, record["identity"]),
+        "real_train": RealImages(images, _in_turn(listing.train(), count)),
+        "noise": NoiseImages(count, images.size, seed),
+    }
+    found = {"held_out": len(listing.held_out()), "generated": record["images"], "real_train": len(listing.train())}
+    for name, number in found.items():
+        if number < count:
+            raise UserError(f"{number} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
+    path = storage.join(evaluate.path, "rows")
+    identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
+    finished = stage.begin(path, {**identity, "network": digest})
+    if finished is None:
+        held_out, *others = source_statistics(list(sources.values()), evaluate, digest, stage)
+        rows = {name: distance(statistics, held_out) for name, statistics in zip(list(sources)[1:], others, strict=True)}
+        finished = stage.complete(path, {**identity, "network": digest}, {"images": count, "features": evaluate.features, **rows})
+    return {name: finished[name] for name in list(sources)[1:]}
+
+
+def _in_turn(rows: list[ImageRow], count: int) -> list[ImageRow]:
+    """`count` rows, every class in turn, sorted by key: the same rows whatever order they came in."""
+    places: Counter[int] = Counter()
+    ranked = []
+    for row in sorted(rows, key=lambda row: row.key):
+        ranked.append((places[row.label], row.label, row))
+        places[row.label] += 1
+    chosen = sorted(ranked, key=lambda one: one[:2])[:count]
+    return sorted((row for _, _, row in chosen), key=lambda row: row.key)
+
+
+def _write_picture(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage) -> None:
+    shown = samples.grid_samples(evaluate.images, len(drawing.labels))
+    parts = [samples.read_samples(evaluate.path, *shard) for shard in samples.shards_there(evaluate.path) if shard[0] < shown]
+    images = np.concatenate([part.images for part in parts])[:shown]
+    labels = np.concatenate([part.labels for part in parts])[:shown]
+    samples.write_grid(storage.join(evaluate.path, PICTURE), images, labels)
+
+
+def _check_gpus(generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage) -> None:
+    needed = (generate.actors + evaluate.actors) * stage.cluster.gpus_per_worker
+    _, gpus = cluster_resources()
+    if needed > gpus:
+        raise UserError(
+            f"generate.actors {generate.actors} and evaluate.actors {evaluate.actors} with cluster.gpus_per_worker "
+            f"{stage.cluster.gpus_per_worker:g} need {needed:g} GPUs at once, the cluster has {gpus:g}; lower one of them"
+        )

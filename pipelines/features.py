@@ -15,6 +15,7 @@ from pipelines.errors import UserError
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_DIGEST = "6726825d"  # the first digits of the file's SHA-256
+DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}
 CPU_CHUNK = 8  # images a pass on a CPU: larger activations leave the cache and cost a third more
 
 
@@ -61,7 +62,7 @@ class EfficientNetLite0:
     """
 
     name = "efficientnet-lite0"
-    dimension = 1280
+    dimension = DIMENSIONS[name]
     side = 224
 
     def __init__(self, device: torch.device) -> None:
@@ -96,7 +97,7 @@ class Inception:
     """
 
     name = "inception"
-    dimension = 2048
+    dimension = DIMENSIONS[name]
 
     def __init__(self, weights: str, device: torch.device, expected_digest: str = INCEPTION_DIGEST) -> None:
         """`expected_digest`: what the SHA-256 of the file `weights` begins with."""

@@ -20,6 +20,10 @@ class FeatureStatistics:
     network: str | None = None
     digest: str | None = None  # of the network
 
+    def identity(self) -> dict[str, str]:
+        """Their content, whichever file they came from."""
+        return {"kind": "statistics", "digest": storage.digest(self.mu.tobytes() + self.sigma.tobytes())}
+
     def save(self, path: str) -> None:
         """Write `path` (.npz) atomically. Raises ValueError when count, network or digest is unknown."""
         if self.count is None or self.network is None or self.digest is None:

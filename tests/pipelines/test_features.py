@@ -65,7 +65,10 @@ def test_digests_name_the_weights(efficientnet: EfficientNetLite0) -> None:
 
 def test_inception_without_its_weights_says_where_they_are(tmp_path: Path) -> None:
     for weights, found in (("", "is not set"), (str(tmp_path / "no.pth"), "is not there")):
-        for ask in (lambda weights=weights: network_digest("inception", weights), lambda weights=weights: load_network("inception", weights, CPU)):
+        for ask in (
+            lambda weights=weights: network_digest("inception", weights),
+            lambda weights=weights: load_network("inception", weights, CPU),
+        ):
             with pytest.raises(UserError, match=f"{found}.*github.com/toshas/torch-fidelity.*6726825d.*evaluate.weights"):
                 ask()
 

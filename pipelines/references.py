@@ -1,0 +1,78 @@
+"""What samples are compared with: where an evaluation's reference comes from, and its statistics, computed once and kept."""
+
+import json
+from typing import TYPE_CHECKING
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.features import DIMENSIONS
+from pipelines.images import ImageSettings, list_images
+from pipelines.latents import MANIFEST, LatentCache
+from pipelines.metrics import FeatureStatistics, FeatureSums
+from pipelines.scoring import CachedLatents, ImageSource, Judges, RealImages, read_sources, scored
+from pipelines.stage import Stage
+from pipelines.tokenizing import tokenizer_digest
+
+if TYPE_CHECKING:
+    from pipelines.evaluation import EvaluateSettings
+
+
+def find_reference(images: ImageSettings, evaluate: "EvaluateSettings", digest: str) -> FeatureStatistics | ImageSource:
+    """What `evaluate.reference` names: a statistics file, a latent cache, an image source (all of it), or the held-out part of
+    `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
+    reference = evaluate.reference
+    if not reference:
+        held_out = list_images(images).held_out()
+        if not held_out:
+            raise UserError(
+                f"evaluate.reference is empty and nothing of images.source {images.source!r} is held out; set images.held_out_share or "
+                "images.held_out_folder, or name statistics, a latent cache or an image source"
+            )
+        return RealImages(images, held_out)
+    if reference.endswith(".npz"):
+        return _checked(FeatureStatistics.load(reference), evaluate, digest)
+    if storage.exists(storage.join(reference, MANIFEST)):
+        tokenizer = LatentCache(reference).manifest.tokenizer
+        if tokenizer_digest(tokenizer["path"]) != tokenizer["digest"]:
+            raise UserError(
+                f"evaluate.reference {reference!r} was written with another tokenizer than the one now at {tokenizer['path']!r}"
+            )
+        return CachedLatents(reference, tokenizer["path"])
+    whole = ImageSettings(source=reference, size=images.size)
+    return RealImages(whole, list_images(whole).rows)
+
+
+def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest: str) -> FeatureStatistics:
+    found = (statistics.network or "inception", len(statistics.mu))
+    expected = (evaluate.features, DIMENSIONS[evaluate.features])
+    if found != expected or statistics.digest not in (None, digest):
+        raise UserError(
+            f"evaluate.reference {evaluate.reference!r} holds statistics of {found[1]} features of {found[0]} "
+            f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]}); "
+            "set evaluate.features, or name images and the statistics are computed"
+        )
+    return statistics
+
+
+def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", digest: str, stage: Stage) -> list[FeatureStatistics]:
+    """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once."""
+    paths = [statistics_path(evaluate, source, digest) for source in sources]
+    missing = [number for number, path in enumerate(paths) if not storage.exists(path)]
+    if missing:
+        judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster)
+        sums = [FeatureSums(DIMENSIONS[evaluate.features]) for _ in missing]
+        dataset = read_sources([sources[number] for number in missing], evaluate.batch)
+        with stage.progress(sum(len(sources[number]) for number in missing)) as bar:
+            for block in scored(dataset, judges):
+                if len(block["source"]):
+                    sums[int(block["source"][0])].merge(FeatureSums.of(block["features"]))
+                bar.update(sum(one.count for one in sums))
+        for number, one in zip(missing, sums, strict=True):
+            one.statistics(evaluate.features, digest).save(paths[number])
+    return [FeatureStatistics.load(path) for path in paths]
+
+
+def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:
+    """Where the statistics of `source` under the network with this digest are kept: named by both."""
+    identity = json.dumps([source.identity(), digest], sort_keys=True)
+    return storage.join(evaluate.path, f"reference-{storage.digest(identity.encode())[:16]}.npz")

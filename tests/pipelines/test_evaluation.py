@@ -1,0 +1,175 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
+
+from pipelines import samples, storage
+from pipelines.classifier import train_classifier
+from pipelines.cluster import ClusterSettings
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings, evaluate, frechet_rows, with_reference
+from pipelines.features import EfficientNetLite0, network_digest
+from pipelines.generation import GenerateSettings
+from pipelines.images import ImageSettings, decode, list_images, read_image
+from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.references import find_reference
+from pipelines.scoring import NoiseImages
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings
+
+NAME = "frechet_distance_efficientnet-lite0"
+HELD_OUT, DRAWN = 8 * len(CLASSES), 30
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) -> dict:
+    """One evaluation of 30 samples against 24 held-out images, with a classifier."""
+    root = tmp_path_factory.mktemp("run")
+    stage = Stage("evaluate", ray_local)
+    images = ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out")
+    train_classifier(images, str(root / "classifier"), 0, stage)
+    tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
+    checkpoint = write_checkpoint(root / "checkpoint", tokenizer.path)
+    sections = {
+        "images": images,
+        "tokenizer": tokenizer,
+        "train": TrainSettings(path=str(root / "train")),
+        "generate": GenerateSettings(checkpoint=checkpoint, ar_steps=4, diffusion_steps=4, batch=8, precision="float32"),
+        "evaluate": EvaluateSettings(
+            path=str(root / "evaluation"),
+            images=DRAWN,
+            features="efficientnet-lite0",
+            classifier=str(root / "classifier"),
+            batch=7,
+        ),
+        "seed": 3,
+        "stage": stage,
+    }
+    return {**sections, "summary": evaluate(**sections)}
+
+
+def sections(run: dict, **evaluate_changes: object) -> dict:
+    rest = {name: value for name, value in run.items() if name != "summary"}
+    return {**rest, "evaluate": replace(run["evaluate"], **evaluate_changes)}
+
+
+@pytest.fixture(scope="module")
+def network() -> EfficientNetLite0:
+    return EfficientNetLite0(torch.device("cpu"))
+
+
+def statistics(network: EfficientNetLite0, images: np.ndarray) -> FeatureStatistics:
+    return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+
+
+def drawn(path: str) -> np.ndarray:
+    return np.concatenate([samples.read_samples(path, *shard).images for shard in samples.shards_there(path)])
+
+
+def real(images: ImageSettings, held_out: bool) -> np.ndarray:
+    listing = list_images(images)
+    return np.stack([decode(read_image(images, row), SIZE) for row in (listing.held_out() if held_out else listing.train())])
+
+
+def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
+
+
+def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: EfficientNetLite0) -> None:
+    """Streamed through Ray in blocks = all features at once."""
+    path = run["evaluate"].path
+    record = storage.read_json(f"{path}/evaluation.json")
+    whole, held_out = statistics(network, drawn(path)), statistics(network, real(run["images"], held_out=True))
+    expected = distance(whole, held_out)
+    assert record["metrics"][NAME] == pytest.approx(expected, rel=1e-4)
+    assert run["summary"][NAME] == run["summary"]["frechet_distance"] == record[NAME] == record["metrics"][NAME]
+    first = statistics(network, drawn(path)[:HELD_OUT])
+    assert record["at_equal_numbers"] == {"images": HELD_OUT, NAME: pytest.approx(distance(first, held_out), rel=1e-4)}
+
+    saved = FeatureStatistics.load(f"{path}/statistics.npz")
+    np.testing.assert_allclose(saved.sigma, whole.sigma, atol=1e-5 * np.abs(whole.sigma).max())
+    assert (saved.count, saved.network, saved.digest) == (DRAWN, "efficientnet-lite0", network.digest)
+    assert record["reference"]["images"] == HELD_OUT
+    assert record["network"] == {"name": "efficientnet-lite0", "digest": network.digest}
+    assert "fid" not in record["metrics"]
+    assert set(record["definitions"]) == set(record["metrics"])
+    assert record["seconds_per_image"] > 0
+    assert record["generation"]["ar_steps"] == 4
+    assert Path(path, "samples.png").is_file()
+
+
+def test_label_agreement_counts_what_the_classifier_says(run: dict) -> None:
+    from pipelines.classifier import load_classifier
+
+    predicted = load_classifier(run["evaluate"].classifier).predict(drawn(run["evaluate"].path))
+    assert run["summary"]["label_agreement"] == pytest.approx(np.mean(predicted == np.arange(DRAWN) % 3))
+
+
+def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
+    path = Path(run["evaluate"].path)
+    assert evaluate(**sections(run)) == run["summary"]
+    written = {file.name: file.stat().st_mtime_ns for file in (path / "shards").iterdir()}
+    references = list(path.glob("reference-*.npz"))
+    assert len(references) == 2  # the held-out images, and as many samples
+    for name in ("summary.json", "evaluation.json", "shards/samples-00000008-00000016.parquet"):
+        (path / name).unlink()
+    again = evaluate(**sections(run))
+    assert again["images"] == DRAWN
+    assert again[NAME] == pytest.approx(run["summary"][NAME], rel=1e-6)
+    assert {name for name, when in written.items() if (path / "shards" / name).stat().st_mtime_ns != when} == {
+        "samples-00000008-00000016.parquet"
+    }
+    with pytest.raises(UserError, match=r"evaluate\.images \(there: 30, asked for: 31\)"):
+        evaluate(**sections(run, images=31))
+
+
+def test_rows_compare_equal_numbers(run: dict, network: EfficientNetLite0) -> None:
+    count = 18
+    rows = frechet_rows(run["images"], run["evaluate"], run["seed"], count, run["stage"])
+    in_turn = np.concatenate([np.arange(6) + 8 * label for label in range(3)])  # six of eight a class
+    held_out = statistics(network, real(run["images"], held_out=True)[in_turn])
+    expected = {
+        "generated": drawn(run["evaluate"].path)[:count],
+        "real_train": real(run["images"], held_out=False)[in_turn],
+        "noise": NoiseImages(count, SIZE, run["seed"]).read(0, count),
+    }
+    assert rows == {name: pytest.approx(distance(statistics(network, images), held_out), rel=1e-4) for name, images in expected.items()}
+    assert rows["real_train"] < rows["noise"]
+    assert frechet_rows(run["images"], run["evaluate"], run["seed"], count, run["stage"]) == rows
+    with pytest.raises(UserError, match="24 images held out, expected 25"):
+        frechet_rows(run["images"], run["evaluate"], run["seed"], 25, run["stage"])
+
+
+def test_references_a_person_can_name(run: dict, tmp_path: Path) -> None:
+    digest = network_digest("efficientnet-lite0", "")
+    prepared = with_reference(run["images"], run["evaluate"], run["stage"])
+    loaded = find_reference(run["images"], prepared, digest)
+    assert isinstance(loaded, FeatureStatistics)
+    assert loaded.count == HELD_OUT
+
+    whole = find_reference(run["images"], replace(run["evaluate"], reference=f"{run['images'].source}/train"), digest)
+    assert len(whole) == 8 * len(CLASSES)
+
+    with pytest.raises(UserError, match=r"1280 features of efficientnet-lite0 .* expected 2048 of inception"):
+        find_reference(run["images"], replace(prepared, features="inception"), digest)
+    with pytest.raises(UserError, match=r"expected 1280 of efficientnet-lite0 \(ffff"):
+        find_reference(run["images"], prepared, "f" * 64)
+    adm = tmp_path / "adm.npz"
+    np.savez(adm, mu=np.zeros(2048), sigma=np.eye(2048))
+    inception = replace(prepared, features="inception", reference=str(adm))
+    assert find_reference(run["images"], inception, "any").count is None
+    with pytest.raises(UserError, match=r"nothing of images\.source .* is held out"):
+        find_reference(ImageSettings(source=f"{run['images'].source}/train", size=SIZE), run["evaluate"], digest)
+
+
+def test_missing_weights_and_gpus_are_said_before_anything_starts(run: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"evaluate\.weights is not set: download https://github\.com/toshas"):
+        evaluate(**sections(run, features="inception", path=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+    gpus = Stage("evaluate", replace(run["stage"].cluster, gpus_per_worker=0.5))
+    with pytest.raises(UserError, match="need 1 GPUs at once, the cluster has 0"):
+        evaluate(**{**sections(run, path=str(tmp_path / "out")), "stage": gpus})
