@@ -54,10 +54,11 @@ class Pictures:
         return self.add(name, storage.read_bytes(path)) if path else None
 
 
-def report(path: str) -> str:
+def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     """Write `path/report.html` and its pictures to `path/report/`; returns the page's path.
 
     `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out.
+    `run_summary` stands in for the run's `summary.json`, which is written last of all.
     Raises UserError when no finished stage is found there.
     """
     from jinja2 import Environment
@@ -69,7 +70,7 @@ def report(path: str) -> str:
             f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave them; "
             "give the run's folder, e.g. `mar report runs/demo`"
         )
-    summary = _json(storage.join(path, "summary.json"))
+    summary = run_summary or _json(storage.join(path, "summary.json"))
     run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
     configuration = _json(storage.join(path, "configuration.json"))
     if "uri" in configuration.get("tracking", {}):
@@ -156,8 +157,7 @@ def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, 
         rows = {name: value for name, value in compared.items() if isinstance(value, int | float)}
     for one in stages:
         if one.stage == "evaluate" and not rows:
-            measured = {name: value for name, value in one.summary.items() if name == "fid" or name.startswith("frechet_distance")}
-            rows = {name: value for name, value in measured.items() if isinstance(value, int | float)}
+            rows = {name: value for name, value in one.summary.items() if name == "fid" or name.startswith("frechet_distance_")}
     largest = max(rows.values(), default=0.0)
     return [{"name": name, "distance": value, "share": 100 * value / largest if largest > 0 else 0} for name, value in rows.items()]
 
@@ -248,7 +248,7 @@ def _sweeps(stages: list[StageOutput], pictures: Pictures) -> list[dict[str, Any
         rows = one.summary.get("rows")
         if one.stage.startswith("sweep") and isinstance(rows, list):
             metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-            shown = [name for name in metrics if name.startswith(("loss", "fid", "frechet", "inception", "label_agreement"))]
+            shown = [name for name in metrics if name.startswith(("loss", "fid", "frechet_distance_", "inception", "label_agreement"))]
             found.append(
                 {
                     "name": one.name,

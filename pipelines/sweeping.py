@@ -28,7 +28,7 @@ from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
 from pipelines.sweep_table import write_table
 from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.training import LOSS_COLUMNS, TrainSettings
 
 LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
 
@@ -65,6 +65,7 @@ def sweep(
     A failed trial is a row with its reason. Raises UserError for a parameter or metric that does not exist, a trial that the
     cluster can't hold, or when every trial failed.
     """
+    _check_metric(sweep, evaluate)
     if sweep.over == "generate":
         checkpoint = generate.checkpoint or newest_checkpoint(train.path)
         if checkpoint is None:
@@ -76,9 +77,12 @@ def sweep(
     summary = stage.begin(sweep.path, identity)
     if summary is not None:
         return summary
+    concurrent = concurrency(trials, sweep, stage.cluster)
+    if _is_scored(sweep):
+        shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
+        trials = grid(replace(sections, evaluate=evaluation.with_reference(images, shared, stage)), sweep)
     rows = {trial.name: storage.read_json(_record(trial)) for trial in trials if storage.exists(_record(trial))}
     left = [trial for trial in trials if trial.name not in rows]
-    concurrent = concurrency(trials, sweep, stage.cluster)
     stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
     with stage.progress(len(trials), "trials", done=len(rows)) as bar:
 
@@ -249,28 +253,28 @@ def _tune_environment() -> Iterator[None]:
 
 
 def _is_scored(sweep: SweepSettings) -> bool:
-    return sweep.over == "generate" or sweep.metric != "loss"
+    return sweep.over == "generate" or sweep.metric not in LOSS_COLUMNS
+
+
+def _check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
+    known = ["frechet_distance", evaluation.metric_name(evaluate.features), *(["label_agreement"] if evaluate.classifier else [])]
+    known += LOSS_COLUMNS if sweep.over == "train" else []
+    if sweep.metric not in known:
+        classifier = "" if evaluate.classifier else " (label_agreement needs evaluate.classifier)"
+        raise UserError(f"sweep.metric is {sweep.metric!r}; a sweep over {sweep.over} measures {', '.join(known)}{classifier}")
 
 
 def _record(trial: Trial) -> str:
     return storage.join(trial.path, "trial.json")
 
 
-def _measured(metric: str, numbers: dict[str, float]) -> str:
-    """The name that carries `metric`: `frechet_distance` stands for whichever feature network measured it."""
-    if metric == "frechet_distance":
-        return next((name for name in numbers if name == "fid" or name.startswith("frechet_distance_")), metric)
-    return metric
-
-
 def _row(trial: Trial, outcome: dict[str, Any], sweep: SweepSettings) -> dict[str, Any]:
     """A line of the table. A metric that is missing or not finite makes the trial a failed one."""
     numbers = {name: value for name, value in outcome["metrics"].items() if isinstance(value, int | float) and not isinstance(value, bool)}
     finite = {name: value for name, value in numbers.items() if math.isfinite(value) and name not in ("format_version", "seconds")}
-    measured, error = _measured(sweep.metric, numbers), outcome["error"]
-    value = finite.get(measured)
+    value, error = finite.get(sweep.metric), outcome["error"]
     if error is None and value is None:
-        found = numbers.get(measured, f"not among its metrics: {', '.join(finite)}")
+        found = numbers.get(sweep.metric, f"not among its metrics: {', '.join(finite)}")
         error = f"sweep.metric {sweep.metric} is {found}"
     return {
         "trial": trial.name,

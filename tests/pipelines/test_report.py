@@ -92,8 +92,10 @@ def run(tmp_path: Path) -> Path:
     (root / "configuration.json").write_text(json.dumps(configuration))
     write(
         root,
-        {"stage": "quickstart", "seconds": 318.4, "peak_memory_gb": 5.43, "samples": 1000, "label_agreement": 0.936, "classifier_accuracy_real": 0.984,
-         "frechet_distance": {"generated": 54.8125, "real_train": 18.25, "noise": 402.75}, "sampling": {"temperature": 1.0}, "resumed": False,
+        {"stage": "quickstart", "seconds": 318.4, "peak_memory_gb": 5.43, "samples": 1000, "label_agreement": 0.936,
+         "classifier_accuracy_real": 0.984,
+         "frechet_distance": {"generated": 54.8125, "real_train": 18.25, "noise": 402.75}, "sampling": {"temperature": 1.0},
+         "resumed": False,
          "seconds_by_stage": {"train": 140.0}},
     )  # fmt: skip
     return root

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from tiny_run import write_checkpoint, write_images, write_tokenizer
 
 from mar_model.config import Architecture
 from pipelines import storage
@@ -130,7 +131,8 @@ def test_concurrency_fits_the_cluster_and_too_many_workers_are_refused(sections:
     assert allowed(8, [1]) == 2
     assert allowed(0, [1, 2]) == 1
     with pytest.raises(
-        UserError, match=r"workers=3 needs 3 CPUs and 0 GPUs for its workers, but the cluster has 2 CPUs and 0 GPUs; lower train.workers"
+        UserError,
+        match=r"workers=3,batch=16 needs 3 CPUs and 0 GPUs for its workers, but the cluster has 2 CPUs and 0 GPUs; lower train.workers",
     ):
         allowed(0, [1, 3])
     with pytest.raises(UserError, match="has 2 CPUs and 0 GPUs"):
@@ -161,60 +163,52 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     sections: Sections, ray_local: ClusterSettings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
-    path = str(tmp_path / "sweep")
-    settings = SweepSettings(
-        path=path, over="train", metric="loss", parameters={"model.decoder_width": [8, 12, 9]}
-    )  # 9: two heads don't divide
-    parent = Tracker.open(tracking, "sweep", {}, path)
+    path = tmp_path / "sweep"
+    parameters = {"model.decoder_width": [12, 9]}  # two heads don't divide 9
+    settings = SweepSettings(path=str(path), over="train", metric="loss", parameters=parameters)
+    parent = Tracker.open(tracking, "sweep", {}, str(path))
     summary = run(sections, settings, Stage("sweep", ray_local, tracker=parent))
     parent.close()
 
-    rows = {row["trial"]: row for row in summary["rows"]}
-    assert list(rows) == ["decoder_width=8", "decoder_width=12", "decoder_width=9"]
-    assert summary["failed"] == 1
-    assert rows["decoder_width=9"]["metric"] is None
-    assert "decoder_heads 2 does not divide decoder_width 9" in rows["decoder_width=9"]["error"]
-    for width in (8, 12):
-        row, trial = rows[f"decoder_width={width}"], tmp_path / "sweep" / "trials" / f"decoder_width={width}"
-        trained = json.loads((trial / "summary.json").read_text())
-        assert row["metric"] == trained["loss"]
-        assert math.isfinite(row["metric"])
-        assert trained["images_seen"] == 64
-        assert json.loads((trial / "trial.json").read_text()) == row
-    best = min(("decoder_width=8", "decoder_width=12"), key=lambda name: rows[name]["metric"])
-    assert summary["best"] == {"trial": best, "parameters": rows[best]["parameters"], "metric": rows[best]["metric"]}
-    assert json.loads((tmp_path / "sweep" / "table.json").read_text()) == summary["rows"]
-    assert not (tmp_path / "sweep" / "ray").exists()
-    assert Image.open(tmp_path / "sweep" / "sweep.png").width > 600
-    assert "Traceback" not in capfd.readouterr().err
+    good, bad = summary["rows"]
+    trial = path / "trials" / "decoder_width=12"
+    trained = json.loads((trial / "summary.json").read_text())
+    assert (good["trial"], good["parameters"], good["error"]) == ("decoder_width=12", {"model.decoder_width": 12}, None)
+    assert good["metric"] == trained["loss"]
+    assert math.isfinite(good["metric"])
+    assert trained["images_seen"] == 64
+    assert (bad["trial"], bad["metric"], summary["failed"]) == ("decoder_width=9", None, 1)
+    assert "decoder_heads 2 does not divide decoder_width 9" in bad["error"]
+    assert summary["best"] == {"trial": "decoder_width=12", "parameters": good["parameters"], "metric": good["metric"]}
+    assert json.loads((trial / "trial.json").read_text()) == good
+    assert json.loads((path / "table.json").read_text()) == summary["rows"]
+    assert Image.open(path / "sweep.png").width > 600
+    assert not (path / "ray").exists()
+    shown = capfd.readouterr()
+    assert not shown.out  # none of Tune's own tables
+    assert "Traceback" not in shown.err
 
     client = MlflowClient(tracking.uri)
     experiment = client.get_experiment_by_name(tracking.experiment).experiment_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
-    assert {(one.info.run_name, one.info.status) for one in nested} == {
-        ("decoder_width=8", "FINISHED"),
-        ("decoder_width=12", "FINISHED"),
-        ("decoder_width=9", "FAILED"),
-    }
-    tracked = next(one for one in nested if one.info.run_name == best)
-    assert tracked.data.params["model.decoder_width"] == best.split("=")[1]
-    assert tracked.data.metrics["loss"] == rows[best]["metric"]
-    assert [point.step for point in client.get_metric_history(tracked.info.run_id, "learning_rate")] == [16, 32, 48, 64]
+    tracked = {one.info.run_name: one for one in nested}
+    assert {name: one.info.status for name, one in tracked.items()} == {"decoder_width=12": "FINISHED", "decoder_width=9": "FAILED"}
+    assert tracked["decoder_width=12"].data.params["model.decoder_width"] == "12"
+    assert tracked["decoder_width=12"].data.metrics["loss"] == good["metric"]
+    points = client.get_metric_history(tracked["decoder_width=12"].info.run_id, "learning_rate")
+    assert [point.step for point in points] == [16, 32, 48, 64]
 
-    # a killed sweep: no summary, one trial unfinished; the other is not touched again
-    (tmp_path / "sweep" / "summary.json").unlink()
-    (tmp_path / "sweep" / "trials" / "decoder_width=12" / "trial.json").unlink()
-    before = (tmp_path / "sweep" / "trials" / "decoder_width=8" / "trial.json").stat().st_mtime_ns
+    # killed before its end: the finished trial is not touched, the other one tried again
+    (path / "summary.json").unlink()
+    before = (trial / "trial.json").stat().st_mtime_ns
     again = run(sections, settings, Stage("sweep", ray_local))
-    assert (tmp_path / "sweep" / "trials" / "decoder_width=8" / "trial.json").stat().st_mtime_ns == before
-    assert [row["metric"] for row in again["rows"]] == [row["metric"] for row in summary["rows"]]
+    assert (trial / "trial.json").stat().st_mtime_ns == before
+    assert again["rows"][0] == good
+    assert again["rows"][1]["error"] == bad["error"]
     assert run(sections, settings, Stage("sweep", ray_local)) == again  # complete
-    with pytest.raises(UserError, match=r"sweep\.metric"):
-        run(
-            sections,
-            SweepSettings(path=path, over="train", metric="loss_band_0", parameters=settings.parameters),
-            Stage("sweep", ray_local),
-        )
+    other = SweepSettings(path=str(path), over="train", metric="loss_band_0", parameters=parameters)
+    with pytest.raises(UserError, match=r"sweep\.metric \(there: 'loss', asked for: 'loss_band_0'\)"):
+        run(sections, other, Stage("sweep", ray_local))
 
 
 def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
@@ -223,10 +217,46 @@ def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_
         run(sections, settings, Stage("sweep", ray_local))
 
 
-def test_a_generate_sweep_needs_a_checkpoint(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
-    settings = SweepSettings(path=str(tmp_path), parameters={"generate.temperature": [0.9, 1.0]})
-    with pytest.raises(UserError, match=r"train.path .* holds no checkpoint; run `mar train`"):
-        run(sections, settings, Stage("sweep", ray_local))
+@pytest.mark.parametrize(
+    ("over", "metric", "message"),
+    [
+        ("generate", "loss", "'loss'; a sweep over generate measures frechet_distance, fid"),
+        ("train", "label_agreement", "label_agreement needs evaluate.classifier"),
+        ("generate", "fid", r"train\.path .* holds no checkpoint; run `mar train`"),
+    ],
+)
+def test_what_a_sweep_needs_is_checked_first(
+    sections: Sections, ray_local: ClusterSettings, tmp_path: Path, over: Any, metric: str, message: str
+) -> None:
+    parameters = {"generate.temperature": [0.9]} if over == "generate" else {"model.denoiser_width": [8]}
+    with pytest.raises(UserError, match=message):
+        run(sections, SweepSettings(path=str(tmp_path), over=over, metric=metric, parameters=parameters), Stage("sweep", ray_local))
+
+
+def test_a_sweep_over_generation_draws_from_one_checkpoint_and_trains_nothing(ray_local: ClusterSettings, tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer)
+    sections = Sections(
+        ImageSettings(source=write_images(tmp_path / "images", 4), size=32, held_out_folder="held_out"),
+        TokenizerSettings(path=tokenizer),
+        CacheSettings(path=str(tmp_path / "cache")),
+        TINY,
+        TrainSettings(path=str(tmp_path / "train")),
+        GenerateSettings(checkpoint=checkpoint, ar_steps=2, diffusion_steps=3, guidance=1.0),
+        EvaluateSettings(features="efficientnet-lite0"),
+    )
+    settings = SweepSettings(path=str(tmp_path / "sweep"), parameters={"generate.temperature": [0.5, 1.0]}, images=6)
+    summary = run(sections, settings, Stage("sweep", ray_local))
+    first, second = summary["rows"]
+    assert [first["trial"], second["trial"]] == ["temperature=0.5", "temperature=1.0"]
+    assert first["error"] is second["error"] is None
+    assert first["metric"] == first["metrics"]["frechet_distance_efficientnet-lite0"] > 0
+    assert first["metric"] != second["metric"]
+    assert summary["best"]["metric"] == min(first["metric"], second["metric"])
+    assert len(list((tmp_path / "sweep" / "reference").glob("reference-*.npz"))) == 1  # computed once, for all trials
+    record = json.loads((tmp_path / "sweep" / "trials" / "temperature=0.5" / "evaluation" / "evaluation.json").read_text())
+    assert (record["images"], record["generation"]["temperature"], record["generation"]["checkpoint"]) == (6, 0.5, checkpoint)
+    assert not (tmp_path / "train").exists()
 
 
 def test_table_and_plot_of_two_parameters(tmp_path: Path) -> None:
