@@ -133,7 +133,7 @@ def submit(
     assignments: Assignments = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Run a command on a Ray cluster, follow its log, end as it ends."""
+    """Run a command on a Ray cluster and follow its log."""
     from jobs.submit import environment, job_command, outputs_lost_with_the_job, send
 
     job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])

@@ -19,6 +19,7 @@ from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
+from pipelines.sweep_grid import SWEPT_SECTIONS
 from pipelines.sweeping import SweepSettings
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.tracking import TrackingSettings
@@ -201,7 +202,7 @@ def _validated(layers: _Layers) -> RunConfig:
 def _sweep_faults(config: RunConfig) -> list[str]:
     """Every value of the sweep's grid must make a valid configuration of its own."""
     faults = []
-    swept = ("train", "model") if config.sweep.over == "train" else ("generate",)
+    swept = SWEPT_SECTIONS[config.sweep.over]
     known = [key for key in TYPES if key.startswith(tuple(f"{section}." for section in swept)) and not key.endswith(".path")]
     for key, values in config.sweep.parameters.items():
         if key not in known:
@@ -253,7 +254,7 @@ def _described(kind: Any) -> str:
 def _unknown_key(key: str, origin: str) -> str:
     section, _, name = key.partition(".")
     same_name = [] if name else [one for one in TYPES if one.endswith(f".{section}")]
-    nearest = f"; nearest: {', '.join(same_name)}" if same_name else _nearest(key, TYPES)
+    nearest = f"; nearest: {', '.join(same_name)}" if same_name else _nearest(key, [*TYPES, *SECTIONS])
     if section in SECTIONS:
         allowed = f"section {section} has {', '.join(one.partition('.')[2] for one in _keys_of(section))}"
     else:

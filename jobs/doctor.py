@@ -141,6 +141,8 @@ def output_check(key: str, path: str) -> Check:
     if refused := _bucket_refuses(path):
         return Check(key, False, f"{path}: {refused[0]}", refused[1])
     place = str(_existing(path)) if storage.is_local(path) else path
+    if storage.is_local(path) and not Path(place).is_dir():
+        return Check(key, False, f"{path}: {place} is a file", f"move that file, or choose another {key}")
     probe = storage.join(place, f".mar-doctor-{uuid.uuid4().hex[:8]}")
 
     def write() -> bool:
@@ -271,9 +273,9 @@ def _server_fault(uri: str) -> str:
 
 
 def _existing(path: str) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself, or the nearest one above it that exists."""
     place = Path(path.removeprefix("file://")).expanduser().absolute()
-    while not place.is_dir():
+    while not place.exists():
         place = place.parent
     return place
 

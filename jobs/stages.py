@@ -73,7 +73,7 @@ STAGES = {
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
         "Compare settings of training or of generation.",
-        "mar sweep --preset demo --set sweep.metric=label_agreement --set sweep.mode=max",
+        "mar sweep --preset demo --set sweep.images=200",
     ),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import difflib
+import logging
 import os
 import shlex
 import socket
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from jobs.config import RunConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-# In .gitignore's language: of the project only what the job imports, never runs, data or virtual environments
-EXCLUDES = ["/*", "!/jobs", "!/pipelines", "!/mar_model", "!/pyproject.toml", "__pycache__"]
+PARTS = ("jobs", "pipelines", "mar_model", "pyproject.toml")  # all that a job imports: no runs, data or virtual environments
+# In .gitignore's language, as Ray reads it: everything at the top (but not the top itself), except the parts and what is in them
+EXCLUDES = ["/[!.]*", "/.?*", *(f"!/{part}{inside}" for part in PARTS for inside in ("", "/**")), "__pycache__"]
 CONNECT_SECONDS = 10.0
+AGENT_SECONDS = 60.0  # for a head that is starting
 LOST_LOG_SECONDS = 120.0  # without a word from the head before following is given up
 
 
@@ -98,7 +101,7 @@ def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int
     """
     client = _client(address)
     runtime = {"working_dir": str(PROJECT), "excludes": EXCLUDES, "env_vars": variables}
-    job_id: str = client.submit_job(entrypoint=job.entrypoint(), runtime_env=runtime)
+    job_id = _submitted(client, job.entrypoint(), runtime)
     if detach:
         print(job_id)
         print(f"follow: ray job logs --address {address} --follow {job_id}", file=sys.stderr)
@@ -109,6 +112,23 @@ def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int
     except KeyboardInterrupt:
         print(f"\nmar: job {job_id} goes on; to stop it: ray job stop --address {address} {job_id}", file=sys.stderr)
         return 130
+
+
+def _submitted(client: Any, entrypoint: str, runtime: dict[str, Any]) -> str:
+    """The job's id. A head that has just started answers before its agent can take a job: then wait a little."""
+    give_up = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime))
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"the Ray head takes no jobs ({str(error).strip()}): its agent is not up; dashboard_agent.log on the head says why, "
+                    "often a port that another Ray holds (`ray start --dashboard-agent-listen-port=…`)"
+                ) from error
+            time.sleep(1.0)
 
 
 def _client(address: str) -> Any:
@@ -126,6 +146,8 @@ def _client(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         os.environ.pop(variable, None)  # Ray prefers them to the address it is given
     token = _token()

@@ -1,0 +1,156 @@
+"""The commands: help, examples, exit statuses, what is said on failure and on Ctrl-C."""
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from command_line import Mar
+
+from jobs import cli, stages
+from jobs.config import load
+from jobs.stages import STAGES
+from pipelines.errors import UserError
+
+GROUP = typer.main.get_command(cli.app)
+COMMANDS = ["tokenize", "cache", "train", "generate", "evaluate", "sweep", "report", "quickstart", "submit", "doctor"]
+
+
+def test_the_ten_commands_are_there() -> None:
+    assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_a_screen_and_ends_in_an_example_that_parses(mar: Mar, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    result = mar(*([command] if command else []), "--help")
+    lines = result.out.rstrip().splitlines()
+    assert result.status == 0
+    assert len(lines) <= 24
+    assert max(len(line) for line in lines) <= 80
+    assert "..." not in "".join(lines[3:])  # nothing cut off
+    example = lines[-1].strip().removeprefix("Example:  mar ")
+    assert example != lines[-1].strip()
+    name, *rest = shlex.split(example)
+    if command:
+        assert name == command
+    given = GROUP.commands[name].make_context(name, rest).params  # type: ignore[attr-defined]
+    load(given["preset"], given["config"], given["assignments"] or [])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_four_configuration_options(command: str) -> None:
+    options = {option for one in GROUP.commands[command].params for option in one.opts}  # type: ignore[attr-defined]
+    assert {"--config", "--preset", "--set", "--print-config"} <= options
+
+
+def test_help_is_quick_and_needs_neither_ray_nor_torch() -> None:
+    code = "import sys; sys.argv = ['mar']; import jobs.cli; print([one for one in ('ray', 'torch', 'mlflow') if one in sys.modules])"
+    start = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert time.monotonic() - start < 5
+
+
+def test_an_unknown_command_names_the_nearest(mar: Mar) -> None:
+    result = mar("trian")
+    assert result.status == 2
+    assert "Did you mean 'train'?" in result.err
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]:
+    """Put `work(**sections)` in the place of the stage train, and an open stage without Ray around it."""
+    calls: list[dict[str, Any]] = []
+
+    def function(**sections: Any) -> dict[str, Any]:
+        calls.append(sections)
+        return work()
+
+    class Opened:
+        def __init__(self, *arguments: Any) -> None:
+            self.arguments = arguments
+
+        def __enter__(self) -> "Opened":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("pipelines.stage.open_stage", Opened)
+    monkeypatch.setattr(stages.importlib, "import_module", lambda _: SimpleNamespace(train=function))
+    return calls
+
+
+def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, lambda: {"format_version": 1, "images_seen": 1280, "loss": 0.123456, "identity": {"seed": 5}})
+    result = mar("train", "--preset", "demo", "--set", "seed=5")
+    assert result.status == 0
+    assert set(calls[0]) == {"tokenizer", "cache", "model", "train", "seed", "stage"}
+    assert calls[0]["seed"] == 5
+    name, path, configuration, cluster, tracking = calls[0]["stage"].arguments
+    assert (name, path) == ("train", "runs/demo/train")
+    assert (configuration, cluster, tracking) == (load("demo", assignments=["seed=5"]).plain(), load("demo").cluster, load("demo").tracking)
+    assert "configuration: preset demo, seed=5" in result.err
+    assert "runs/demo/cache" in result.err
+    assert "images seen" in result.out
+    assert "1280" in result.out
+    assert "0.1235" in result.out
+
+
+def test_a_user_error_in_a_worker_is_a_user_error(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrapped(Exception):  # as Ray wraps what a task raised
+        cause = UserError("images.source 'x' is not there")
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("a worker group failed") from Wrapped("RayTaskError: …")
+
+    stand_in(monkeypatch, fail)
+    result = mar("train", "--preset", "demo")
+    assert result.status == 2
+    assert result.err.splitlines()[-1] == "mar: error: images.source 'x' is not there"
+
+
+def test_a_failure_says_its_cause_and_where_the_traceback_is(mar: Mar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class GroupFailed(Exception):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            self.worker_failures = {1: MemoryError("bad\nno memory for 3 GB")}
+
+    def fail() -> dict[str, Any]:
+        raise GroupFailed("one of 2 workers")
+
+    stand_in(monkeypatch, fail)
+    result = mar("train", "--set", f"train.path={tmp_path}")
+    assert result.status == 1
+    assert "mar: train failed: MemoryError: no memory for 3 GB" in result.err
+    assert f"the traceback is in {tmp_path}/error.log" in result.err
+    assert "GroupFailed: one of 2 workers" in (tmp_path / "error.log").read_text()
+
+
+def test_ctrl_c_says_how_to_go_on(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    stand_in(monkeypatch, interrupt)
+    result = mar("train", "--preset", "demo", "--set", "generate.labels=[1, 2]")
+    assert result.status == 130
+    assert result.err.splitlines()[-1] == "mar: interrupted; to go on: mar train --preset demo --set 'generate.labels=[1, 2]'"
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
+    import importlib
+    import inspect
+
+    module, _, function = STAGES[name].function.partition(":")
+    there = getattr(importlib.import_module(module), function, None)
+    assert there is not None, f"{STAGES[name].function} is not there"
+    assert set(inspect.signature(there).parameters) == {*STAGES[name].sections, "stage"}
+
+
+def test_passwords_are_not_shown(mar: Mar) -> None:
+    result = mar("train", "--set", "tracking.uri=http://me:secret@host:5000", "--set", "tracking.uri=sqlite:///x.db", "--print-config")
+    assert "secret" not in result.out.splitlines()[0]
