@@ -81,7 +81,7 @@ def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
         axes.set_xscale("log")
     elif len(values) <= 8:
         axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
-    axes.set_ylabel(metric.replace("_", " "), color=INK, fontsize=9)
+    axes.set_ylabel(metric.replace("_", " ").replace("frechet", "Fréchet"), color=INK, fontsize=9)
     return _finished(figure, axes, across)
 
 

@@ -77,7 +77,11 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         configuration["tracking"]["uri"] = without_password(configuration["tracking"]["uri"])
     pictures = Pictures(storage.join(path, "report"))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "duration": duration, "words": lambda name: str(name).replace("_", " ")}
+    environment.filters |= {
+        "number": number,
+        "duration": duration,
+        "words": lambda name: str(name).replace("_", " ").replace("frechet", "Fréchet"),
+    }
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=path.rpartition("/")[2],
         path=path,

@@ -85,7 +85,7 @@ def run(tmp_path: Path) -> Path:
             "best": best,
         },
     )
-    (root / "sweep" / "sweep.png").write_bytes(sweep_plot(trials, "frechet_distance", "temperature=1.0"))
+    (root / "sweep" / "sweep.png").write_bytes(sweep_plot(trials, "frechet_distance_x", "temperature=1.0"))
     write(root / "evaluation", {"stage": "evaluate", "seconds": 49.0, "images": 1000, "label_agreement": 0.936})
     picture(root / "evaluation" / "samples.png", 200)
     configuration = {"seed": 7, "train": {"batch": 128, "learning_rate": 0.001}, "tracking": {"uri": "http://me:hunter2@mlflow.local:5000"}}
@@ -126,7 +126,7 @@ def test_every_figure_is_on_the_page_and_nothing_is_fetched(run: Path) -> None:
         "5.4 GB",  # tiles
         "54.81", "18.25", "402.8", "generated", "real train", "noise",  # Fréchet rows
         "1 min 01 s", "13 s", "2 min 20 s", "80,000", "4,500", "334.7", "1,306",  # times
-        "temperature=0.9", "61.25", "0.875", "55.12", "ValueError: <too hot>", "1 failed",  # sweep
+        "temperature=0.9", "61.25", "0.875", "55.12", "ValueError: <too hot>", "1 failed", "lowest Fréchet distance x",  # sweep
         "ant · <bee>", "rejected", "5.43",  # classes, all figures
         "learning rate", "0.001", "seed",  # configuration
         f"mar quickstart --config {run}/configuration.json", f"mar report {run}", "mlflow ui", "http://mlflow.local:5000",
