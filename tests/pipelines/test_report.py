@@ -78,7 +78,7 @@ def run(tmp_path: Path) -> Path:
             "stage": "sweep-generate",
             "seconds": 52.0,
             "over": "generate",
-            "metric": "frechet_distance",
+            "metric": "frechet_distance_x",
             "mode": "min",
             "failed": 1,
             "rows": trials,
@@ -129,7 +129,7 @@ def test_every_figure_is_on_the_page_and_nothing_is_fetched(run: Path) -> None:
         "temperature=0.9", "61.25", "0.875", "55.12", "ValueError: <too hot>", "1 failed", "lowest Fréchet distance x",  # sweep
         "ant · <bee>", "rejected", "5.43",  # classes, all figures
         "learning rate", "0.001", "seed",  # configuration
-        f"mar quickstart --config {run}/configuration.json", f"mar report {run}", "mlflow ui", "http://mlflow.local:5000",
+        f"mar quickstart --config {run}/configuration.json", f"mar report {run}", "http://mlflow.local:5000",
     ):  # fmt: skip
         assert shown in page.text, shown
     assert "hunter2" not in source
