@@ -111,7 +111,8 @@ def quickstart(
     def work() -> dict[str, Any]:
         from pipelines.quickstart import quickstart as run_all
 
-        sections = {name: getattr(loaded, name) for name in type(loaded).model_fields}
+        located = loaded.located()
+        sections = {name: getattr(located, name) for name in type(loaded).model_fields}
         return run_all(**sections, configuration=loaded.plain())
 
     root = run_directory(loaded)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +51,25 @@ class RunConfig(BaseModel):
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in sections.items()}  # type: ignore[arg-type]
 
+    def located(self) -> "RunConfig":
+        """The same with every local path absolute: Ray's workers have working directories of their own."""
+        changed: dict[str, dict[str, str]] = {}
+        for key in LOCATIONS:
+            section, _, name = key.partition(".")
+            value = getattr(getattr(self, section), name)
+            if value and "://" not in value:
+                changed.setdefault(section, {})[name] = os.path.abspath(os.path.expanduser(value))
+        return self.model_copy(update={name: dataclasses.replace(getattr(self, name), **values) for name, values in changed.items()})
+
     def yaml(self) -> str:
         """The whole configuration; given back through --config it is the same configuration."""
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
+
+
+LOCATIONS = (
+    "images.source", "tokenizer.path", "cache.path", "train.path", "generate.path", "generate.checkpoint", "evaluate.path",
+    "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
+)  # fmt: skip
 
 
 def _key_types() -> dict[str, Any]:

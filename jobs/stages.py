@@ -96,7 +96,8 @@ def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
 
         module, _, function = command.function.partition(":")
         do = getattr(importlib.import_module(module), function)
-        sections = {section: getattr(config, section) for section in command.sections}
+        located = config.located()
+        sections = {section: getattr(located, section) for section in command.sections}
         with open_stage(name, path, config.plain(), config.cluster, config.tracking) as stage:
             summary: dict[str, Any] = do(**sections, stage=stage)
         return summary

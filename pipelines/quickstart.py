@@ -15,7 +15,7 @@ from pipelines.digits import write_digits
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings
 from pipelines.generation import GenerateSettings
-from pipelines.images import ImageSettings
+from pipelines.images import ImageSettings, list_images
 from pipelines.report import report
 from pipelines.settings import identity_of
 from pipelines.stage import FORMAT_VERSION, Stage, open_stage
@@ -25,7 +25,7 @@ from pipelines.tracking import TrackingSettings
 from pipelines.training import TrainSettings
 
 WIDTH_SWEEP_SHARE = 0.04  # of train.images: long enough to tell two denoiser widths apart, short enough for a demo
-FRECHET_IMAGES = 500  # each row of the comparison: distances are comparable only at equal numbers
+FRECHET_IMAGES = 500  # at most, in each row of the comparison: distances are comparable only at equal numbers
 
 
 def quickstart(
@@ -77,6 +77,7 @@ def quickstart(
 
             if not storage.exists(images.source):
                 parent.say(f"writing {write_digits(images.source):,} digits to {images.source}")
+            compared = _images_compared(images, evaluate)
             with stage("tokenize", tokenizer.path) as child:
                 note("tokenize", tokenizing.tokenize(images, tokenizer, seed, child))
             with stage("cache", cache.path) as child:
@@ -103,7 +104,7 @@ def quickstart(
             drawn = replace(generate, **chosen)
             with stage("evaluate", evaluate.path) as child:
                 evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
-                rows = evaluation.frechet_rows(images, evaluate, seed, FRECHET_IMAGES, child)
+                rows = evaluation.frechet_rows(images, evaluate, seed, compared, child)
 
         summary = {
             "seconds": round(attempts.seconds, 1),
@@ -113,12 +114,25 @@ def quickstart(
             "label_agreement": evaluated["label_agreement"],
             "classifier_accuracy_real": real["accuracy_held_out"],
             "frechet_distance": rows,
+            "frechet_images": compared,
             "sampling": chosen,
             "resumed": attempts.resumed,
         }
-        storage.write_json(storage.join(root, "summary.json"), {"format_version": FORMAT_VERSION, **summary})
-        report(root)
+        storage.write_bytes(storage.join(root, "samples.png"), storage.read_bytes(storage.join(evaluate.path, "samples.png")))
+        report(root, {"format_version": FORMAT_VERSION, **summary})
     return run.complete(root, identity, summary)
+
+
+def _images_compared(images: ImageSettings, evaluate: EvaluateSettings) -> int:
+    """Images in each row of the comparison. Raises UserError before any work where nothing is held out to compare with."""
+    listing = list_images(images)
+    held_out = len(listing.held_out())
+    if held_out < 2:
+        raise UserError(
+            f"{images.source} has {held_out} held-out images, and the quickstart compares what it draws with those: "
+            "set images.held_out_share, e.g. 0.1, or images.held_out_folder"
+        )
+    return min(FRECHET_IMAGES, held_out, len(listing.train()), evaluate.images)
 
 
 def width_sweep(sweep: SweepSettings, model: Architecture) -> SweepSettings:
