@@ -285,6 +285,6 @@ def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> 
     )
     commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {path}")]
     if uri := configuration.get("tracking", {}).get("uri"):
-command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+        command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
         commands.append(("its numbers in MLflow", command))
     return commands
