@@ -1,5 +1,7 @@
 """The commands: help, examples, exit statuses, what is said on failure and on Ctrl-C."""
 
+import importlib
+import inspect
 import shlex
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import typer
 from command_line import Mar
 
 from jobs import cli, stages
-from jobs.config import load
+from jobs.config import RunConfig, load
 from jobs.stages import STAGES
 from pipelines.errors import UserError
 
@@ -142,13 +144,16 @@ def test_ctrl_c_says_how_to_go_on(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", list(STAGES))
 def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
-    import importlib
-    import inspect
-
     module, _, function = STAGES[name].function.partition(":")
     there = getattr(importlib.import_module(module), function, None)
     assert there is not None, f"{STAGES[name].function} is not there"
     assert set(inspect.signature(there).parameters) == {*STAGES[name].sections, "stage"}
+
+
+def test_quickstart_takes_every_section() -> None:
+    from pipelines.quickstart import quickstart
+
+    assert set(inspect.signature(quickstart).parameters) == {*RunConfig.model_fields, "configuration"}
 
 
 def test_passwords_are_not_shown(mar: Mar) -> None:

@@ -99,7 +99,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert config.train.images == 1_000_000
     assert config.train.learning_rate == pytest.approx(1e-4)  # file: text to YAML 1.1
     assert config.seed == 7
-    assert config.model.encoder_width == 192  # preset
+    assert config.images.size == 32  # preset
     assert config.train.beta2 == 0.95  # default
     assert config.images.held_out_folder == "2024"  # text where text is expected
     assert config.cluster.address == "no"

@@ -87,9 +87,9 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_exit_status(
     assert not list(tmp_path.rglob(".mar-doctor*"))
     assert not (tmp_path / "train").exists()  # looking makes nothing
 
-    sick = mar("submit", "--address", head, "--", "train", "--config", str(file), "--set", "tracking.uri=http://127.0.0.1:9")
+    sick = mar("submit", "--address", head, "--", "report", f"{tmp_path}/none")
     assert sick.status == 2, sick.out
-    assert "mar: error: tracking.uri 'http://127.0.0.1:9' can't be used" in sick.out
+    assert f"mar: error: '{tmp_path}/none' holds no finished stage" in sick.out
     assert "FAILED" in sick.err
 
     client = submit._client(head)
