@@ -71,8 +71,9 @@ class Denoiser(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name, weight in self.time_embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
         for module in (*self.res_blocks, self.final_layer):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)

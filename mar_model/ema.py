@@ -24,5 +24,5 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model's weights after optimizer step `step` (0-based)."""
-        current = [value for _, value in model.named_parameters()]
+        current: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(step, self.decay, self.warmup))

@@ -1,5 +1,6 @@
 """Generation: tokens in random order, many at a time, each one drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -54,7 +55,7 @@ def generate(
 
     was_training = model.training
     model.eval()
-    for step, (before, after) in enumerate(zip(lengths[:-1], lengths[1:], strict=True)):
+    for step, (before, after) in enumerate(itertools.pairwise(lengths)):
         if before == after:  # more steps than tokens: nothing leaves the mask
             continue
         kept = orders[:, before:].sort(dim=1).values
@@ -116,7 +117,7 @@ def sample_tokens(
 def _check(model: MAR, labels: Tensor, guidance_schedule: str, temperature: float) -> None:
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, expected (B,) integers")
-    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < model.config.classes):
+    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < model.config.classes):
         raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {model.config.classes - 1}")
     if guidance_schedule not in SCHEDULES:
         raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {', '.join(SCHEDULES)}")

@@ -17,7 +17,8 @@ SCHEDULES = ("constant", "cosine")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """AdamW's two groups: no decay on one-dimensional tensors, biases and all of the denoiser; `weight_decay` on the rest."""
-    kept, decayed = [], []
+    kept: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 1 or name.endswith(".bias") or name.startswith("diffloss.")
         (kept if plain else decayed).append(parameter)

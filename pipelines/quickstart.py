@@ -57,8 +57,8 @@ def quickstart(
     run = Stage("quickstart", cluster, configuration)
     finished = run.begin(root, identity)
     if finished is not None:
-        for stage, seconds in finished["seconds_by_stage"].items():
-            run.say(f"{stage} is complete ({seconds:.0f} s)")
+        for stage, took in finished["seconds_by_stage"].items():
+            run.say(f"{stage} is complete ({took:.0f} s)")
         return finished
     storage.write_json(storage.join(root, "configuration.json"), configuration)
 
@@ -89,7 +89,7 @@ def quickstart(
                 real = note("classifier", train_classifier(images, classifier, seed, child))
             evaluate = replace(evaluate, classifier=classifier)
 
-            sections = {
+            sections: dict[str, Any] = {
                 "images": images, "tokenizer": tokenizer, "cache": cache, "model": model, "train": train, "generate": generate,
                 "evaluate": evaluate, "seed": seed,
             }  # fmt: skip

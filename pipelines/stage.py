@@ -109,7 +109,7 @@ def open_stage(
     Ray's own messages go to `ray.log` in `path` (beside the working directory when `path` is on S3).
     """
     log = Path(path) / "ray.log" if storage.is_local(path) else Path(f"{name}-ray.log")
-    tracker = Tracker.open(tracking, name, configuration, path, parent)
+    tracker = Tracker.open(tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False))
     status = "FAILED"
     try:
         with connected(cluster, log):

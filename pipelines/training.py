@@ -52,6 +52,7 @@ class TrainSettings:
 
 
 LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
+FIGURES = (*LOSS_COLUMNS, "images_per_second", "data_wait_share", "parameters")  # of the last interval, kept in the summary
 
 
 def train(
@@ -79,6 +80,8 @@ def train(
 
         summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics)
     log.write()
+    if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
+        summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
     summary["restarts_from"] = [first, *summary.get("restarts_from", [])] if first else summary.get("restarts_from", [])
     return stage.complete(train.path, identity, summary)
 
@@ -133,7 +136,7 @@ def fit(
     checkpoint = newest_checkpoint(train.path)
     return {
         "images_seen": last.get("images_seen", train.images),
-        **{name: last[name] for name in (*LOSS_COLUMNS, "images_per_second", "data_wait_share", "parameters") if name in last},
+        **{name: last[name] for name in FIGURES if name in last},
         "workers": train.workers,
         "checkpoint": checkpoint,
     }

@@ -75,7 +75,7 @@ def test_killed_and_started_again_it_ends_whole(folder: Path) -> None:
     rows = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [row["images_seen"] for row in rows] == list(range(512, 2561, 512))  # no interval twice, none missing
 
-    gone, alive = psutil.wait_procs(started, timeout=20)
+    _, alive = psutil.wait_procs(started, timeout=20)
     assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], "left behind by the killed run"
 
 

@@ -29,13 +29,12 @@ def model(config: MARConfig = TINY) -> MAR:
 )
 def test_published_parameter_counts(width: int, depth: int, denoiser_depth: int, denoiser_width: int, expected: int) -> None:
     heads = 12 if width == 768 else 16
+    config = MARConfig(
+        encoder_width=width, encoder_depth=depth, encoder_heads=heads, decoder_width=width, decoder_depth=depth, decoder_heads=heads,
+        denoiser_depth=denoiser_depth, denoiser_width=denoiser_width,
+    )  # fmt: skip
     with torch.device("meta"):
-        made = MAR(
-            MARConfig(
-                encoder_width=width, encoder_depth=depth, encoder_heads=heads, decoder_width=width, decoder_depth=depth,
-                decoder_heads=heads, denoiser_depth=denoiser_depth, denoiser_width=denoiser_width,
-            )  # fmt: skip
-        )
+        made = MAR(config)
     assert sum(parameter.numel() for parameter in made.parameters()) == expected
 
 
