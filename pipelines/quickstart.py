@@ -91,12 +91,14 @@ def quickstart(
 
             sections: dict[str, Any] = {
                 "images": images, "tokenizer": tokenizer, "cache": cache, "model": model, "train": train, "generate": generate,
-                "evaluate": evaluate, "seed": seed,
+                "seed": seed,
             }  # fmt: skip
             with stage("sweep-generate", sweep.path) as child:
+                evaluate = evaluation.with_reference(images, evaluate, child)  # computed once, for the sweep and the evaluation
+                sections["evaluate"] = replace(evaluate, actors=1)  # of each of the trials, which run side by side
                 swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
             width = width_sweep(sweep, model)
-            short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4)
+            short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4, workers=1)
             with stage("sweep-train", width.path) as child:
                 note("sweep-train", sweeping.sweep(**{**sections, "train": short}, sweep=width, stage=child))
 
