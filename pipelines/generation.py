@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mar_model.checkpoint import AVERAGE, STATE, WEIGHTS, load_model
+from mar_model.checkpoint import AVERAGE, WEIGHTS, load_model, read_state
 from mar_model.generate import generate as sample_latents
 from mar_model.noise import SampleNoise
 from mar_model.tokenizers import load_tokenizer
@@ -89,10 +89,10 @@ def plan_drawing(
     checkpoint = generate.checkpoint or newest_checkpoint(train.path)
     if checkpoint is None:
         raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
-    state_file = storage.join(checkpoint, STATE)
-    if not storage.exists(state_file):
-        raise UserError(f"generate.checkpoint {checkpoint!r} is no checkpoint: it holds no {STATE}")
-    state = storage.read_json(state_file)
+    try:
+        state = read_state(storage.local_directory(checkpoint))
+    except ValueError as error:
+        raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
     found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
     if found != expected:
         raise UserError(
@@ -153,8 +153,8 @@ class DrawingActor:
         }
 
     @cached_property
-    def _loaded(self) -> "Loaded":
-        return Loaded(self.drawing)
+    def _loaded(self) -> "LoadedModel":
+        return LoadedModel(self.drawing)
 
     def _draw(self, indices: range) -> samples.Samples:
         labels = np.array([self.drawing.labels[index % len(self.drawing.labels)] for index in indices])
@@ -169,7 +169,7 @@ class DrawingActor:
         samples.write_samples(self.drawing.path, drawn)
 
 
-class Loaded:
+class LoadedModel:
     """Model and tokenizer on their device."""
 
     def __init__(self, drawing: Drawing) -> None:

@@ -12,7 +12,7 @@ from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 from pipelines import samples
 from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
-from pipelines.generation import GenerateSettings, generate, share_out_of_range
+from pipelines.generation import GenerateSettings, LoadedModel, generate, plan_drawing, share_out_of_range
 from pipelines.images import ImageSettings, list_images
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
@@ -104,12 +104,12 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
 
 
 def test_samples_depend_on_neither_batch_nor_actors(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
-    generate(tokenizer, TrainSettings(), settings, 7, stage)
-    other = replace(settings, path=settings.path + "-2", batch=4, actors=2)
-    generate(tokenizer, TrainSettings(), other, 7, stage)
-    first, second = drawn(settings.path)[0], drawn(other.path)[0]
-    assert np.abs(first.astype(int) - second.astype(int)).max() <= 1
-    assert np.abs(first[0].astype(int) - first[3].astype(int)).max() > 20  # same class, another sample
+    at_once = LoadedModel(plan_drawing(settings.path, [], tokenizer, TrainSettings(), settings, 7, stage.cluster, files=False))
+    expected, _ = at_once.images(np.arange(IMAGES) % 3, range(IMAGES))  # one batch, in this process
+    generate(tokenizer, TrainSettings(), replace(settings, batch=4, actors=2), 7, stage)
+    images, _ = drawn(settings.path)
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+    assert np.abs(images[0].astype(int) - images[3].astype(int)).max() > 20  # same class, another sample
 
 
 def test_a_resume_with_another_batch_draws_only_what_is_missing() -> None:
@@ -153,7 +153,7 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
 
     with pytest.raises(UserError, match=r"train\.path '.*none' holds no checkpoint.*generate\.checkpoint"):
         attempt({"checkpoint": ""})
-    with pytest.raises(UserError, match=r"no checkpoint: it holds no state\.json"):
+    with pytest.raises(UserError, match=r"generate\.checkpoint .* is not a checkpoint: no state\.json in it"):
         attempt({"checkpoint": str(tmp_path)})
     with pytest.raises(UserError, match=r"generate\.labels has \[3\], the checkpoint's classes are 0 to 2"):
         attempt({"labels": [0, 3]})
