@@ -24,7 +24,8 @@ from pipelines.stage import Stage
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "classifier.safetensors"
-WIDTHS = (16, 32, 64)
+WIDTHS = (24, 48, 64)
+MAP_SIDE = 4
 EPOCHS = 10
 BATCH = 64
 PEAK_LEARNING_RATE = 8e-3
@@ -33,16 +34,21 @@ LARGEST_SHIFT = 1 / 14  # of the side: two pixels of a digit of 28
 
 
 class Classifier(nn.Module):
-    """Three convolutions, each halving the side, and a linear layer on a 4×4 map."""
+    """Four convolutions that end in a 4×4 map, and a linear layer."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs in zip((3, *WIDTHS), WIDTHS, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4))
+        first, second, third = WIDTHS
+        self.features = nn.Sequential(
+            *_convolution(3, first, kernel=5, stride=2),
+            *_convolution(first, second),
+            nn.MaxPool2d(2),
+            *_convolution(second, third),
+            *_convolution(third, third),
+            nn.AdaptiveMaxPool2d(MAP_SIDE),
+        )
         self.dropout = nn.Dropout(0.2)
-        self.output = nn.Linear(WIDTHS[-1] * 16, classes)
+        self.output = nn.Linear(third * MAP_SIDE**2, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] → logits (N, classes)."""
@@ -53,6 +59,11 @@ class Classifier(nn.Module):
         """uint8 (N, H, W, 3) → labels (N,) int64; in evaluation mode."""
         device = self.output.weight.device
         return np.concatenate([self(to_model(part).to(device)).argmax(dim=1).cpu().numpy() for part in _parts(images)])
+
+
+def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def _parts(images: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:

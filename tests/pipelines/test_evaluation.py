@@ -7,7 +7,7 @@ import torch
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
 from pipelines import samples, storage
-from pipelines.classifier import train_classifier
+from pipelines.classifier import classifier_digest, load_classifier, train_classifier
 from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, evaluate, frechet_rows, with_reference
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) ->
     root = tmp_path_factory.mktemp("run")
     stage = Stage("evaluate", ray_local)
     images = ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out")
-    train_classifier(images, str(root / "classifier"), 0, stage)
+    trained = train_classifier(images, str(root / "classifier"), 0, stage)
     tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
     checkpoint = write_checkpoint(root / "checkpoint", tokenizer.path)
     sections = {
@@ -49,11 +49,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) ->
         "seed": 3,
         "stage": stage,
     }
-    return {**sections, "summary": evaluate(**sections)}
+    return {**sections, "classifier": trained, "summary": evaluate(**sections)}
 
 
 def sections(run: dict, **evaluate_changes: object) -> dict:
-    rest = {name: value for name, value in run.items() if name != "summary"}
+    rest = {name: value for name, value in run.items() if name not in ("classifier", "summary")}
     return {**rest, "evaluate": replace(run["evaluate"], **evaluate_changes)}
 
 
@@ -102,9 +102,18 @@ def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: Eff
     assert Path(path, "samples.png").is_file()
 
 
-def test_label_agreement_counts_what_the_classifier_says(run: dict) -> None:
-    from pipelines.classifier import load_classifier
+def test_the_classifier_on_disk_is_the_one_that_was_measured(run: dict) -> None:
+    path, trained = run["evaluate"].classifier, run["classifier"]
+    assert (trained["images"], trained["images_held_out"]) == (HELD_OUT, HELD_OUT)
+    right = load_classifier(path).predict(real(run["images"], held_out=True)) == np.repeat(np.arange(3), 8)
+    assert trained["accuracy_held_out"] == right.mean()
+    assert train_classifier(run["images"], path, 0, run["stage"]) == trained
+    assert classifier_digest(path, 3) == storage.digest(Path(path, "classifier.safetensors").read_bytes())
+    with pytest.raises(UserError, match="knows 3 classes, the checkpoint 10"):
+        classifier_digest(path, 10)
 
+
+def test_label_agreement_counts_what_the_classifier_says(run: dict) -> None:
     predicted = load_classifier(run["evaluate"].classifier).predict(drawn(run["evaluate"].path))
     assert run["summary"]["label_agreement"] == pytest.approx(np.mean(predicted == np.arange(DRAWN) % 3))
 
