@@ -81,7 +81,5 @@ class MicroBatches:
         moments, labels = self.cache.take(rows, flipped)
         size, channels = self.config.latent_size, self.config.latent_channels
         noise = torch.randn(images, channels, size, size, generator=stream(self.seed, images_seen, index, "posterior"))
-        draws, dropout_seed = micro_batch_draws(
-            self.config, images, masked, seed=self.seed, images_seen=images_seen, micro_batch=index
-        )
+        draws, dropout_seed = micro_batch_draws(self.config, images, masked, seed=self.seed, images_seen=images_seen, micro_batch=index)
         return MicroBatch(torch.from_numpy(moments), torch.from_numpy(labels), noise, draws, dropout_seed)

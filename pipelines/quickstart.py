@@ -51,9 +51,10 @@ def quickstart(
     """
     root = _parent(train.path)
     identity = identity_of(
-        images=images, tokenizer=tokenizer, cache=cache, model=model, train=train, generate=generate, evaluate=evaluate,
-        sweep=sweep, seed=seed, lengths=[tokenizer.images, train.images],
+        images=images, tokenizer=tokenizer, cache=cache, model=model, train=train, generate=generate, evaluate=evaluate, sweep=sweep,
+        seed=seed,
     )  # fmt: skip
+    identity["train.images"] = train.images  # here the run's length decides the result, for all that follows is made from its end
     run = Stage("quickstart", cluster, configuration)
     finished = run.begin(root, identity)
     if finished is not None:
