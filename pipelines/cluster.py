@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.progress import stderr_in
+from pipelines.progress import output_in
 from pipelines.settings import operational
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
-    with _termination_as_exit(), stderr_in(log):
+    with _termination_as_exit(), output_in(log):
         _send_chatter_to(log)
         if address:
             _join(address)

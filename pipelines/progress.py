@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 LINE_SECONDS = 15.0  # between lines where no terminal shows a bar
 
 
-_terminal: TextIO | None = None  # the person's stderr while `stderr_in` sends the process's own to a file
+_terminal: TextIO | None = None  # the person's stderr while `output_in` sends the process's own to a file
 
 
 def console() -> Console:
@@ -24,23 +24,30 @@ def console() -> Console:
 
 
 @contextmanager
-def stderr_in(log: Path) -> Iterator[None]:
-    """Whatever this process writes to stderr in the body, C++ libraries included, goes to `log`; `console()` still reaches the person."""
+def output_in(log: Path) -> Iterator[None]:
+    """Whatever this process prints in the body, C++ libraries included, goes to `log`; `console()` still reaches the person."""
     global _terminal
     log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.flush()
-    original = os.dup(2)
-    before, _terminal = _terminal, os.fdopen(os.dup(original), "w", buffering=1)
+    _flush()
+    originals = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    before, _terminal = _terminal, os.fdopen(os.dup(2), "w", buffering=1)
     try:
         with log.open("a") as stream:
-            os.dup2(stream.fileno(), 2)
+            for descriptor in originals:
+                os.dup2(stream.fileno(), descriptor)
             yield
     finally:
-        sys.stderr.flush()
-        os.dup2(original, 2)
-        os.close(original)
+        _flush()
+        for descriptor, original in originals.items():
+            os.dup2(original, descriptor)
+            os.close(original)
         _terminal.close()
         _terminal = before
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 class Bar:
