@@ -5,4 +5,6 @@ from mar_model.generate import generate
 from mar_model.mar import MAR, TrainingDraws
 from mar_model.noise import SampleNoise, stream
 
+__version__ = "0.1.0"
+
 __all__ = ["MAR", "Architecture", "MARConfig", "SampleNoise", "TrainingDraws", "generate", "stream"]

@@ -1,14 +1,14 @@
 """The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there, the newest that verifies, the oldest dropped."""
 
-import importlib.metadata
 import logging
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mar_model import __version__
 from mar_model.checkpoint import STATE, read_state, save_checkpoint
 from mar_model.ema import WeightAverage
 from mar_model.mar import MAR
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "images-"
+UNFINISHED = ".writing-"
+
 
 def write_checkpoint(
     job: "TrainingJob",
@@ -27,17 +30,17 @@ def write_checkpoint(
     model: MAR,
     average: WeightAverage,
     optimizer: torch.optim.Optimizer,
-    *,
-    images_seen: int,
-    step: int,
+    progress: dict[str, Any],
 ) -> str:
-    """Publish `checkpoints/images-…` whole or not at all, then drop the oldest beyond `train.checkpoints_kept`. Returns its path."""
+    """Publish `checkpoints/images-…` whole or not at all, then drop the oldest beyond `train.checkpoints_kept`. Returns its path.
+
+    `progress` is what the loop goes on from: `images_seen`, `step`, and `intervals`, the newest lines of metrics.
+    """
     train, manifest = job.train, cache.manifest
     state = {
-        "images_seen": images_seen,
-        "step": step,
+        **progress,
         "seed": job.seed,
-        "code_version": importlib.metadata.version("mar-ray"),
+        "code_version": __version__,
         "train": asdict(train),
         "cache_digest": cache.digest,
         "tokenizer": {"path": job.tokenizer_path, "digest": manifest.tokenizer["digest"]},
@@ -46,11 +49,11 @@ def write_checkpoint(
         **{name: getattr(manifest, name) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")},
     }
     folder = storage.join(train.path, "checkpoints")
-    path = storage.join(folder, f"images-{images_seen:012d}")
+    path = storage.join(folder, f"{PREFIX}{progress['images_seen']:012d}")
     scratch = str(Path(folder)) if storage.is_local(folder) else None
     if scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".writing-") as temporary:
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=UNFINISHED) as temporary:
         save_checkpoint(Path(temporary) / "checkpoint", model, average.weights, state, optimizer)
         storage.publish_directory(Path(temporary) / "checkpoint", path, last=STATE)
     for name in _checkpoint_names(train.path)[: -train.checkpoints_kept]:
@@ -60,7 +63,16 @@ def write_checkpoint(
 
 def _checkpoint_names(train_path: str) -> list[str]:
     names = storage.list_directory(storage.join(train_path, "checkpoints"))
-    return [name for name in names if name.startswith("images-") and not name.endswith(".partial")]
+    return [name for name in names if name.startswith(PREFIX) and not name.endswith(".partial")]
+
+
+def forget_lost_attempts(train_path: str) -> None:
+    """Delete what a killed run left half written, and Ray's own list of checkpoints: that is not written atomically and can lag
+    behind, so we go by what is on disk and verifies."""
+    folder = storage.join(train_path, "checkpoints")
+    for name in storage.list_directory(folder):
+        if name.startswith(UNFINISHED) or name.endswith(".partial") or name == "checkpoint_manager_snapshot.json":
+            storage.delete(storage.join(folder, name))
 
 
 def newest_checkpoint(train_path: str) -> str | None:

@@ -1,30 +1,31 @@
 """The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval."""
 
 import json
-import time
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines import storage
 
+CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
+
 
 class MetricsLog:
-    """`metrics.jsonl`: one line an interval. A resumed run drops the lines after its checkpoint before it goes on."""
+    """`metrics.jsonl` of a run that goes on from `images_seen`: lines after that are dropped, for their steps are done again.
 
-    WRITE_SECONDS = 5.0
+    `checkpointed`: the newest lines as the checkpoint holds them; a kill can come before the driver has written them.
+    """
 
-    def __init__(self, path: str, images_seen: int) -> None:
+    def __init__(self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
-        lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
-        self.rows: list[dict[str, Any]] = [row for row in map(json.loads, lines) if row["images_seen"] <= images_seen]
-        self._written = time.monotonic()
+        written = [json.loads(line) for line in storage.read_bytes(path).decode().splitlines()] if storage.exists(path) else []
+        known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
+        self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a row; rows that a restarted worker group repeats replace those of the lost one."""
+        """Take in a row; one that a restarted worker group repeats replaces that of the lost one."""
         self.rows = [one for one in self.rows if one["images_seen"] < row["images_seen"]]
         self.rows.append(row)
-        if time.monotonic() - self._written > self.WRITE_SECONDS:
-            self.write()
+        self.write()
 
     def write(self) -> None:
         storage.write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._written = time.monotonic()

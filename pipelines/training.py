@@ -10,7 +10,7 @@ from mar_model.config import Architecture, MARConfig
 from mar_model.recipe import BANDS
 from pipelines import storage
 from pipelines.caching import CacheSettings
-from pipelines.checkpoints import newest_checkpoint
+from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
 from pipelines.cluster import ClusterSettings, cluster_resources
 from pipelines.errors import UserError
 from pipelines.latents import LatentCache
@@ -68,9 +68,10 @@ def train(
     if summary is not None:
         return summary
     resumed = newest_checkpoint(train.path)
-    first = read_state(storage.local_directory(resumed))["images_seen"] if resumed else 0
+    state: dict[str, Any] = read_state(storage.local_directory(resumed)) if resumed else {"images_seen": 0, "intervals": []}
+    first = int(state["images_seen"])
     stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
-    log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first)
+    log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"])
     with stage.progress(train.images, done=first) as bar:
 
         def on_metrics(row: dict[str, Any]) -> None:
@@ -79,11 +80,9 @@ def train(
             stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
 
         summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics)
-    log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
-    summary["restarts_from"] = [first, *summary.get("restarts_from", [])] if first else summary.get("restarts_from", [])
-    return stage.complete(train.path, identity, summary)
+    return stage.complete(train.path, identity, {**summary, "resumed_from": first})
 
 
 def training_identity(cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int) -> dict[str, Any]:
@@ -115,8 +114,7 @@ def fit(
         last.update(row)
         on_metrics(row)
 
-    # Ray's own list of checkpoints is not written atomically, and can lag behind: we go by what is on disk and verifies
-    storage.delete(storage.join(train.path, "checkpoints", "checkpoint_manager_snapshot.json"))
+    forget_lost_attempts(train.path)
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,

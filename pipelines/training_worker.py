@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from pipelines import storage
 from pipelines.checkpoints import newest_checkpoint, write_checkpoint
 from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.latents import LatentCache, Manifest
+from pipelines.metrics_log import CHECKPOINTED
 from pipelines.micro_batches import MicroBatches
 from pipelines.precision import autocast
 from pipelines.progress import MetricsChannel
@@ -62,6 +64,7 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
     )
     average = WeightAverage(model, train.ema_decay, train.ema_warmup)
     images_seen = step = 0
+    intervals: deque[dict[str, float]] = deque(maxlen=CHECKPOINTED)
     newest = newest_checkpoint(train.path)
     if newest is not None:
         directory = storage.local_directory(newest)
@@ -70,6 +73,7 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
         average.load(load_file(directory / AVERAGE))
         load_optimizer(directory, model, optimizer)
         images_seen, step = state["images_seen"], state["step"]
+        intervals.extend(state["intervals"])
 
     distributed = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
     micro_batches = MicroBatches(
@@ -107,11 +111,13 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
             micro_batches.seconds_waited = 0.0
             if worker == 0:
                 parameters = sum(one.numel() for one in model.parameters())
-                job.channel.send({"images_seen": images_seen, **row, "learning_rate": rate, "parameters": parameters})
+                intervals.append({"images_seen": images_seen, **row, "learning_rate": rate, "parameters": parameters})
+                job.channel.send(intervals[-1])
         if ended or _crosses(images_seen, train.batch, train.checkpoint_images):
             saved = None
             if worker == 0:
-                saved = write_checkpoint(job, cache, model, average, optimizer, images_seen=images_seen, step=step)
+                progress = {"images_seen": images_seen, "step": step, "intervals": list(intervals)}
+                saved = write_checkpoint(job, cache, model, average, optimizer, progress)
             ray.train.report(
                 {"images_seen": images_seen},
                 checkpoint=ray.train.Checkpoint(saved) if saved else None,

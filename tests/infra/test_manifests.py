@@ -71,7 +71,7 @@ def test_commands_were_found() -> None:
 def test_links_lead_to_files_of_the_project(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link.partition("#")[0]).exists()]
-    assert [one for one in missing if one != "docs/demo.png"] == []  # the demo draws that one
+    assert missing == []
     quoted = re.findall(r"`((?:infra|docs|tests)/[\w./-]+\.\w+)`", page.read_text())
     assert [one for one in quoted if not (PROJECT / one).exists()] == []
 

@@ -78,7 +78,7 @@ def test_interrupted_equals_uninterrupted_bit_by_bit_and_one_worker_equals_two(
     assert model.config == model_config(ARCHITECTURE, LatentCache(sections[1].path))
 
     longer = train(*sections, ARCHITECTURE, parts, 3, stage)  # a longer run of the same identity goes on from 48 images
-    assert longer["restarts_from"] == [48]
+    assert longer["resumed_from"] == 48
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         expected, found = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
         assert expected.keys() == found.keys()
