@@ -113,7 +113,7 @@ def quickstart(
 
         located = loaded.located()
         sections = {name: getattr(located, name) for name in type(loaded).model_fields}
-        return run_all(**sections, configuration=loaded.plain())
+        return run_all(**sections, configuration=loaded.recorded())
 
     root = run_directory(loaded)
     _print_summary("quickstart", _interruptible(lambda: guarded("quickstart", root, work)))

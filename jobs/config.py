@@ -23,7 +23,7 @@ from pipelines.images import ImageSettings
 from pipelines.sweep_grid import SWEPT_SECTIONS
 from pipelines.sweeping import SweepSettings
 from pipelines.tokenizing import TokenizerSettings
-from pipelines.tracking import TrackingSettings
+from pipelines.tracking import TrackingSettings, without_password
 from pipelines.training import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
@@ -60,6 +60,12 @@ class RunConfig(BaseModel):
             if value and "://" not in value:
                 changed.setdefault(section, {})[name] = os.path.abspath(os.path.expanduser(value))
         return self.model_copy(update={name: dataclasses.replace(getattr(self, name), **values) for name, values in changed.items()})
+
+    def recorded(self) -> dict[str, Any]:
+        """`plain()` as outputs and MLflow keep it: without the password that a tracking address may hold."""
+        values = self.plain()
+        values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
+        return values
 
     def yaml(self) -> str:
         """The whole configuration; given back through --config it is the same configuration."""

@@ -98,7 +98,7 @@ def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
         do = getattr(importlib.import_module(module), function)
         located = config.located()
         sections = {section: getattr(located, section) for section in command.sections}
-        with open_stage(name, path, config.plain(), config.cluster, config.tracking) as stage:
+        with open_stage(name, path, config.recorded(), config.cluster, config.tracking) as stage:
             summary: dict[str, Any] = do(**sections, stage=stage)
         return summary
 

@@ -20,3 +20,10 @@ def test_local_paths_become_absolute_and_the_rest_stays(monkeypatch: pytest.Monk
     assert located.plain() != config.plain()
     same = {**located.plain(), **{key.partition(".")[0]: None for key in LOCATIONS}}
     assert same == {**config.plain(), **{key.partition(".")[0]: None for key in LOCATIONS}}
+
+
+def test_recorded_configuration_holds_no_password() -> None:
+    config = load("demo", None, ["tracking.uri=https://person:secret@mlflow.example"])
+    assert "secret" not in str(config.recorded())
+    assert "mlflow.example" in config.recorded()["tracking"]["uri"]
+    assert config.tracking.uri == "https://person:secret@mlflow.example"
