@@ -6,6 +6,7 @@ so that a damaged or half-copied checkpoint is known as such.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mar_model.config import MARConfig
+from mar_model.diffusion import Diffusion
 from mar_model.mar import MAR
+
+Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
 
 FORMAT_VERSION = 1
 WEIGHTS, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -32,12 +36,15 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, directory / WEIGHTS)
     save_file({name: value.contiguous().cpu() for name, value in average.items()}, directory / AVERAGE)
-    files = [WEIGHTS, AVERAGE]
     if optimizer is not None:
         save_file(optimizer_tensors(model, optimizer), directory / OPTIMIZER)
-        files.append(OPTIMIZER)
-    digests = {name: file_digest(directory / name) for name in files}
-    whole = {"format_version": FORMAT_VERSION, "model": asdict(model.config), **state, "files": digests}
+    write_state(directory, model.config, state)
+
+
+def write_state(directory: Path, config: MARConfig, state: dict[str, Any]) -> None:
+    """Write `state.json` over the weights that are in `directory`: `state`, the model's configuration and the files' digests."""
+    digests = {name: file_digest(directory / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER) if (directory / name).is_file()}
+    whole = {"format_version": FORMAT_VERSION, "model": asdict(config), **state, "files": digests}
     (directory / STATE).write_text(json.dumps(whole, indent=2) + "\n")
 
 
@@ -62,28 +69,58 @@ def read_state(directory: Path) -> dict[str, Any]:
 def load_model(directory: Path, ema: bool = True) -> tuple[MAR, dict[str, Any]]:
     """The model of a checkpoint, in evaluation mode, with the averaged weights or the raw ones; and its state.
 
-    Raises ValueError for a damaged checkpoint and for weights that do not fit the configuration.
+    Takes the memory of one copy of the weights. Raises ValueError for a damaged checkpoint and for weights that do not fit the
+    configuration.
     """
     state = read_state(directory)
     known = {one.name for one in fields(MARConfig)}
-    model = MAR(MARConfig(**{name: value for name, value in state["model"].items() if name in known}))
-    load_weights(model, load_file(directory / (AVERAGE if ema else WEIGHTS)))
+    model = model_without_weights(MARConfig(**{name: value for name, value in state["model"].items() if name in known}))
+    path = directory / (AVERAGE if ema else WEIGHTS)
+    weights = load_file(path)  # a memory map: each tensor is copied out of it by itself
+    misfit = describe_misfit(shapes_of(model.state_dict()), shapes_of(weights))
+    if misfit:
+        raise ValueError(f"{path} does not fit the configuration in {STATE}: {misfit}")
+    model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
     return model.eval(), state
+
+
+def model_without_weights(config: MARConfig) -> MAR:
+    """A model whose parameters have shapes but no values yet (device *meta*), to be filled by `load_state_dict(…, assign=True)`:
+    drawing random values first takes a large model seconds and its own size in memory."""
+    with torch.device("meta"):
+        model = MAR(config)
+    model.diffloss.diffusion = Diffusion()  # its tables are computed, not loaded
+    return model
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load `weights` exactly. Raises ValueError that lists missing, unexpected and mis-shaped names; nothing is changed then."""
-    own = model.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
-    misshaped = [
-        f"{name} {tuple(weights[name].shape)} (expected {tuple(own[name].shape)})"
-        for name in sorted(own.keys() & weights.keys())
-        if weights[name].shape != own[name].shape
-    ]
-    if missing or unexpected or misshaped:
-        raise ValueError(f"weights don't fit the model; missing: {missing}; unexpected: {unexpected}; mis-shaped: {misshaped}")
+    misfit = describe_misfit(shapes_of(model.state_dict()), shapes_of(weights))
+    if misfit:
+        raise ValueError(f"weights don't fit the model: {misfit}")
     model.load_state_dict(weights)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
+    """What is missing, unexpected and mis-shaped, with counts and the first `shown` names of each; empty where all fits."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name} is {list(found[name])}, expected {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    return "; ".join(
+        f"{what} ({len(names)}): {', '.join(names[:shown])}{' …' if len(names) > shown else ''}"
+        for what, names in problems.items()
+        if names
+    )
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -96,15 +133,23 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the saved state back. Raises ValueError naming a parameter without state."""
+    """Put the saved state back, `step` where torch.optim keeps it: with the parameter if its group is fused or capturable, else
+    on the CPU. Raises ValueError naming a parameter without state, or one whose state has another shape."""
     tensors = load_file(directory / OPTIMIZER)
+    with_parameter = {
+        id(parameter): bool(group.get("fused") or group.get("capturable"))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     for name, parameter in model.named_parameters():
         state = {}
         for kind in ("step", "exp_avg", "exp_avg_sq"):
             if f"{kind}.{name}" not in tensors:
                 raise ValueError(f"{directory / OPTIMIZER} holds no {kind} of parameter {name}")
             value = tensors[f"{kind}.{name}"]
-            state[kind] = value if kind == "step" else value.to(parameter.device)
+            if kind != "step" and value.shape != parameter.shape:
+                raise ValueError(f"{directory / OPTIMIZER}: {kind} of {name} is {list(value.shape)}, expected {list(parameter.shape)}")
+            state[kind] = value if kind == "step" and not with_parameter[id(parameter)] else value.to(parameter.device)
         optimizer.state[parameter] = state
 
 

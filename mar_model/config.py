@@ -45,17 +45,21 @@ class MARConfig(Architecture):
             "decoder_heads", "buffer_size", "denoiser_depth", "denoiser_width", "diffusion_repeats", "latent_size",
             "latent_channels", "classes",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number, 1 or more")
         if self.latent_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} does not divide latent_size {self.latent_size}")
         for half in ("encoder", "decoder"):
             width, heads = getattr(self, f"{half}_width"), getattr(self, f"{half}_heads")
             if width % heads:
                 raise ValueError(f"{half}_heads {heads} does not divide {half}_width {width}")
+            if not 1 <= width * self.mlp_ratio < float("inf"):
+                raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected a number that makes {half}_width {width} 1 or more")
         for name in ("attention_dropout", "projection_dropout", "label_drop", "mask_ratio_min"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
+        if not 0.0 < self.mask_ratio_std < float("inf"):
+            raise ValueError(f"mask_ratio_std is {self.mask_ratio_std}, expected a number above 0")
 
     @property
     def tokens(self) -> int:

@@ -10,8 +10,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from mar_model.checkpoint import describe_misfit, shapes_of
 from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sample_posterior
 from mar_model.tokenizers.pixels import PixelTokenizer
 
@@ -52,20 +54,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     unknown = sorted(set(config) - {one.name for one in fields(KLConfig)})
     if unknown:
         raise ValueError(f"{directory / 'config.json'} has unknown keys {unknown}")
-    tokenizer = KLAutoencoder(KLConfig(**config))
+    with torch.device("meta"):
+        tokenizer = KLAutoencoder(KLConfig(**config))
     weights = load_file(directory / "tokenizer.safetensors")
-    expected = tokenizer.state_dict()
-    problems = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "unexpected": sorted(weights.keys() - expected.keys()),
-        "mis-shaped": [
-            f"{name} is {list(weights[name].shape)}, expected {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ],
-    }
-    if any(problems.values()):
-        described = "; ".join(f"{what} ({len(names)}): {', '.join(names[:5])}" for what, names in problems.items() if names)
-        raise ValueError(f"{directory / 'tokenizer.safetensors'} does not fit its config.json: {described}")
-    tokenizer.load_state_dict(weights)
+    misfit = describe_misfit(shapes_of(tokenizer.state_dict()), shapes_of(weights))
+    if misfit:
+        raise ValueError(f"{directory / 'tokenizer.safetensors'} does not fit its config.json: {misfit}")
+    tokenizer.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
     return tokenizer.eval()
