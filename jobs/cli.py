@@ -109,15 +109,15 @@ def quickstart(
     loaded = _load(config, preset, assignments, print_config)
 
     def work() -> dict[str, Any]:
+        from jobs.config import load
         from pipelines.quickstart import quickstart as run_all
 
         located = loaded.located()
         sections = {name: getattr(located, name) for name in type(loaded).model_fields}
-        return run_all(**sections, configuration=loaded.recorded())
+        return run_all(**sections, configuration=loaded.recorded(), digits=loaded.images.source == load("demo").images.source)
 
-    root = run_directory(loaded)
-    _print_summary("quickstart", _interruptible(lambda: guarded("quickstart", root, work)))
-    _print_next_steps(root, loaded.tracking.uri)
+    _print_summary("quickstart", _interruptible(lambda: guarded("quickstart", run_directory(loaded.located()), work)))
+    _print_next_steps(run_directory(loaded), loaded.tracking.uri)
 
 
 @app.command(
@@ -135,10 +135,11 @@ def submit(
     print_config: PrintConfig = False,
 ) -> None:
     """Run a command on a Ray cluster and follow its log."""
-    from jobs.submit import environment, job_command, outputs_lost_with_the_job, send
+    from jobs.submit import environment, job_command, outputs_lost_with_the_job, refuse_password, send
 
     job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])
     loaded = _load(job.config, job.preset, job.assignments, print_config)
+    refuse_password(loaded)
     for warning in outputs_lost_with_the_job(job, loaded):
         print(f"mar: warning: {warning}", file=sys.stderr)
     raise typer.Exit(send(address, job, environment(env or []), detach))
@@ -161,20 +162,26 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    """The summary's plain values as a table on stdout."""
+    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=name, show_header=False, title_justify="left")
     for key, value in summary.items():
-        if isinstance(value, str | int | float) and key not in ("format_version", "stage"):
-            table.add_row(key.replace("_", " "), f"{value:,.4g}" if isinstance(value, float) else str(value))
+        if key in ("format_version", "stage", "identity"):
+            continue
+        for part, figure in value.items() if isinstance(value, dict) else [("", value)]:
+            if isinstance(figure, str | int | float):
+                table.add_row(f"{key} {part}".replace("_", " "), f"{figure:,.4g}" if isinstance(figure, float) else str(figure))
     Console().print(table)
 
 
 def _print_next_steps(root: str, tracking_uri: str) -> None:
     print(f"report: {root}/report.html")
-    print(f"every number: mlflow ui --host 127.0.0.1 --backend-store-uri {tracking_uri}")
+    from pipelines.tracking import without_password
+
+    served = tracking_uri.startswith(("http://", "https://"))
+    print(f"every number: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
     print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")
     print("                 mar quickstart --config mine.yaml")
 

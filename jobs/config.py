@@ -56,7 +56,7 @@ class RunConfig(BaseModel):
         changed: dict[str, dict[str, str]] = {}
         for key in LOCATIONS:
             section, _, name = key.partition(".")
-            value = getattr(getattr(self, section), name)
+            value = getattr(getattr(self, section), name).removeprefix("file://")
             if value and "://" not in value:
                 changed.setdefault(section, {})[name] = os.path.abspath(os.path.expanduser(value))
         return self.model_copy(update={name: dataclasses.replace(getattr(self, name), **values) for name, values in changed.items()})
@@ -208,6 +208,10 @@ def _validated(layers: _Layers) -> RunConfig:
         if isinstance(holder[name], bool) and TYPES[key] is not bool and TYPES[key] is not str:
             faults.append(_wrong_value(key, holder[name], layers))  # pydantic would take true for 1
         holder[name] = _number(holder[name], TYPES[key])
+        if key == "sweep.parameters" and isinstance(holder[name], dict):
+            for swept, values in holder[name].items():
+                if isinstance(values, list):
+                    holder[name][swept] = [_number(one, TYPES.get(swept)) for one in values]
     if faults:
         raise UserError("\n".join(faults))
     try:

@@ -89,12 +89,17 @@ def ray_checks(config: "RunConfig") -> list[Check]:
         found, _, remedy = str(error).partition("; ")
         return [Check("ray", False, found, remedy or "see cluster.address")]
     checks = [Check("ray", True, f"{where}: {cpus:.0f} CPUs, {gpus:g} GPUs")]
-    keys = ("tokenizer.workers", "cache.encoders", "train.workers", "generate.actors", "evaluate.actors")
-    widest = max(keys, key=lambda key: value_at(config, key))
-    workers, each = value_at(config, widest), config.cluster.gpus_per_worker
-    for name, there, needed, share in (("cpus", cpus, workers, "1 CPU"), ("gpus", gpus, workers * each, f"{each:g} GPUs")):
-        text = f"{needed:g} wanted ({widest} is {workers}, {share} each), {there:g} there"
-        checks.append(Check(name, needed <= there, text, f"lower {widest}, or give cluster.address of a larger cluster"))
+    each = config.cluster.gpus_per_worker
+    groups = (("tokenizer.workers",), ("cache.encoders",), ("train.workers",), ("generate.actors",), ("evaluate.actors",))
+    together = (*groups[:-2], ("generate.actors", "evaluate.actors"))  # those that score take no CPU, but a GPU
+    for name, there, chosen, share in (("cpus", cpus, groups, 1.0), ("gpus", gpus, together, each)):
+        widest = max(chosen, key=lambda keys: sum(value_at(config, key) for key in keys))
+        needed = share * sum(value_at(config, key) for key in widest)
+        described = " and ".join(f"{key} {value_at(config, key)}" for key in widest)
+        text = f"{needed:g} wanted ({described}, {share:g} each), {there:g} there"
+        fits = needed <= there or config.cluster.autoscaling
+        remedy = f"lower {' or '.join(widest)}, or give cluster.address of a larger cluster"
+        checks.append(Check(name, fits, text, remedy))
     return checks
 
 

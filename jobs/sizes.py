@@ -73,6 +73,12 @@ def _not_dividing(config: "RunConfig") -> Iterator[tuple[str, str]]:
     if config.train.batch % config.train.micro_batch:
         about = f"train.micro_batch, which is {config.train.micro_batch}"
         yield "train.batch", f"train.batch is {config.train.batch}, expected a multiple of {about}"
+    elif config.train.batch // config.train.micro_batch < config.train.workers:
+        about = f"train.batch {config.train.batch} has only {config.train.batch // config.train.micro_batch} micro-batches"
+        yield "train.workers", f"train.workers is {config.train.workers}, expected one micro-batch each or more: {about}"
+    if config.tokenizer.kind == "kl" and config.tokenizer.batch % config.tokenizer.workers:
+        about = f"tokenizer.workers, which is {config.tokenizer.workers}"
+        yield "tokenizer.batch", f"tokenizer.batch is {config.tokenizer.batch}, expected a multiple of {about}"
     halves = {
         "encoder": (config.model.encoder_width, config.model.encoder_heads),
         "decoder": (config.model.decoder_width, config.model.decoder_heads),

@@ -33,7 +33,7 @@ STAGES = {
         ("images.source",),
         "tokenizer.path",
         "Train the tokenizer, a KL autoencoder, on images.",
-        "mar tokenize --preset demo --set tokenizer.images=20_000",
+        "mar tokenize --preset demo --set tokenizer.path=runs/tokenizer",
     ),
     "cache": StageCommand(
         "pipelines.caching:cache",
@@ -57,7 +57,7 @@ STAGES = {
         ("train.path", "tokenizer.path"),
         "generate.path",
         "Draw images of given classes from a checkpoint.",
-        "mar generate --preset demo --set generate.labels=[3,7]",
+        "mar generate --preset demo --set 'generate.labels=[3, 7]'",
     ),
     "evaluate": StageCommand(
         "pipelines.evaluation:evaluate",
@@ -65,7 +65,7 @@ STAGES = {
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",
         "Measure samples against a reference: FID and more.",
-        "mar evaluate --preset demo --set evaluate.images=500",
+        "mar evaluate --preset demo --set evaluate.path=runs/evaluation",
     ),
     "sweep": StageCommand(
         "pipelines.sweeping:sweep",
@@ -73,7 +73,7 @@ STAGES = {
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
         "Compare settings of training or of generation.",
-        "mar sweep --preset demo --set sweep.images=200",
+        "mar sweep --preset demo --set sweep.path=runs/sweep",
     ),
 }  # fmt: skip
 
@@ -89,14 +89,14 @@ def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
     other error, whose traceback is then in `error.log` beside the output.
     """
     command = STAGES[name]
-    path = value_at(config, command.writes)
+    located = config.located()
+    path = value_at(located, command.writes)
 
     def work() -> dict[str, Any]:
         from pipelines.stage import open_stage
 
         module, _, function = command.function.partition(":")
         do = getattr(importlib.import_module(module), function)
-        located = config.located()
         sections = {section: getattr(located, section) for section in command.sections}
         with open_stage(name, path, config.recorded(), config.cluster, config.tracking) as stage:
             summary: dict[str, Any] = do(**sections, stage=stage)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from jobs.stages import STAGES, value_at
 from pipelines.errors import UserError
+from pipelines.tracking import without_password
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
@@ -61,9 +62,12 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
         raise UserError(
             f"submit has the command {name!r}, expected one of {', '.join(possible)}" + (f"; nearest: {close[0]}" if close else "")
         )
-    given = group.commands[name].make_context(name, list(rest)).params
+    context = group.commands[name].make_context(name, list(rest))
+    given = context.params
     arguments = [*([given["run"]] if given.get("run") else []), *(["--print-config"] if given["print_config"] else [])]
-    preset = given["preset"] if "--preset" in rest or preset is None else preset
+    source = context.get_parameter_source("preset")
+    named = source is not None and source.name == "COMMANDLINE"
+    preset = given["preset"] if named or preset is None else preset
     return Job(name, arguments, given["config"] or config, preset, [*assignments, *(given["assignments"] or [])])
 
 
@@ -76,6 +80,16 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
             raise UserError(f"--env {pair!r} is no variable, expected KEY=VALUE, e.g. --env AWS_REGION=eu-central-1")
         variables[key] = value
     return variables
+
+
+def refuse_password(config: "RunConfig") -> None:
+    """Raise UserError where a job's command line would hold a password: everyone who may see the cluster's jobs reads it there."""
+    shown = without_password(config.tracking.uri)
+    if shown != config.tracking.uri:
+        raise UserError(
+            f"tracking.uri {shown!r} is given with a password, which the cluster would show to everyone who may list its jobs; give it "
+            "without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's own environment"
+        )
 
 
 def outputs_lost_with_the_job(job: Job, config: "RunConfig") -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mar_model.noise import stream
 from pipelines import storage
-from pipelines.cluster import ClusterSettings, default_device, use_threads, worker_resources
+from pipelines.cluster import ClusterSettings, default_device, require_workers, use_threads, worker_resources
 from pipelines.decoded_images import DecodedImages
 from pipelines.errors import UserError
 from pipelines.images import ImageListing, ImageSettings, list_images, to_model
@@ -79,11 +79,11 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
     import ray
 
     listing = list_images(images)
-    keys = storage.digest("\n".join(row.key for row in listing.rows).encode())
-    identity = {**identity_of(images=images, seed=seed), "images": keys}
+    identity = {**identity_of(images=images, seed=seed), "images.listing": listing.digest}
     finished = stage.begin(path, identity)
     if finished is not None:
         return finished
+    require_workers({"classifier": 1}, stage.cluster)
     stage.say(f"training a classifier on {len(listing.train()):,} images")
     task = ray.remote(**worker_resources(stage.cluster))(_train)
     summary = ray.get(task.remote(images, listing, path, seed, stage.cluster))
@@ -155,13 +155,18 @@ def read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def classifier_digest(path: str, classes: int) -> str:
-    """SHA-256 of the classifier's weights. Raises UserError where there is none for as many classes."""
+def check_classes(path: str, classes: int) -> None:
+    """Raise UserError unless the classifier in directory `path` tells as many classes apart as the checkpoint draws."""
     found = len(read_config(path)["class_names"])
     if found != classes:
         raise UserError(
             f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}; name one trained on the same source"
         )
+
+
+def classifier_digest(path: str) -> str:
+    """SHA-256 of the classifier's weights. Raises UserError where there is none."""
+    read_config(path)
     return storage.digest(storage.read_bytes(storage.join(path, WEIGHTS)))
 
 

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,16 +31,17 @@ class ClusterSettings:
 
     address: str = operational("", "Ray address (host:port, ray://…, auto); empty: RAY_ADDRESS, else a Ray of its own")
     cpus: int = operational(0, "CPUs of a Ray of its own; 0: this machine's")
+    autoscaling: bool = operational(False, "the cluster grows when asked: wait for workers that it does not hold yet")
     threads: int = operational(1, "torch threads of a worker without GPU")
     gpus_per_worker: float = operational(0.0, "GPUs each training, encoding and generating worker takes")
 
 
 @contextmanager
-def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
+def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
     """Ray for the body: the one this process already uses, the one at `cluster.address` or RAY_ADDRESS, or one of its own.
 
     A Ray of its own listens for this process alone and is stopped at the end, also on Ctrl-C, SIGTERM and errors; a joined one
-    is only left. Ray's chatter goes to the file `log`. Raises UserError when the address does not answer.
+    is only left. Ray's chatter goes to the file `log`, which `say` names. Raises UserError when the address does not answer.
     """
     import ray
 
@@ -50,6 +51,7 @@ def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
+    say(f"Ray's own messages go to {log}")
     with _termination_as_exit(), output_in(log):
         _send_chatter_to(log)
         if address:
@@ -57,7 +59,8 @@ def connected(cluster: ClusterSettings, log: Path) -> Iterator[None]:
         else:
             _start(cluster)
         try:
-            yield
+            with _termination_as_exit():  # once more: Ray puts a handler of its own in the place of the first
+                yield
         finally:
             _leave(own=not address)
 
@@ -197,6 +200,21 @@ def worker_resources(cluster: ClusterSettings) -> dict[str, float]:
     return {"num_cpus": 1, "num_gpus": cluster.gpus_per_worker}
 
 
+def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_each: int = 1) -> None:
+    """Raise UserError when the cluster can't hold these workers (setting → their number) at once: they would wait for ever."""
+    if cluster.autoscaling:
+        return
+    cpus, gpus = cluster_resources()
+    workers = sum(wanted.values())
+    if workers * cpus_each > cpus or workers * cluster.gpus_per_worker > gpus:
+        described = " and ".join(f"{key} {number}" for key, number in wanted.items())
+        raise UserError(
+            f"{described}: {workers} workers, each with {cpus_each} CPU and {cluster.gpus_per_worker:g} GPU (cluster.gpus_per_worker), but "
+            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs; lower {' or '.join(wanted)}, join a larger cluster with cluster.address, or "
+            "set cluster.autoscaling=true where it grows when asked"
+        )
+
+
 def use_threads(cluster: ClusterSettings) -> None:
     """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere."""
     import torch
@@ -205,7 +223,9 @@ def use_threads(cluster: ClusterSettings) -> None:
 
 
 def default_device() -> "torch.device":
-    """The GPU this worker was given, else the CPU."""
+    """The GPU this worker was given, else the CPU (also on a machine with GPUs, when none was asked for)."""
+    import ray
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    given = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    return torch.device("cuda", torch.cuda.current_device()) if given and torch.cuda.is_available() else torch.device("cpu")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 
 from pipelines import samples, storage
-from pipelines.classifier import classifier_digest
-from pipelines.cluster import cluster_resources
+from pipelines.classifier import check_classes, classifier_digest
+from pipelines.cluster import require_workers
 from pipelines.errors import UserError
 from pipelines.features import DIMENSIONS, network_digest
 from pipelines.generation import Drawing, GenerateSettings, draw, plan_drawing, range_warning
@@ -64,15 +64,12 @@ def evaluate(
     """
     digest = network_digest(evaluate.features, evaluate.weights)
     drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False)
-    _check_gpus(generate, evaluate, stage)
-    reference = find_reference(images, evaluate, digest)
-    identity = {
-        **{name: value for name, value in identity_of(generate=generate, evaluate=evaluate).items() if name not in NOT_USED},
-        **drawing.identity,
-        "evaluate.reference": storage.digest(json.dumps(reference.identity(), sort_keys=True).encode()),
-        "evaluate.classifier": classifier_digest(evaluate.classifier, len(drawing.labels)) if evaluate.classifier else "",
-        "network": digest,
-    }
+    if evaluate.classifier:
+        check_classes(evaluate.classifier, len(drawing.labels))
+    require_workers({"generate.actors": generate.actors}, stage.cluster)
+    require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
+    reference = find_reference(images, tokenizer, evaluate, digest)
+    identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
     finished = stage.begin(evaluate.path, identity)
     if finished is not None:
         return finished
@@ -123,6 +120,18 @@ def evaluate(
     )
 
 
+def scoring_identity(
+    reference: FeatureStatistics | ImageSource, generate: GenerateSettings, evaluate: EvaluateSettings, digest: str
+) -> dict[str, Any]:
+    """What decides the metrics of samples of given weights: how they are drawn, and by digest, wherever they lie, what judges them."""
+    return {
+        **{name: value for name, value in identity_of(generate=generate, evaluate=evaluate).items() if name not in NOT_USED},
+        "evaluate.reference": storage.digest(json.dumps(reference.identity(), sort_keys=True).encode()),
+        "evaluate.classifier": classifier_digest(evaluate.classifier) if evaluate.classifier else "",
+        "network": digest,
+    }
+
+
 @dataclass
 class Scores:
     """What is kept of samples while they stream by."""
@@ -158,10 +167,10 @@ def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
 
 
-def with_reference(images: ImageSettings, evaluate: EvaluateSettings, stage: Stage) -> EvaluateSettings:
+def with_reference(images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage) -> EvaluateSettings:
     """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them."""
     digest = network_digest(evaluate.features, evaluate.weights)
-    reference = find_reference(images, evaluate, digest)
+    reference = find_reference(images, tokenizer, evaluate, digest)
     if isinstance(reference, FeatureStatistics):
         return evaluate
     source_statistics([reference], evaluate, digest, stage)
@@ -217,13 +226,3 @@ def _write_picture(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage) -
     images = np.concatenate([part.images for part in parts])[:shown]
     labels = np.concatenate([part.labels for part in parts])[:shown]
     samples.write_grid(storage.join(evaluate.path, PICTURE), images, labels)
-
-
-def _check_gpus(generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage) -> None:
-    needed = (generate.actors + evaluate.actors) * stage.cluster.gpus_per_worker
-    _, gpus = cluster_resources()
-    if needed > gpus:
-        raise UserError(
-            f"generate.actors {generate.actors} and evaluate.actors {evaluate.actors} with cluster.gpus_per_worker "
-            f"{stage.cluster.gpus_per_worker:g} need {needed:g} GPUs at once, the cluster has {gpus:g}; lower one of them"
-        )

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,12 @@ class ImageListing:
 
     def held_out(self) -> list[ImageRow]:
         return [row for row in self.rows if row.held_out]
+
+    @property
+    def digest(self) -> str:
+        """What tells this data from other data: the number of images, and the SHA-256 of keys, labels, split and class names."""
+        text = json.dumps([self.class_names, [(row.key, row.label, row.held_out) for row in self.rows]])
+        return f"{len(self.rows)} images, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def list_images(settings: ImageSettings) -> ImageListing:

@@ -2,8 +2,12 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from pipelines.cluster import ClusterSettings
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -14,6 +18,16 @@ def bf16_is_fast(device: torch.device) -> bool:
         return not {"amx_bf16", "avx512_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
+
+
+def resolved(precision: str, cluster: "ClusterSettings") -> Literal["bf16", "float32"]:
+    """What `auto` comes to on this cluster's workers, so that a run says what it computes in, and goes on in it elsewhere.
+
+    With GPUs that is bf16; without, what this machine's processor is fast at.
+    """
+    if precision == "auto":
+        return "bf16" if cluster.gpus_per_worker or bf16_is_fast(torch.device("cpu")) else "float32"
+    return "bf16" if precision == "bf16" else "float32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -14,12 +14,14 @@ from pipelines.cluster import ClusterSettings
 from pipelines.digits import write_digits
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings
+from pipelines.features import network_digest
 from pipelines.generation import GenerateSettings
-from pipelines.images import ImageSettings, list_images
+from pipelines.images import ImageListing, ImageSettings, list_images
+from pipelines.progress import console
 from pipelines.report import report
 from pipelines.settings import identity_of
 from pipelines.stage import FORMAT_VERSION, Stage, open_stage
-from pipelines.sweeping import SweepSettings
+from pipelines.sweeping import SweepSettings, check_metric
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.tracking import TrackingSettings
 from pipelines.training import TrainSettings
@@ -42,76 +44,84 @@ def quickstart(
     cluster: ClusterSettings,
     seed: int,
     configuration: dict[str, Any],
+    digits: bool,
 ) -> dict[str, Any]:
     """Run every stage that is not complete yet, all in one Ray, and write `summary.json` and `report.html` in the folder that
     holds train.path.
 
-    Where `images.source` does not exist the demo's digits are written there. Returns the summary.
-    Raises UserError when that folder holds a run of another configuration.
+    `digits`: the demo's digits are written to `images.source` if nothing is there. Returns the summary.
+    Raises UserError when that folder holds a run of another configuration, and before any work for what would fail hours later.
     """
     root = _parent(train.path)
+    if digits and not storage.exists(images.source):
+        console().print(f"quickstart: writing {write_digits(images.source):,} digits to {images.source}", markup=False, soft_wrap=True)
+    listing = list_images(images)
+    compared = _images_compared(images, listing, evaluate)
+    _check_sweep(sweep, evaluate)
     identity = identity_of(
         images=images, tokenizer=tokenizer, cache=cache, model=model, train=train, generate=generate, evaluate=evaluate, sweep=sweep,
         seed=seed,
     )  # fmt: skip
     identity["train.images"] = train.images  # here the run's length decides the result, for all that follows is made from its end
-    run = Stage("quickstart", cluster, configuration)
-    finished = run.begin(root, identity)
+    identity["images.listing"] = listing.digest
+    identity["evaluate.network"] = network_digest(evaluate.features, evaluate.weights)
+    finished = Stage("quickstart", cluster, configuration).begin(root, identity)
     if finished is not None:
         for stage, took in finished["seconds_by_stage"].items():
-            run.say(f"{stage} is complete ({took:.0f} s)")
+            console().print(f"quickstart: {stage} is complete ({took:.0f} s)", markup=False)
         return finished
-    storage.write_json(storage.join(root, "configuration.json"), configuration)
 
     seconds: dict[str, float] = {}
-    with Attempts(storage.join(root, "attempts.json")) as attempts:
-        with open_stage("quickstart", root, configuration, cluster, tracking) as parent:
+    with (
+        Attempts(storage.join(root, "attempts.json")) as attempts,
+        open_stage("quickstart", root, configuration, cluster, tracking) as run,
+    ):
+        parent = run.track()
 
-            @contextmanager
-            def stage(name: str, path: str) -> Iterator[Stage]:
-                with open_stage(name, path, configuration, cluster, tracking, parent.tracker) as child:
-                    yield child
+        @contextmanager
+        def stage(name: str, path: str) -> Iterator[Stage]:
+            with open_stage(name, path, configuration, cluster, tracking, parent) as child:
+                yield child
 
-            def note(name: str, summary: dict[str, Any]) -> dict[str, Any]:
-                seconds[name] = summary["seconds"]
-                return summary
+        def note(name: str, summary: dict[str, Any]) -> dict[str, Any]:
+            seconds[name] = summary["seconds"]
+            return summary
 
-            if not storage.exists(images.source):
-                parent.say(f"writing {write_digits(images.source):,} digits to {images.source}")
-            compared = _images_compared(images, evaluate)
-            with stage("tokenize", tokenizer.path) as child:
-                note("tokenize", tokenizing.tokenize(images, tokenizer, seed, child))
-            with stage("cache", cache.path) as child:
-                note("cache", caching.cache(images, tokenizer, cache, child))
-            with stage("train", train.path) as child:
-                note("train", training.train(tokenizer, cache, model, train, seed, child))
-            classifier = storage.join(root, "classifier")
-            with stage("classifier", classifier) as child:
-                real = note("classifier", train_classifier(images, classifier, seed, child))
-            evaluate = replace(evaluate, classifier=classifier)
+        with stage("tokenize", tokenizer.path) as child:
+            note("tokenize", tokenizing.tokenize(images, tokenizer, seed, child))
+        with stage("cache", cache.path) as child:
+            note("cache", caching.cache(images, tokenizer, cache, child))
+        with stage("train", train.path) as child:
+            note("train", training.train(tokenizer, cache, model, train, seed, child))
+        classifier = storage.join(root, "classifier")
+        with stage("classifier", classifier) as child:
+            real = note("classifier", train_classifier(images, classifier, seed, child))
+        evaluate = replace(evaluate, classifier=classifier)
 
-            sections: dict[str, Any] = {
-                "images": images, "tokenizer": tokenizer, "cache": cache, "model": model, "train": train, "generate": generate,
-                "seed": seed,
-            }  # fmt: skip
-            with stage("sweep-generate", sweep.path) as child:
-                evaluate = evaluation.with_reference(images, evaluate, child)  # computed once, for the sweep and the evaluation
-                sections["evaluate"] = replace(evaluate, actors=1)  # of each of the trials, which run side by side
-                swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
-            width = width_sweep(sweep, model)
-            short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4, workers=1)
-            with stage("sweep-train", width.path) as child:
-                note("sweep-train", sweeping.sweep(**{**sections, "train": short}, sweep=width, stage=child))
+        sections: dict[str, Any] = {
+            "images": images, "tokenizer": tokenizer, "cache": cache, "model": model, "train": train, "generate": generate,
+            "seed": seed,
+        }  # fmt: skip
+        with stage("sweep-generate", sweep.path) as child:
+            evaluate = evaluation.with_reference(images, tokenizer, evaluate, child)  # computed once, for the sweep and the evaluation
+            sections["evaluate"] = replace(evaluate, actors=1)  # of each of the trials, which run side by side
+            swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
+        width = width_sweep(sweep, model)
+        short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4, workers=1)
+        with stage("sweep-train", width.path) as child:
+            note("sweep-train", sweeping.sweep(**{**sections, "train": short}, sweep=width, stage=child))
 
-            chosen = {name.removeprefix("generate."): value for name, value in swept["best"]["parameters"].items()}
-            drawn = replace(generate, **chosen)
-            with stage("evaluate", evaluate.path) as child:
-                evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
-                rows = evaluation.frechet_rows(images, evaluate, seed, compared, child)
+        chosen = {name.removeprefix("generate."): value for name, value in swept["best"]["parameters"].items()}
+        drawn = replace(generate, **chosen)
+        with stage("evaluate", evaluate.path) as child:
+            evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
+            rows = evaluation.frechet_rows(images, evaluate, seed, compared, child)
 
+        # Ray's start, the reference's features, the comparison, and what killed attempts had done
+        by_stage = {**seconds, "other": max(0.0, attempts.seconds - sum(seconds.values()))}
         summary = {
             "seconds": round(attempts.seconds, 1),
-            "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
+            "seconds_by_stage": {name: round(value, 1) for name, value in by_stage.items()},
             "peak_memory_gb": round(attempts.peak_memory_gb, 2),
             "samples": evaluated["images"],
             "label_agreement": evaluated["label_agreement"],
@@ -123,12 +133,21 @@ def quickstart(
         }
         storage.write_bytes(storage.join(root, "samples.png"), storage.read_bytes(storage.join(evaluate.path, "samples.png")))
         report(root, {"format_version": FORMAT_VERSION, **summary})
-    return run.complete(root, identity, summary)
+        return run.complete(root, identity, summary)
 
 
-def _images_compared(images: ImageSettings, evaluate: EvaluateSettings) -> int:
+def _check_sweep(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
+    """Raise UserError before any work for a sweep that the quickstart can't end in."""
+    if sweep.over != "generate":
+        raise UserError(
+            f"sweep.over is {sweep.over!r}; the quickstart draws with what a sweep over generate finds best, and sweeps the denoiser's "
+            "width by itself: set sweep.over=generate, or run `mar sweep` after `mar train`"
+        )
+    check_metric(sweep, replace(evaluate, classifier="classifier"))  # the quickstart trains one
+
+
+def _images_compared(images: ImageSettings, listing: ImageListing, evaluate: EvaluateSettings) -> int:
     """Images in each row of the comparison. Raises UserError before any work where nothing is held out to compare with."""
-    listing = list_images(images)
     held_out = len(listing.held_out())
     if held_out < 2:
         raise UserError(
@@ -152,7 +171,4 @@ def width_sweep(sweep: SweepSettings, model: Architecture) -> SweepSettings:
 
 
 def _parent(path: str) -> str:
-    parent, separator, _ = path.rstrip("/").rpartition("/")
-    if not separator:
-        raise UserError(f"train.path is {path!r}, expected a folder inside the run's folder, e.g. runs/demo/train")
-    return parent
+    return path.rstrip("/").rpartition("/")[0] or "."

@@ -4,6 +4,7 @@ import json
 from typing import TYPE_CHECKING
 
 from pipelines import storage
+from pipelines.cluster import require_workers
 from pipelines.errors import UserError
 from pipelines.features import DIMENSIONS
 from pipelines.images import ImageSettings, list_images
@@ -11,15 +12,17 @@ from pipelines.latents import MANIFEST, LatentCache
 from pipelines.metrics import FeatureStatistics, FeatureSums
 from pipelines.scoring import CachedLatents, ImageSource, Judges, RealImages, read_sources, scored
 from pipelines.stage import Stage
-from pipelines.tokenizing import tokenizer_digest
+from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
 
 if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateSettings
 
 
-def find_reference(images: ImageSettings, evaluate: "EvaluateSettings", digest: str) -> FeatureStatistics | ImageSource:
-    """What `evaluate.reference` names: a statistics file, a latent cache, an image source (all of it), or the held-out part of
-    `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
+def find_reference(
+    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: "EvaluateSettings", digest: str
+) -> FeatureStatistics | ImageSource:
+    """What `evaluate.reference` names: a statistics file, a latent cache (of the same tokenizer), an image source (all of it), or the
+    held-out part of `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
     reference = evaluate.reference
     if not reference:
         held_out = list_images(images).held_out()
@@ -32,12 +35,13 @@ def find_reference(images: ImageSettings, evaluate: "EvaluateSettings", digest: 
     if reference.endswith(".npz"):
         return _checked(FeatureStatistics.load(reference), evaluate, digest)
     if storage.exists(storage.join(reference, MANIFEST)):
-        tokenizer = LatentCache(reference).manifest.tokenizer
-        if tokenizer_digest(tokenizer["path"]) != tokenizer["digest"]:
+        found, expected = tokenizer_digest(tokenizer.path), LatentCache(reference).manifest.tokenizer["digest"]
+        if found != expected:
             raise UserError(
-                f"evaluate.reference {reference!r} was written with another tokenizer than the one now at {tokenizer['path']!r}"
+                f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
+                f"{tokenizer.path!r} holds {found[:12]}…; name that tokenizer, or another reference"
             )
-        return CachedLatents(reference, tokenizer["path"])
+        return CachedLatents(reference, tokenizer.path)
     whole = ImageSettings(source=reference, size=images.size)
     return RealImages(whole, list_images(whole).rows)
 
@@ -59,6 +63,7 @@ def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", 
     paths = [statistics_path(evaluate, source, digest) for source in sources]
     missing = [number for number, path in enumerate(paths) if not storage.exists(path)]
     if missing:
+        require_workers({"evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
         judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster)
         sums = [FeatureSums(DIMENSIONS[evaluate.features]) for _ in missing]
         dataset = read_sources([sources[number] for number in missing], evaluate.batch)

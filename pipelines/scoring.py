@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from mar_model.noise import stream
-from mar_model.tokenizers import load_tokenizer
+from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines import samples, storage
 from pipelines.classifier import load_classifier
 from pipelines.cluster import ClusterSettings, default_device, use_threads
@@ -45,7 +45,7 @@ class RealImages:
 
     def identity(self) -> dict[str, Any]:
         keys = storage.digest("\n".join(row.key for row in self.rows).encode())
-        return {"kind": "images", "source": self.images.source, "size": self.images.size, "keys": keys}
+        return {"kind": "images", "size": self.images.size, "keys": keys}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         found = []
@@ -74,11 +74,17 @@ class CachedLatents:
     def read(self, start: int, stop: int) -> np.ndarray:
         moments, _ = self._cache.take(np.arange(start, stop), np.zeros(stop - start, bool))
         means = torch.from_numpy(moments.astype(np.float32)).chunk(2, dim=1)[0]
-        return to_uint8(load_tokenizer(storage.local_directory(self.tokenizer)).decode(means))
+        return to_uint8(_decoder(self.tokenizer).decode(means))
 
     @property
     def _cache(self) -> LatentCache:
         return LatentCache(self.path)
+
+
+@lru_cache(maxsize=1)
+def _decoder(path: str) -> Tokenizer:
+    """The tokenizer in `path`, loaded once in each worker process."""
+    return load_tokenizer(storage.local_directory(path))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What every stage is given and does alike: say how far it is, log its numbers, know its finished output again."""
 
+import fcntl
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,18 +12,30 @@ from pipelines import storage
 from pipelines.cluster import ClusterSettings, connected
 from pipelines.errors import UserError
 from pipelines.progress import Bar, console
-from pipelines.tracking import Tracker, TrackingSettings
+from pipelines.tracking import RECORD, Tracker, TrackingSettings
 
 FORMAT_VERSION = 1
+IDENTITY, SUMMARY, CONFIGURATION, LOCK = "identity.json", "summary.json", "configuration.json", ".lock"
+BOOKKEEPING = {IDENTITY, CONFIGURATION, LOCK, RECORD, "ray.log", "error.log"}  # what lies in an output before anything is made
 
 
 class Stage:
-    """One execution of one stage. `tracker` is None where nothing is tracked (inside a sweep's trial, in tests)."""
+    """One execution of one stage.
+
+    `start_tracking` opens its MLflow run, when there is work to do and not before; without it nothing is tracked (inside a sweep's
+    trial, in tests). `configuration` is kept beside the output.
+    """
 
     def __init__(
-        self, name: str, cluster: ClusterSettings, configuration: dict[str, Any] | None = None, tracker: Tracker | None = None
+        self,
+        name: str,
+        cluster: ClusterSettings,
+        configuration: dict[str, Any] | None = None,
+        start_tracking: Callable[[], Tracker] | None = None,
     ) -> None:
-        self.name, self.cluster, self.configuration, self.tracker = name, cluster, configuration or {}, tracker
+        self.name, self.cluster, self.configuration = name, cluster, configuration or {}
+        self.tracker: Tracker | None = None
+        self._start_tracking = start_tracking
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
@@ -48,23 +62,29 @@ class Stage:
         """Claim `path` for an output with this identity: None when there is work to do, the summary when all is done.
 
         `enough` decides whether a finished output is as long as it is wanted now. Raises UserError with the fields that differ when
-        `path` holds an output of another identity.
+        `path` holds an output of another identity, of which something has been made.
         """
         self._began = time.monotonic()
-        identity_file = storage.join(path, "identity.json")
-        if storage.exists(identity_file):
+        identity_file, summary_file = storage.join(path, IDENTITY), storage.join(path, SUMMARY)
+        if storage.exists(identity_file) and not BOOKKEEPING.issuperset(storage.list_directory(path)):
             _refuse_other_identity(path, storage.read_json(identity_file), identity)
-        else:
-            storage.make_directory(path)
-            storage.write_json(identity_file, identity)
-        summary_file = storage.join(path, "summary.json")
-        if not storage.exists(summary_file):
-            return None
-        summary: dict[str, Any] = storage.read_json(summary_file)
-        if not enough(summary):
-            return None
-        self.say(f"{path} is complete")
-        return summary
+        if storage.exists(summary_file):
+            summary: dict[str, Any] = storage.read_json(summary_file)
+            if enough(summary):
+                self.say(f"{path} is complete")
+                return summary
+        storage.make_directory(path)
+        storage.write_json(identity_file, identity)
+        if self.configuration:
+            storage.write_json(storage.join(path, CONFIGURATION), self.configuration)
+        self.track()
+        return None
+
+    def track(self) -> Tracker | None:
+        """The stage's MLflow run, opened if need be."""
+        if self.tracker is None and self._start_tracking is not None:
+            self.tracker = self._start_tracking()
+        return self.tracker
 
     def complete(self, path: str, identity: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
         """Write `path/summary.json`, the mark of a finished stage, last of all; returns what was written.
@@ -73,8 +93,9 @@ class Stage:
         """
         seconds = round(time.monotonic() - self._began, 3)
         whole = {"format_version": FORMAT_VERSION, "stage": self.name, "seconds": seconds, **summary, "identity": identity}
-        self.log({name: float(value) for name, value in whole.items() if _is_number(value)}, step=int(summary.get("images", 0)))
-        storage.write_json(storage.join(path, "summary.json"), whole)
+        step = int(summary.get("images_seen", summary.get("images", 0)))
+        self.log({name: float(value) for name, value in whole.items() if _is_number(value)}, step)
+        storage.write_json(storage.join(path, SUMMARY), whole)
         return whole
 
 
@@ -104,19 +125,46 @@ def open_stage(
     tracking: TrackingSettings,
     parent: Tracker | None = None,
 ) -> Iterator[Stage]:
-    """A stage with Ray connected and its MLflow run open; both are closed again, whatever happens.
+    """A stage with Ray connected; Ray and the stage's MLflow run are closed again, whatever happens.
 
-    Ray's own messages go to `ray.log` in `path` (beside the working directory when `path` is on S3).
+    Ray's own messages go to `ray.log` in `path` (in the working directory when `path` is on S3). Raises UserError while another
+    process is at work in `path`.
     """
     log = Path(path) / "ray.log" if storage.is_local(path) else Path(f"{name}-ray.log")
-    tracker = Tracker.open(tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False))
+
+    def start_tracking() -> Tracker:
+        return Tracker.open(tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False))
+
+    stage = Stage(name, cluster, configuration, start_tracking)
     status = "FAILED"
     try:
-        with connected(cluster, log):
-            yield Stage(name, cluster, configuration, tracker)
+        with _alone_in(path), connected(cluster, log, stage.say):
+            yield stage
         status = "FINISHED"
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
         raise
     finally:
-        tracker.close(status)
+        if stage.tracker is not None:
+            stage.tracker.close(status)
+
+
+@contextmanager
+def _alone_in(path: str) -> Iterator[None]:
+    """Hold `path` for this process: a lock that the system takes back however the process ends. (S3 has none.)"""
+    if not storage.is_local(path):
+        yield
+        return
+    storage.make_directory(path)
+    with open(Path(path) / LOCK, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise UserError(
+                f"{path} is in use by another run (process {lock.read().strip() or 'unknown'}); wait for it, or give another path"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield

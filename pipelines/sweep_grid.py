@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.sweeping import SweepSettings
 
 SWEPT_SECTIONS = {"train": ("model", "train"), "generate": ("generate",)}
+NOT_SWEPT = ("train.path", "generate.path", "generate.checkpoint", "generate.images", "generate.labels")  # a trial has its own
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Trial:
 def grid(sections: Sections, sweep: "SweepSettings") -> list[Trial]:
     """Every combination of the parameters, in their order. Raises UserError naming the parameter that can't be swept."""
     allowed = [f"{section}.{one.name}" for section in SWEPT_SECTIONS[sweep.over] for one in fields(getattr(sections, section))]
-    allowed = [name for name in allowed if name not in ("train.path", "generate.path", "generate.checkpoint", "generate.images")]
+    allowed = [name for name in allowed if name not in NOT_SWEPT]
     if not sweep.parameters:
         raise UserError(f"sweep.parameters is empty, expected names and values, e.g. {{{allowed[-1]}: […]}}")
     for name, choices in sweep.parameters.items():

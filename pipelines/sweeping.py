@@ -16,13 +16,16 @@ from mar_model.config import Architecture
 from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import newest_checkpoint
-from pipelines.cluster import ClusterSettings, cluster_resources
+from pipelines.cluster import ClusterSettings, cluster_resources, require_workers
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings
+from pipelines.features import network_digest
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
 from pipelines.metrics_log import MetricsLog
 from pipelines.plots import sweep_plot
+from pipelines.precision import resolved
+from pipelines.references import find_reference
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
@@ -62,10 +65,10 @@ def sweep(
     """Run every combination of `sweep.parameters` as a Tune trial; trials that an earlier attempt finished are not run again.
 
     Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, error), `best` (trial, parameters, metric).
-    A failed trial is a row with its reason. Raises UserError for a parameter or metric that does not exist, a trial that the
-    cluster can't hold, or when every trial failed.
+    A failed trial is a row with its reason, and is run again when the sweep is. Raises UserError for a parameter or metric that
+    does not exist, a trial that the cluster can't hold, or when every trial failed.
     """
-    _check_metric(sweep, evaluate)
+    check_metric(sweep, evaluate)
     if sweep.over == "generate":
         checkpoint = generate.checkpoint or newest_checkpoint(train.path)
         if checkpoint is None:
@@ -73,14 +76,14 @@ def sweep(
         generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile
     sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
     trials = grid(sections, sweep)
-    identity = sweep_identity(sections, sweep, seed)
-    summary = stage.begin(sweep.path, identity)
+    identity = sweep_identity(sections, sweep, seed, stage.cluster)
+    summary = stage.begin(sweep.path, identity, enough=lambda found: not found["failed"])
     if summary is not None:
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
         shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
-        trials = grid(replace(sections, evaluate=evaluation.with_reference(images, shared, stage)), sweep)
+        trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
     rows = {trial.name: storage.read_json(_record(trial)) for trial in trials if storage.exists(_record(trial))}
     left = [trial for trial in trials if trial.name not in rows]
     stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
@@ -124,10 +127,11 @@ def sweep(
     )
 
 
-def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int) -> dict[str, Any]:
+def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster: ClusterSettings) -> dict[str, Any]:
     """What decides the table: the grid, and every setting that the trials share."""
     if sweep.over == "train":
-        found = {**training.training_identity(sections.cache, sections.model, sections.train, seed), "train.images": sections.train.images}
+        train = replace(sections.train, precision=resolved(sections.train.precision, cluster))
+        found = {**training.training_identity(sections.cache, sections.model, train, seed), "train.images": train.images}
     else:
         state_file = storage.join(sections.generate.checkpoint, STATE)
         if not storage.exists(state_file):
@@ -135,7 +139,9 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int) -> dict[
         state = storage.read_json(state_file)
         found = {"checkpoint": state["files"][AVERAGE if sections.generate.ema else WEIGHTS], "seed": seed}
     if _is_scored(sweep):
-        found |= identity_of(generate=sections.generate, evaluate=sections.evaluate)
+        digest = network_digest(sections.evaluate.features, sections.evaluate.weights)
+        reference = find_reference(sections.images, sections.tokenizer, sections.evaluate, digest)
+        found |= evaluation.scoring_identity(reference, sections.generate, sections.evaluate, digest)
     overridden = {*sweep.parameters, "generate.images", "evaluate.images"}
     return {**{name: value for name, value in found.items() if name not in overridden}, **identity_of(sweep=sweep)}
 
@@ -149,18 +155,14 @@ def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSetti
     fitting = float(len(trials))
     for trial in trials:
         one = trial.sections
-        drawing = one.generate.actors if _is_scored(sweep) else 0
-        trained = one.train.workers if sweep.over == "train" else 0
-        # one after the other: training, then drawing together with the feature network, whose actors take no CPU
-        need_cpus = max(trained, drawing, 1)
-        need_gpus = max(trained, drawing + (one.evaluate.actors if drawing else 0)) * cluster.gpus_per_worker
-        if need_cpus > cpus or need_gpus > gpus:
-            key = "train.workers" if trained == need_cpus else "generate.actors"
-            raise UserError(
-                f"sweep trial {trial.name} needs {need_cpus} CPUs and {need_gpus:g} GPUs for its workers, but the cluster has {cpus:g} "
-                f"CPUs and {gpus:g} GPUs; lower {key}, or join a larger cluster with cluster.address"
-            )
-        fitting = min(fitting, cpus // need_cpus, gpus // need_gpus if need_gpus else fitting)
+        drawing = {"generate.actors": one.generate.actors} if _is_scored(sweep) else {}
+        trained = {"train.workers": one.train.workers} if sweep.over == "train" else {}
+        judging = {"evaluate.actors": one.evaluate.actors} if _is_scored(sweep) else {}  # take no CPU
+        for wanted, cpus_each in ((trained, 1), (drawing, 1), (drawing | judging, 0)):  # training first, then drawing and judging
+            require_workers(wanted, cluster, cpus_each)
+            fitting = min(fitting, cpus // max(sum(wanted.values()) * cpus_each, 1))
+            if gpus_wanted := sum(wanted.values()) * cluster.gpus_per_worker:
+                fitting = min(fitting, gpus // gpus_wanted)
     return max(1, min(int(fitting), sweep.concurrent or len(trials)))
 
 
@@ -256,7 +258,8 @@ def _is_scored(sweep: SweepSettings) -> bool:
     return sweep.over == "generate" or sweep.metric not in LOSS_COLUMNS
 
 
-def _check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
+def check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
+    """Raise UserError for a metric that this sweep's trials don't measure."""
     known = ["frechet_distance", evaluation.metric_name(evaluate.features), *(["label_agreement"] if evaluate.classifier else [])]
     known += LOSS_COLUMNS if sweep.over == "train" else []
     if sweep.metric not in known:
@@ -292,6 +295,8 @@ def _track(trial: Trial, row: dict[str, Any], stage: Stage) -> None:
         return
     configuration = asdict(trial.sections)
     tracker = stage.tracker.child(trial.name, configuration, trial.path)
+    if tracker is None:
+        return
     log = MetricsLog(storage.join(trial.path, "metrics.jsonl"), 2**63)
     for line in log.rows:
         tracker.log({name: value for name, value in line.items() if name != "images_seen"}, line["images_seen"])

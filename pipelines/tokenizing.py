@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from mar_model.tokenizers import KLConfig, PixelTokenizer, save_tokenizer
 from pipelines import storage
-from pipelines.cluster import ClusterSettings, cluster_resources
+from pipelines.cluster import require_workers
 from pipelines.errors import UserError
 from pipelines.images import ImageListing, ImageSettings, list_images
+from pipelines.precision import resolved
 from pipelines.progress import Bar, MetricsChannel
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
@@ -72,15 +73,18 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite; "
             "go on with `mar cache`, or give another tokenizer.path"
         )
-    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed)
+    tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
+    listing = list_images(images) if tokenizer.kind == "kl" else None
+    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
     summary = stage.begin(path, identity)
-    if summary is None and tokenizer.kind == "pixels":
-        _write_pixels(path)
-        return stage.complete(path, identity, {"images": 0})
+    if listing is None:
+        if summary is None:
+            _write_pixels(path)
+            summary = stage.complete(path, identity, {"images": 0})
+        return summary
     if summary is None:
         if not storage.exists(storage.join(path, RESULT)):
-            _check_cluster(tokenizer, stage.cluster)
-            listing = list_images(images)
+            require_workers({"tokenizer.workers": tokenizer.workers}, stage.cluster)
             progress = storage.join(path, PROGRESS)
             first = int(progress_metadata(storage.read_bytes(progress))["images_seen"]) if storage.exists(progress) else 0
             if first:
@@ -163,12 +167,3 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
             raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
     if tokenizer.batch % tokenizer.workers:
         raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
-
-
-def _check_cluster(tokenizer: TokenizerSettings, cluster: ClusterSettings) -> None:
-    cpus, gpus = cluster_resources()
-    if tokenizer.workers > cpus or tokenizer.workers * cluster.gpus_per_worker > gpus:
-        raise UserError(
-            f"tokenizer.workers is {tokenizer.workers}, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster has "
-            f"{cpus:g} CPUs and {gpus:g} GPUs; lower tokenizer.workers, or join a larger cluster with cluster.address"
-        )

@@ -1,5 +1,6 @@
 """MLflow: one run a stage, nested under one parent; written by the driver alone (a SQLite file has one writer)."""
 
+import contextlib
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import os
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +19,12 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.settings import operational
 
+RECORD = "mlflow_run.json"  # in a stage's output: which MLflow run it has
 PARAMETERS_A_CALL = 100  # MLflow refuses larger batches
 METRICS_A_CALL = 1000
 LONGEST_PARAMETER = 6000
 FLUSH_SECONDS = 2.0
+ABANDONED_SECONDS = 60.0  # after its last change a half-made store belongs to nobody
 RETRY_SECONDS = 60.0  # between attempts while a server is away
 
 
@@ -65,24 +69,31 @@ class Tracker:
         run began (MLflow keeps the first value) is recorded as tag `resumed.section.key`. say gets the few lines for the person.
         Raises UserError, within seconds, when the store can't be reached or written.
         """
-        client = _client(settings)
+        record = storage.join(path, RECORD)
+        earlier = storage.read_json(record)["run_id"] if storage.exists(record) else None
         with _as_user_error(settings.uri), _short_waits():
+            client = _client(settings)
             experiment = _experiment(client, settings)
-            run_id = _earlier_run(client, path)
+            run_id = earlier if earlier and _is_there(client, earlier) else None
             tags = {"path": path} | ({"mlflow.parentRunId": parent.run_id} if parent else {})
             if run_id is None:
-                run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-                storage.write_json(storage.join(path, "mlflow_run.json"), {"run_id": run_id, "uri": without_password(settings.uri)})
+                run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
             else:
                 client.update_run(run_id, status="RUNNING")
                 for key, value in tags.items():
                     client.set_tag(run_id, key, value)
             _log_parameters(client, run_id, flatten(configuration))
+        if run_id != earlier:
+            storage.write_json(record, {"run_id": run_id, "uri": without_password(settings.uri)})
         return cls(client, run_id, settings, parent, say)
 
-    def child(self, name: str, configuration: dict[str, Any], path: str) -> "Tracker":
-        """A run nested under this one, in the same store."""
-        return Tracker.open(self._settings, name, configuration, path, self, self._say)
+    def child(self, name: str, configuration: dict[str, Any], path: str) -> "Tracker | None":
+        """A run nested under this one, in the same store; None, and a word to the person, while that is away."""
+        try:
+            return Tracker.open(self._settings, name, configuration, path, self, self._say)
+        except UserError as error:
+            self._say(f"{name} is not in MLflow: {error}")
+            return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics at a step (images seen). Values that are not finite are left out, and named once each."""
@@ -103,10 +114,11 @@ class Tracker:
         """Copy a local file, or a local folder with all that is in it, to the run's artefacts."""
         self._flush()
         try:
-            if Path(path).is_dir():
-                self._client.log_artifacts(self.run_id, path, artifact_path=Path(path).name)
-            else:
-                self._client.log_artifact(self.run_id, path)
+            with _short_waits():
+                if Path(path).is_dir():
+                    self._client.log_artifacts(self.run_id, path, artifact_path=Path(path).name)
+                else:
+                    self._client.log_artifact(self.run_id, path)
         except Exception as error:  # a stage outlives whatever its store raises
             self._say(f"MLflow did not take the artefact {path}: {_without_secrets(error, self._uri)}")
 
@@ -152,11 +164,11 @@ def flatten(configuration: Mapping[str, Any]) -> dict[str, str]:
 
 def without_password(uri: str) -> str:
     """The URI as it may be shown: `scheme://user:password@host` loses all before the @."""
-    return re.sub(r"://[^/@\s]*@", "://", uri)
+    return re.sub(r"://[^/\s]*@", "://", uri)  # up to the last @: a password may hold one
 
 
 def _without_secrets(error: Exception, uri: str) -> str:
-    secrets = re.findall(r"://[^/@\s]*?:([^/@\s]+)@", uri)
+    secrets = re.findall(r"://[^/:\s]*:([^/\s]+)@", uri)
     text = without_password(str(error).strip().split("\n")[0])
     for secret in secrets:
         text = text.replace(secret, "***")
@@ -203,10 +215,25 @@ def _client(settings: TrackingSettings) -> Any:
 
     for chatter in ("mlflow", "alembic"):
         logging.getLogger(chatter).setLevel(logging.WARNING)
-    with _as_user_error(settings.uri), _short_waits():
-        if file := _sqlite_file(settings.uri):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        return MlflowClient(settings.uri)
+    file = _sqlite_file(settings.uri)
+    if file and not file.exists():
+        _create_store(file)
+    return MlflowClient(settings.uri)
+
+
+def _create_store(file: Path) -> None:
+    """MLflow's tables in a new SQLite file, which appears under its name when they are all there: MLflow can't open half of them."""
+    from mlflow import MlflowClient
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for partial in file.parent.glob(f"{file.name}.*.partial*"):
+        if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+            partial.unlink(missing_ok=True)
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
+    MlflowClient(f"sqlite:///{partial}").search_experiments()
+    with contextlib.suppress(FileExistsError):  # another process was quicker: its store is as good
+        os.link(partial, file)
+    partial.unlink()
 
 
 def _experiment(client: Any, settings: TrackingSettings) -> str:
@@ -228,20 +255,16 @@ def _experiment(client: Any, settings: TrackingSettings) -> str:
     return str(found.experiment_id)
 
 
-def _earlier_run(client: Any, path: str) -> str | None:
-    """The run that an earlier attempt at this stage opened, if this store still has it."""
+def _is_there(client: Any, run_id: str) -> bool:
+    """Whether this store still has the run that an earlier attempt at the stage opened."""
     from mlflow.exceptions import MlflowException
 
-    record = storage.join(path, "mlflow_run.json")
-    if not storage.exists(record):
-        return None
     try:
-        run = client.get_run(storage.read_json(record)["run_id"])
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
+            return False
         raise
-    return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
 
 
 def _log_parameters(client: Any, run_id: str, flat: dict[str, str]) -> None:

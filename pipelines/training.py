@@ -11,10 +11,11 @@ from mar_model.recipe import BANDS
 from pipelines import storage
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
-from pipelines.cluster import ClusterSettings, cluster_resources
+from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.errors import UserError
 from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
+from pipelines.precision import resolved
 from pipelines.progress import MetricsChannel
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
@@ -63,6 +64,7 @@ def train(
     Returns the summary: images_seen, loss and its bands over the last interval, images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
+    train = replace(train, precision=resolved(train.precision, stage.cluster))
     identity = training_identity(cache, model, train, seed)
     summary = stage.begin(train.path, identity, enough=lambda found: found["images_seen"] >= train.images)
     if summary is not None:
@@ -132,8 +134,10 @@ def fit(
     with channel.listening(keep_last):
         trainer.fit()
     checkpoint = newest_checkpoint(train.path)
+    if checkpoint is None:
+        raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
     return {
-        "images_seen": last.get("images_seen", train.images),
+        "images_seen": read_state(storage.local_directory(checkpoint))["images_seen"],
         **{name: last[name] for name in FIGURES if name in last},
         "workers": train.workers,
         "checkpoint": checkpoint,
@@ -163,9 +167,4 @@ def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
             f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
             f"{train.micro_batch}: expected at least one a worker; lower train.workers or train.micro_batch"
         )
-    cpus, gpus = cluster_resources()
-    if train.workers > cpus or train.workers * cluster.gpus_per_worker > gpus:
-        raise UserError(
-            f"train.workers is {train.workers}, each with 1 CPU and {cluster.gpus_per_worker:g} GPU, but the cluster has {cpus:g} CPUs "
-            f"and {gpus:g} GPUs; lower train.workers, or join a larger cluster with cluster.address"
-        )
+    require_workers({"train.workers": train.workers}, cluster)

@@ -87,19 +87,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]
 
 
 def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, lambda: {"format_version": 1, "images_seen": 1280, "loss": 0.123456, "identity": {"seed": 5}})
+    calls = stand_in(monkeypatch, lambda: {"format_version": 1, "images_seen": 1280, "loss": 0.123456, "rows": {"noise": 297.5}})
     result = mar("train", "--preset", "demo", "--set", "seed=5")
     assert result.status == 0
     assert set(calls[0]) == {"tokenizer", "cache", "model", "train", "seed", "stage"}
     assert calls[0]["seed"] == 5
     name, path, configuration, cluster, tracking = calls[0]["stage"].arguments
-    assert (name, path) == ("train", "runs/demo/train")
+    assert (name, path) == ("train", str(Path("runs/demo/train").absolute()))
     assert (configuration, cluster, tracking) == (load("demo", assignments=["seed=5"]).plain(), load("demo").cluster, load("demo").tracking)
     assert "configuration: preset demo, seed=5" in result.err
     assert "runs/demo/cache" in result.err
     assert "images seen" in result.out
     assert "1280" in result.out
     assert "0.1235" in result.out
+    assert "rows noise" in result.out
+    assert "297.5" in result.out
 
 
 def test_a_user_error_in_a_worker_is_a_user_error(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,9 +155,19 @@ def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
 def test_quickstart_takes_every_section() -> None:
     from pipelines.quickstart import quickstart
 
-    assert set(inspect.signature(quickstart).parameters) == {*RunConfig.model_fields, "configuration"}
+    assert set(inspect.signature(quickstart).parameters) == {*RunConfig.model_fields, "configuration", "digits"}
 
 
-def test_passwords_are_not_shown(mar: Mar) -> None:
-    result = mar("train", "--set", "tracking.uri=http://me:secret@host:5000", "--set", "tracking.uri=sqlite:///x.db", "--print-config")
-    assert "secret" not in result.out.splitlines()[0]
+def test_passwords_are_not_shown(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, lambda: {"images_seen": 1})
+    result = mar("train", "--preset", "demo", "--set", "tracking.uri=http://me:p@ss:secret@host:5000")
+    assert result.status == 0
+    assert "tracking.uri=http://host:5000" in result.err
+    assert not [part for part in ("p@ss", "secret") if part in result.err + result.out]
+
+
+def test_a_job_with_a_password_on_its_command_line_is_refused(mar: Mar) -> None:
+    result = mar("submit", "--address", "http://127.0.0.1:1", "--", "train", "--set", "tracking.uri=http://me:secret@host:5000")
+    assert result.status == 2
+    assert "MLFLOW_TRACKING_PASSWORD" in result.err
+    assert "secret" not in result.err

@@ -103,6 +103,8 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert config.train.beta2 == 0.95  # default
     assert config.images.held_out_folder == "2024"  # text where text is expected
     assert config.cluster.address == "no"
+    swept = load("demo", assignments=["sweep.over=train", "sweep.parameters={train.learning_rate: [1e-4, 1e-3]}", "sweep.metric=loss"])
+    assert swept.sweep.parameters == {"train.learning_rate": [1e-4, 1e-3]}
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ def test_a_missing_thing_is_a_cross_with_its_remedy_and_status_1(mar: Mar, demo_
 def test_the_workers_of_the_widest_stage_are_counted(demo_in: DemoIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.cluster.connected", lambda *_: nullcontext())
     monkeypatch.setattr("pipelines.cluster.cluster_resources", lambda: (4.0, 2.0))
-    assert [check.ok for check in doctor.ray_checks(demo_in("train.workers=4", "cluster.gpus_per_worker=0.5"))] == [True, True, True]
+    assert [check.ok for check in doctor.ray_checks(demo_in("cache.encoders=4", "cluster.gpus_per_worker=0.5"))] == [True, True, True]
     ray, cpus, gpus = doctor.ray_checks(demo_in("cache.encoders=5", "cluster.gpus_per_worker=0.5"))
     assert ray.ok
     assert (cpus.ok, gpus.ok) == (False, False)
-    assert cpus.found == "5 wanted (cache.encoders is 5, 1 CPU each), 4 there"
-    assert gpus.found == "2.5 wanted (cache.encoders is 5, 0.5 GPUs each), 2 there"
+    assert cpus.found == "5 wanted (cache.encoders 5, 1 each), 4 there"
+    assert gpus.found == "2.5 wanted (cache.encoders 5, 0.5 each), 2 there"
     assert "lower cache.encoders" in cpus.remedy
+    *_, gpus = doctor.ray_checks(demo_in("generate.actors=4", "evaluate.actors=1", "cluster.gpus_per_worker=0.5"))
+    assert gpus.found == "2.5 wanted (generate.actors 4 and evaluate.actors 1, 0.5 each), 2 there"
 
 
 def test_a_cluster_that_does_not_answer_is_known_at_once(demo_in: DemoIn) -> None:

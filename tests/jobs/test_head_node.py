@@ -166,6 +166,7 @@ def test_the_entrypoint_carries_the_configuration(tmp_path: Path) -> None:
     assert assignments[-2:] == ["seed=1", "seed=2"]
     assert load("demo", assignments=assignments) == load("demo", str(file), ["seed=2"])
     assert job("train", "--preset", "mar_base", preset="demo").preset == "mar_base"
+    assert job("train", "--preset=mar_base", preset="demo").preset == "mar_base"
     assert job("quickstart").preset == "demo"
     assert job("quickstart", preset="mar_base").preset == "mar_base"
     assert job("report", "runs/demo").arguments == ["runs/demo"]

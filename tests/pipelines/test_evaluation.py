@@ -7,7 +7,7 @@ import torch
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
 from pipelines import samples, storage
-from pipelines.classifier import classifier_digest, load_classifier, train_classifier
+from pipelines.classifier import check_classes, classifier_digest, load_classifier, train_classifier
 from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, evaluate, frechet_rows, with_reference
@@ -108,9 +108,9 @@ def test_the_classifier_on_disk_is_the_one_that_was_measured(run: dict) -> None:
     right = load_classifier(path).predict(real(run["images"], held_out=True)) == np.repeat(np.arange(3), 8)
     assert trained["accuracy_held_out"] == right.mean()
     assert train_classifier(run["images"], path, 0, run["stage"]) == trained
-    assert classifier_digest(path, 3) == storage.digest(Path(path, "classifier.safetensors").read_bytes())
+    assert classifier_digest(path) == storage.digest(Path(path, "classifier.safetensors").read_bytes())
     with pytest.raises(UserError, match="knows 3 classes, the checkpoint 10"):
-        classifier_digest(path, 10)
+        check_classes(path, 10)
 
 
 def test_label_agreement_counts_what_the_classifier_says(run: dict) -> None:
@@ -155,24 +155,24 @@ def test_rows_compare_equal_numbers(run: dict, network: EfficientNetLite0) -> No
 
 def test_references_a_person_can_name(run: dict, tmp_path: Path) -> None:
     digest = network_digest("efficientnet-lite0", "")
-    prepared = with_reference(run["images"], run["evaluate"], run["stage"])
-    loaded = find_reference(run["images"], prepared, digest)
+    prepared = with_reference(run["images"], run["tokenizer"], run["evaluate"], run["stage"])
+    loaded = find_reference(run["images"], run["tokenizer"], prepared, digest)
     assert isinstance(loaded, FeatureStatistics)
     assert loaded.count == HELD_OUT
 
-    whole = find_reference(run["images"], replace(run["evaluate"], reference=f"{run['images'].source}/train"), digest)
+    whole = find_reference(run["images"], run["tokenizer"], replace(run["evaluate"], reference=f"{run['images'].source}/train"), digest)
     assert len(whole) == 8 * len(CLASSES)
 
     with pytest.raises(UserError, match=r"1280 features of efficientnet-lite0 .* expected 2048 of inception"):
-        find_reference(run["images"], replace(prepared, features="inception"), digest)
+        find_reference(run["images"], run["tokenizer"], replace(prepared, features="inception"), digest)
     with pytest.raises(UserError, match=r"expected 1280 of efficientnet-lite0 \(ffff"):
-        find_reference(run["images"], prepared, "f" * 64)
+        find_reference(run["images"], run["tokenizer"], prepared, "f" * 64)
     adm = tmp_path / "adm.npz"
     np.savez(adm, mu=np.zeros(2048), sigma=np.eye(2048))
     inception = replace(prepared, features="inception", reference=str(adm))
-    assert find_reference(run["images"], inception, "any").count is None
+    assert find_reference(run["images"], run["tokenizer"], inception, "any").count is None
     with pytest.raises(UserError, match=r"nothing of images\.source .* is held out"):
-        find_reference(ImageSettings(source=f"{run['images'].source}/train", size=SIZE), run["evaluate"], digest)
+        find_reference(ImageSettings(source=f"{run['images'].source}/train", size=SIZE), run["tokenizer"], run["evaluate"], digest)
 
 
 def test_missing_weights_and_gpus_are_said_before_anything_starts(run: dict, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,21 +133,32 @@ def test_concurrency_fits_the_cluster_and_too_many_workers_are_refused(sections:
     assert allowed(0, [1, 2]) == 1
     with pytest.raises(
         UserError,
-        match=r"workers=3,batch=16 needs 3 CPUs and 0 GPUs for its workers, but the cluster has 2 CPUs and 0 GPUs; lower train.workers",
+        match=r"train.workers 3: 3 workers, each with 1 CPU and 0 GPU .* but the cluster has 2 CPUs and 0 GPUs; lower train.workers",
     ):
         allowed(0, [1, 3])
     with pytest.raises(UserError, match="has 2 CPUs and 0 GPUs"):
         allowed(0, [1], ClusterSettings(gpus_per_worker=1.0))
+    assert allowed(0, [1, 3], ClusterSettings(autoscaling=True)) == 1
 
 
-def test_identity_holds_what_decides_the_table_and_no_more(sections: Sections) -> None:
+def test_identity_holds_what_decides_the_table_and_no_more(sections: Sections, tmp_path: Path) -> None:
     settings = SweepSettings(over="train", metric="loss", parameters={"model.denoiser_width": [8, 16]}, concurrent=3)
-    found = sweep_identity(sections, settings, 1)
+    found = sweep_identity(sections, settings, 1, ClusterSettings())
     assert found["train.images"] == 64
     assert "cache.digest" in found
     assert found["sweep.parameters"] == {"model.denoiser_width": [8, 16]}
     assert not {"model.denoiser_width", "sweep.concurrent", "train.workers", "generate.temperature"} & set(found)
-    scored = sweep_identity(sections, SweepSettings(over="train", metric="fid", parameters={"model.denoiser_width": [8]}), 1)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(1280), sigma=np.eye(1280), network="efficientnet-lite0")
+    elsewhere = tmp_path / "moved.npz"
+    elsewhere.write_bytes((tmp_path / "reference.npz").read_bytes())
+    settings = SweepSettings(over="train", metric="frechet_distance", parameters={"model.denoiser_width": [8]})
+
+    def scored_against(reference: Path) -> dict[str, Any]:
+        judged = replace(sections.evaluate, features="efficientnet-lite0", reference=str(reference))
+        return sweep_identity(replace(sections, evaluate=judged), settings, 1, ClusterSettings())
+
+    scored = scored_against(tmp_path / "reference.npz")
+    assert scored == scored_against(elsewhere)  # what it is compared with, not where that lies
     assert "generate.guidance" in scored
     assert "evaluate.features" in scored
     assert not {"evaluate.images", "generate.images"} & set(scored)
