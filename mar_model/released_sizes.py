@@ -1,0 +1,154 @@
+"""The sizes of released models: from the shapes of their tensors, and from the release's (LTH14/mar) names for its arguments."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mar_model.checkpoint import Shapes
+from mar_model.config import Architecture, MARConfig
+from mar_model.tokenizers import KLConfig
+
+STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16
+
+# What the published sizes are: depth, width and heads of encoder and decoder.
+PUBLISHED = {"mar_base": (12, 768, 12), "mar_large": (16, 1024, 16), "mar_huge": (20, 1280, 16)}
+HEADS = {width: heads for _, width, heads in PUBLISHED.values()}
+
+# The release's names for what an architecture here is made of.
+ARGUMENTS: dict[str, tuple[str, type]] = {
+    "patch_size": ("patch_size", int),
+    "encoder_depth": ("encoder_depth", int),
+    "encoder_width": ("encoder_embed_dim", int),
+    "encoder_heads": ("encoder_num_heads", int),
+    "decoder_depth": ("decoder_depth", int),
+    "decoder_width": ("decoder_embed_dim", int),
+    "decoder_heads": ("decoder_num_heads", int),
+    "mlp_ratio": ("mlp_ratio", float),
+    "buffer_size": ("buffer_size", int),
+    "attention_dropout": ("attn_dropout", float),
+    "projection_dropout": ("proj_dropout", float),
+    "label_drop": ("label_drop_prob", float),
+    "denoiser_depth": ("diffloss_d", int),
+    "denoiser_width": ("diffloss_w", int),
+    "diffusion_repeats": ("diffusion_batch_mul", int),
+    "mask_ratio_min": ("mask_ratio_min", float),
+    "latent_channels": ("vae_embed_dim", int),
+    "classes": ("class_num", int),
+}
+
+
+def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int | None) -> MARConfig:
+    """The configuration of a MAR state dict, from its shapes, then what was `chosen` (fields of MARConfig, and `stride`), then the
+    release's `arguments` (texts are read as numbers), then the published values.
+
+    Shapes that are missing fall back on the arguments too, so that no shapes at all give the model that the arguments describe.
+    Raises ValueError where heads or patch size can't be known, or sizes don't fit each other.
+    """
+    told = _told(arguments) | {name: value for name, value in chosen.items() if value is not None}
+    seen = _seen(shapes)
+    values = asdict(Architecture()) | told | {name: seen[name] for name in seen.keys() & ARGUMENTS.keys()}
+    for half in ("encoder", "decoder"):
+        width = values[f"{half}_width"]
+        if f"{half}_heads" not in told:
+            if width not in HEADS and width % 64:
+                raise ValueError(f"the shapes don't tell the number of heads; {half} width is {width}: name the heads")
+            values[f"{half}_heads"] = HEADS.get(width, width // 64)
+    if "token_dim" in seen:
+        values["patch_size"], values["latent_channels"] = _patch(seen["token_dim"], told)
+    stride = values.pop("stride", STRIDE)
+    side = math.isqrt(seen["tokens"]) if "tokens" in seen else int(arguments.get("img_size", 256)) // stride // values["patch_size"]
+    if "tokens" in seen and side**2 != seen["tokens"]:
+        raise ValueError(f"diffusion_pos_embed_learned has {seen['tokens']} positions, expected a square number of tokens")
+    return MARConfig(**{**values, "latent_size": side * values["patch_size"]})
+
+
+def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields from the release's arguments; a published size by its name, as in `model=mar_large`."""
+    told: dict[str, Any] = {}
+    if arguments.get("model") in PUBLISHED:
+        depth, width, heads = PUBLISHED[arguments["model"]]
+        for half in ("encoder", "decoder"):
+            told |= {f"{half}_depth": depth, f"{half}_width": width, f"{half}_heads": heads}
+    for name, (argument, kind) in {**ARGUMENTS, "stride": ("vae_stride", int)}.items():
+        if arguments.get(argument) is not None:
+            try:
+                told[name] = kind(arguments[argument])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"argument {argument} is {arguments[argument]!r}, expected a number") from error
+    return told
+
+
+def _seen(shapes: Shapes) -> dict[str, Any]:
+    """What the shapes of a MAR state dict tell."""
+    seen: dict[str, Any] = {}
+
+    def see(name: str, tensor: str, axis: int, dimensions: int) -> None:
+        if len(shapes.get(tensor, ())) == dimensions:
+            seen[name] = shapes[tensor][axis]
+
+    see("classes", "class_emb.weight", 0, 2)
+    see("token_dim", "diffloss.net.input_proj.weight", 1, 2)
+    see("token_dim", "z_proj.weight", 1, 2)
+    see("tokens", "diffusion_pos_embed_learned", 1, 3)
+    see("encoder_width", "encoder_norm.weight", 0, 1)
+    see("encoder_width", "z_proj.weight", 0, 2)
+    see("decoder_width", "diffloss.net.cond_embed.weight", 1, 2)
+    see("decoder_width", "mask_token", 2, 3)
+    see("denoiser_width", "diffloss.net.input_proj.weight", 0, 2)
+    see("positions", "encoder_pos_embed_learned", 1, 3)
+    for name, prefix in (
+        ("encoder_depth", "encoder_blocks"),
+        ("decoder_depth", "decoder_blocks"),
+        ("denoiser_depth", "diffloss.net.res_blocks"),
+    ):
+        depth = _count(shapes, prefix)
+        if depth:
+            seen[name] = depth
+    if seen.get("positions", 0) > seen.get("tokens", math.inf):
+        seen["buffer_size"] = seen["positions"] - seen["tokens"]
+    layers = [shapes.get(f"{half}_blocks.0.mlp.fc1.weight", ()) for half in ("encoder", "decoder")]
+    hidden = [(layer[1], layer[0]) for layer in layers if len(layer) == 2 and min(layer) > 0]
+    if hidden:  # a hidden width is the whole part of width · ratio, so the larger quotient is nearer to the ratio
+        ratio = max(outputs / width for width, outputs in hidden)
+        while any(int(width * ratio) < outputs for width, outputs in hidden):
+            ratio = math.nextafter(ratio, math.inf)
+        seen["mlp_ratio"] = ratio
+    return seen
+
+
+def _count(names: Iterable[str], prefix: str) -> int:
+    """Entries of a module list: one more than the highest number after `prefix.`."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+
+
+def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
+    """Patch size and latent channels of tokens of `token_dim` values."""
+    if "patch_size" in told:
+        patch = told["patch_size"]
+        if patch < 1 or token_dim % patch**2:
+            raise ValueError(f"tokens have {token_dim} values, which a patch size of {patch} does not divide into {patch}×{patch}")
+    else:
+        channels = told.get("latent_channels", CHANNELS)
+        patch = math.isqrt(token_dim // max(channels, 1))
+        if patch < 1 or token_dim != channels * patch**2:
+            raise ValueError(f"tokens have {token_dim} values, expected {channels} channels of a square patch; name the patch size")
+    return patch, token_dim // patch**2
+
+
+def released_kl_config(shapes: Shapes) -> KLConfig:
+    """The sizes of an autoencoder's state dict; where a shape is missing, those of KL-16. Raises ValueError for no network."""
+    config = KLConfig()
+    width = shapes.get("encoder.conv_in.weight", (config.width,))[0]
+    levels = range(_count(shapes, "encoder.down"))
+    multipliers = tuple(shapes.get(f"encoder.down.{level}.block.0.conv1.weight", (width,))[0] // max(width, 1) for level in levels)
+    return KLConfig(
+        channels=shapes.get("post_quant_conv.weight", (config.channels,))[0],
+        width=width,
+        multipliers=multipliers or config.multipliers,
+        encoder_blocks=_count(shapes, "encoder.down.0.block") or config.encoder_blocks,
+        decoder_blocks=_count(shapes, "decoder.up.0.block") or config.decoder_blocks,
+        attention="encoder.mid.attn_1.q.weight" in shapes or not shapes,
+    )
