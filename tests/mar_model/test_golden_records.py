@@ -1,152 +1,126 @@
-"""The published system's numbers, recorded from the release in float32 on small random models."""
+"""The published system's numbers: `benchmarks/parity.py` on records of the release, on parts of them, and on damaged ones."""
 
 import json
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mar_model import MAR, MARConfig, generate
-from mar_model.checkpoint import load_weights
-from mar_model.diffusion import Diffusion, respaced_timesteps
-from mar_model.generate import sample_tokens
-
 DATA = Path(__file__).parent.parent / "data"
+TINY = {
+    "gen_timestep_map", "train.tokens", "train.encoded", "train.z", "loss.mse", "loss.vb", "loss.per_token", "loss.scalar", "head.sample",
+    "generate.latents",
+}  # fmt: skip
+SAMPLED = {"head.sample", "generate.latents"}
 
 
-class Record:
-    """A golden record: its arguments, tensors, and the model it was made with."""
-
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as stream:
-            self.arguments: dict[str, str] = stream.metadata()
-        self.tensors = load_file(path)
-        a = self.arguments
-        self.config = MARConfig(
-            patch_size=int(a["patch_size"]),
-            encoder_depth=int(a["encoder_depth"]),
-            encoder_width=int(a["encoder_embed_dim"]),
-            encoder_heads=int(a["encoder_num_heads"]),
-            decoder_depth=int(a["decoder_depth"]),
-            decoder_width=int(a["decoder_embed_dim"]),
-            decoder_heads=int(a["decoder_num_heads"]),
-            mlp_ratio=float(a["mlp_ratio"]),
-            buffer_size=int(a["buffer_size"]),
-            denoiser_depth=int(a["diffloss_d"]),
-            denoiser_width=int(a["diffloss_w"]),
-            latent_size=int(a["img_size"]) // int(a["vae_stride"]),
-            latent_channels=int(a["vae_embed_dim"]),
-            classes=int(a["class_num"]),
-        )
-        self.model = MAR(self.config).eval()
-        prefix = "model."
-        load_weights(self.model, {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)})
-
-    def kept(self) -> Tensor:
-        """Positions of the unmasked tokens, (B, K) ascending."""
-        mask = self.tensors["train.mask"].bool()
-        return torch.stack([torch.nonzero(~row).flatten() for row in mask])
+class Result(NamedTuple):
+    status: int
+    rows: dict[tuple[str, str], dict]  # by record and quantity
+    complaints: list[str]
 
 
-class RecordedNoise:
-    """Replays a recorded generation."""
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """`python -m benchmarks.parity FILES --json`, without the seconds that a new process takes."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def run(*files: Path) -> Result:
+        monkeypatch.setattr(sys, "argv", ["parity", *map(str, files), "--json", "--device", "cpu"])
+        with pytest.raises(SystemExit) as leaving:
+            runpy.run_module("benchmarks.parity", run_name="__main__")
+        printed = capsys.readouterr()
+        rows = [json.loads(line) for line in printed.out.splitlines() if line.startswith("{")]
+        assert all(row["quantity"] in printed.out for row in rows)
+        return Result(int(leaving.value.code or 0), {(row["record"], row["quantity"]): row for row in rows}, printed.err.splitlines())
 
-    def orders(self, tokens: int) -> Tensor:
-        return self.record.tensors["generate.orders"]
-
-    def tokens(self, step: int, predicted: Tensor, diffusion_steps: int, dim: int) -> Tensor:
-        return self.record.tensors[f"generate.noise.{step}"]
-
-
-@pytest.fixture(scope="module", params=["mar_tiny_cfg", "mar_tiny_nocfg"])
-def record(request: pytest.FixtureRequest) -> Record:
-    return Record(DATA / f"{request.param}.safetensors")
+    return run
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
+def record(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(DATA / name, "pt") as stream:
+        return load_file(DATA / name), stream.metadata()
 
 
-@torch.no_grad()
-def test_tokens_encoder_and_decoder(record: Record) -> None:
-    expected = record.tensors
-    labels = expected["train.labels"]
-    tokens = record.model.patchify(expected["train.latents"])
-    assert torch.equal(tokens, expected["train.tokens"])
-    assert torch.equal(record.model.unpatchify(tokens), expected["train.latents"])
-    embedding = record.model.class_embedding(labels, torch.zeros_like(labels, dtype=torch.bool))
-    encoded = record.model.encode(tokens, record.kept(), embedding)
-    assert relative_error(encoded, expected["train.encoded"]) < 1e-4
-    assert relative_error(record.model.decode(encoded, record.kept()), expected["train.z"]) < 1e-4
+def test_every_quantity_of_every_record(parity: Callable[..., Result]) -> None:
+    result = parity(*sorted(DATA.glob("*.safetensors")))
+    quantities = {
+        "kl16_formula.safetensors": {"moments", "decoded"},
+        "mar_base_formula.safetensors": {"train.z", "loss.per_token", "loss.scalar"},
+        "mar_tiny_cfg.safetensors": TINY,
+        "mar_tiny_nocfg.safetensors": TINY,
+        "mar_tiny_patches.safetensors": TINY,  # patches of 2×2, a decoder wider than the encoder, more steps than tokens
+    }
+    assert result.rows.keys() == {(name, quantity) for name, ones in quantities.items() for quantity in ones}
+    for (_, quantity), row in result.rows.items():
+        assert row["error"] <= (1e-3 if quantity in SAMPLED else 1e-4), row
+    assert (result.status, result.complaints) == (0, [])
 
 
-@torch.no_grad()
-def test_loss_of_every_token_and_over_the_masked(record: Record) -> None:
-    expected = record.tensors
-    tokens = expected["train.tokens"].flatten(0, 1)
-    loss = record.model.diffloss(tokens, expected["train.z"].flatten(0, 1), expected["loss.t"], expected["loss.noise"])
-    assert relative_error(loss.mse, expected["loss.mse"]) < 1e-4
-    assert relative_error(loss.bound, expected["loss.vb"]) < 1e-4
-    assert relative_error(loss.total, expected["loss.per_token"]) < 1e-4
-    scalar = loss.total[expected["train.mask"].flatten().bool()].mean()
-    assert float(scalar) == pytest.approx(float(expected["loss.scalar"]), rel=1e-4)
+PARTS = {
+    "from_tokens": (["train.tokens", "train.labels", "train.mask", "train.z"], ["train.z"]),
+    "mask_from_orders": (["train.latents", "train.labels", "train.orders", "train.encoded"], ["train.encoded"]),
+    "decoder_alone": (["train.encoded", "train.mask", "train.z"], ["train.z"]),
+    "loss_from_z": (["train.z", "train.tokens", "train.mask", "loss.t", "loss.noise", "loss.scalar"], ["loss.scalar"]),
+    "loss_from_latents": (["train.latents", "train.labels", "train.mask", "loss.t", "loss.noise", "loss.vb"], ["loss.vb"]),
+}
 
 
-@torch.no_grad()
-def test_forward_computes_the_masked_tokens_alone_and_gives_the_same_loss(record: Record) -> None:
-    from mar_model import TrainingDraws
-
-    expected = record.tensors
-    mask = expected["train.mask"].bool()
-    batch, length = mask.shape
-    masked = int(mask[0].sum())
-    assert torch.equal(torch.zeros_like(mask).scatter(1, expected["train.orders"][:, :masked], True), mask)
-    draws = TrainingDraws(
-        orders=expected["train.orders"],
-        label_dropped=torch.zeros(batch, dtype=torch.bool),
-        timesteps=expected["loss.t"].view(batch, length)[mask].view(1, batch, masked),
-        noise=expected["loss.noise"].view(batch, length, -1)[mask].view(1, batch, masked, -1),
-    )
-    loss, _ = record.model(expected["train.latents"], expected["train.labels"], masked, draws)
-    assert loss.total.shape == (batch * masked,)
-    assert float(loss.total.mean()) == pytest.approx(float(expected["loss.scalar"]), rel=1e-4)
+def test_parts_of_records_are_checked_from_what_is_there(parity: Callable[..., Result], tmp_path: Path) -> None:
+    tensors, metadata = record("mar_tiny_cfg.safetensors")
+    metadata = {name: value for name, value in metadata.items() if name != "gen_timestep_map"}
+    weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
+    for name, (kept, _) in PARTS.items():
+        save_file({**weights, **{one: tensors[one] for one in kept}}, tmp_path / name, metadata)
+    head = {name: value for name, value in tensors.items() if name.startswith(("model.diffloss.", "head."))}
+    save_file({**head, "train.z": tensors["train.z"]}, tmp_path / "head_alone", metadata)
+    result = parity(*(tmp_path / name for name in [*PARTS, "head_alone"]))
+    checked = {key for key, row in result.rows.items() if row["error"] is not None}
+    assert checked == {(name, quantity) for name, (_, ones) in PARTS.items() for quantity in ones} | {("head_alone", "head.sample")}
+    assert "train.mask" in result.rows["head_alone", "train.z"]["remark"] or "model." in result.rows["head_alone", "train.z"]["remark"]
+    assert result.status == 0
 
 
-@torch.no_grad()
-def test_denoiser_sampler(record: Record) -> None:
-    expected, arguments = record.tensors, record.arguments
-    steps = int(arguments["num_sampling_steps"])
-    assert respaced_timesteps(steps) == json.loads(arguments["gen_timestep_map"])
-    noise = torch.cat([expected["head.initial_noise"][None], expected["head.step_noise"]])
-    scale = float(arguments["cfg_scale"])
-    sample = sample_tokens(
-        record.model.diffloss.net,
-        Diffusion(respaced_timesteps(steps)),
-        expected["head.z"],
-        noise,
-        guidance=scale if scale != 1.0 else None,
-        temperature=float(arguments["temperature"]),
-    )
-    assert relative_error(sample, expected["head.sample"]) < 1e-3
+def test_a_wrong_number_is_over_its_bound(parity: Callable[..., Result], tmp_path: Path) -> None:
+    tensors, metadata = record("mar_tiny_nocfg.safetensors")
+    outputs = sorted(TINY - {"gen_timestep_map"})
+    for quantity in outputs:
+        wrong = tensors[quantity].clone()
+        wrong.view(-1)[-1] += 2e-3 * wrong.abs().max()
+        save_file({**tensors, quantity: wrong}, tmp_path / quantity, metadata)
+    save_file({**tensors, "train.z": torch.full_like(tensors["train.z"], torch.nan)}, tmp_path / "nan", metadata)
+    save_file({**tensors, "loss.vb": tensors["loss.vb"][1:].clone()}, tmp_path / "shape", metadata)
+    save_file(tensors, tmp_path / "steps", {**metadata, "gen_timestep_map": metadata["gen_timestep_map"].replace("10,", "11,", 1)})
+    for quantity in [*outputs, "nan", "shape", "steps"]:
+        result = parity(tmp_path / quantity)
+        failed = [name for (_, name), row in result.rows.items() if not row["passed"]]
+        assert (result.status, failed) == (1, [{"nan": "train.z", "shape": "loss.vb", "steps": "gen_timestep_map"}.get(quantity, quantity)])
 
 
-def test_whole_generation(record: Record) -> None:
-    arguments = record.arguments
-    latents = generate(
-        record.model,
-        record.tensors.get("generate.labels", record.tensors["train.labels"]),
-        RecordedNoise(record),
-        ar_steps=int(arguments["num_iter"]),
-        diffusion_steps=int(arguments["num_sampling_steps"]),
-        guidance=float(arguments["cfg_scale"]),
-        guidance_schedule=arguments["cfg_schedule"],
-        temperature=float(arguments["temperature"]),
-    )
-    assert relative_error(latents, record.tensors["generate.latents"]) < 1e-3
+def test_what_is_no_record_is_said_in_a_line(parity: Callable[..., Result], tmp_path: Path) -> None:
+    tensors, metadata = record("mar_tiny_cfg.safetensors")
+    files = {
+        "absent": None,
+        "text": b"no record",
+        "cut_off": (DATA / "mar_tiny_cfg.safetensors").read_bytes()[:100_000],
+        "no_weights": ({"train.z": tensors["train.z"]}, metadata),
+        "nothing_to_check": ({name: value for name, value in tensors.items() if name.startswith("model.")}, {"patch_size": "1"}),
+        "other_sizes": (tensors, {**metadata, "patch_size": "3"}),
+        "stray_weight": ({**tensors, "model.stray": tensors["head.z"].clone()}, metadata),
+    }
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        elif content is not None:
+            save_file(content[0], tmp_path / name, content[1])
+    result = parity(*(tmp_path / name for name in files))
+    assert result.status == 2
+    assert [name for name, line in zip(files, result.complaints, strict=True) if str(tmp_path / name) not in line] == []
+    assert result.rows == {}
+    assert "stray" in result.complaints[-1]
