@@ -42,54 +42,77 @@ def respaced_timesteps(steps: int) -> list[int]:
     return [round(i * (TRAINING_STEPS - 1) / (steps - 1)) for i in range(steps)]
 
 
-class Diffusion(nn.Module):
-    """The schedule over the given training timesteps (all by default), as float32 tables of shape (steps,)."""
+class Schedule(NamedTuple):
+    """What the process is at some timesteps: each entry a tensor of their shape. ᾱ' is ᾱ at the timestep visited next, 1 after the last."""
 
-    timesteps: Tensor
     sqrt_alpha_bar: Tensor
     sqrt_one_minus_alpha_bar: Tensor
     sqrt_recip_alpha_bar: Tensor
     sqrt_recip_alpha_bar_minus_one: Tensor
-    x0_coefficient: Tensor
+    x0_coefficient: Tensor  # of the posterior's mean
     xt_coefficient: Tensor
-    min_log_variance: Tensor
-    max_log_variance: Tensor
+    min_log_variance: Tensor  # the posterior's; at t = 0, where it has none, that of t = 1
+    max_log_variance: Tensor  # log β
+    sqrt_next_alpha_bar: Tensor  # √ᾱ'
+    one_minus_next_alpha_bar: Tensor  # 1 − ᾱ'
+    posterior_variance: Tensor  # zero at t = 0
+
+
+class Diffusion(nn.Module):
+    """The schedule over the given training timesteps (all by default), as one float32 table (columns of `Schedule`, steps)."""
+
+    timesteps: Tensor
+    table: Tensor
 
     def __init__(self, timesteps: list[int] | None = None) -> None:
         super().__init__()
-        chosen = torch.tensor(timesteps if timesteps is not None else list(range(TRAINING_STEPS)))
+        self.visited = timesteps if timesteps is not None else list(range(TRAINING_STEPS))  # on the host
+        chosen = torch.tensor(self.visited)
         alpha_bar = torch.cumprod(1 - cosine_betas(), dim=0)[chosen]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        betas = 1 - alpha_bar / previous
-        posterior_variance = betas * (1 - previous) / (1 - alpha_bar)
-        if len(chosen) > 1:  # at t = 0 the posterior has no variance: its logarithm is replaced by that of t = 1
-            posterior_variance[0] = posterior_variance[1]
-        tables = {
-            "sqrt_alpha_bar": alpha_bar.sqrt(),
-            "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
-            "sqrt_recip_alpha_bar": alpha_bar.rsqrt(),
-            "sqrt_recip_alpha_bar_minus_one": (1 / alpha_bar - 1).sqrt(),
-            "x0_coefficient": betas * previous.sqrt() / (1 - alpha_bar),
-            "xt_coefficient": (1 - previous) * (1 - betas).sqrt() / (1 - alpha_bar),
-            "min_log_variance": posterior_variance.clamp(min=1e-20).log(),
-            "max_log_variance": betas.log(),
-        }
+        following = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        betas = 1 - alpha_bar / following
+        variance = betas * (1 - following) / (1 - alpha_bar)
+        bound = variance.clone()
+        if len(chosen) > 1:
+            bound[0] = variance[1]
+        schedule = Schedule(
+            sqrt_alpha_bar=alpha_bar.sqrt(),
+            sqrt_one_minus_alpha_bar=(1 - alpha_bar).sqrt(),
+            sqrt_recip_alpha_bar=alpha_bar.rsqrt(),
+            sqrt_recip_alpha_bar_minus_one=(1 / alpha_bar - 1).sqrt(),
+            x0_coefficient=betas * following.sqrt() / (1 - alpha_bar),
+            xt_coefficient=(1 - following) * (1 - betas).sqrt() / (1 - alpha_bar),
+            min_log_variance=bound.clamp(min=1e-20).log(),
+            max_log_variance=betas.log(),
+            sqrt_next_alpha_bar=following.sqrt(),
+            one_minus_next_alpha_bar=1 - following,
+            posterior_variance=variance,
+        )
         self.register_buffer("timesteps", chosen, persistent=False)
-        for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
+        self.register_buffer("table", torch.stack(schedule).float(), persistent=False)
+
+    def at(self, t: Tensor) -> Schedule:
+        """The schedule at indices t (N,), as columns (N, 1)."""
+        return Schedule(*self.table[:, t, None])
+
+    def at_step(self, index: int) -> Schedule:
+        """The schedule at one index, as views of the table without dimensions."""
+        return Schedule(*self.table[:, index])
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0): (N, D) at schedule indices t (N,)."""
-        return self.sqrt_alpha_bar[t, None] * x0 + self.sqrt_one_minus_alpha_bar[t, None] * noise
+        now = self.at(t)
+        return now.sqrt_alpha_bar * x0 + now.sqrt_one_minus_alpha_bar * noise
 
     def loss(self, output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor) -> TokenLoss:
         """Loss of the denoiser's output (N, 2D) for clean tokens x0 noised to xt at t (N,) with `noise` (N, D)."""
         predicted_noise, interpolation = output.float().chunk(2, dim=1)
         mse = (predicted_noise - noise).square().mean(dim=1)
 
-        log_variance = self._log_variance(interpolation, t)
-        mean = self._posterior_mean(self._x0(predicted_noise.detach(), xt, t), xt, t)
-        true_mean, true_log_variance = self._posterior_mean(x0, xt, t), self.min_log_variance[t, None]
+        now = self.at(t)
+        log_variance = _log_variance(now, interpolation)
+        mean = _posterior_mean(now, _clean(now, xt, predicted_noise.detach()), xt)
+        true_mean, true_log_variance = _posterior_mean(now, x0, xt), now.min_log_variance
         kl = 0.5 * (
             log_variance
             - true_log_variance
@@ -115,25 +138,54 @@ class Diffusion(nn.Module):
 
         `x0_range` (two (D,) tensors) keeps the predicted clean token inside; without it the step is the published one.
         """
-        x0 = self.sqrt_recip_alpha_bar[index] * x - self.sqrt_recip_alpha_bar_minus_one[index] * predicted_noise
+        now = self.at_step(index)
+        x0 = _clean(now, x, predicted_noise)
         if x0_range is not None:
             x0 = torch.clamp(x0, *x0_range)
-        mean = self.x0_coefficient[index] * x0 + self.xt_coefficient[index] * x
+        mean = _posterior_mean(now, x0, x)
         if index == 0:
             return mean
-        share = (interpolation + 1) / 2
-        log_variance = share * self.max_log_variance[index] + (1 - share) * self.min_log_variance[index]
-        return mean + torch.exp(0.5 * log_variance) * noise * temperature
+        return mean + torch.exp(0.5 * _log_variance(now, interpolation)) * noise * temperature
 
-    def _log_variance(self, interpolation: Tensor, t: Tensor) -> Tensor:
-        share = (interpolation + 1) / 2
-        return share * self.max_log_variance[t, None] + (1 - share) * self.min_log_variance[t, None]
+    def ddim_step(
+        self,
+        x: Tensor,
+        index: int,
+        predicted_noise: Tensor,
+        noise: Tensor,
+        eta: float = 0.0,
+        temperature: float = 1.0,
+        x0_range: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One step of "Denoising Diffusion Implicit Models" (arXiv 2010.02502, eq. 12), (N, D) float32, at schedule index `index`.
 
-    def _x0(self, predicted_noise: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        return self.sqrt_recip_alpha_bar[t, None] * xt - self.sqrt_recip_alpha_bar_minus_one[t, None] * predicted_noise
+        eta scales the standard deviation of eq. 16: 0 adds no noise, 1 adds the posterior's (the learned variance is not used).
+        With `x0_range` the predicted clean token is kept inside, and the direction to x_t is that of the token kept inside.
+        """
+        now = self.at_step(index)
+        x0 = _clean(now, x, predicted_noise)
+        if x0_range is not None:
+            x0 = torch.clamp(x0, *x0_range)
+            predicted_noise = (now.sqrt_recip_alpha_bar * x - x0) / now.sqrt_recip_alpha_bar_minus_one
+        if index == 0:
+            return x0
+        variance = eta**2 * now.posterior_variance
+        direction = (now.one_minus_next_alpha_bar - variance).clamp(min=0).sqrt()
+        return now.sqrt_next_alpha_bar * x0 + direction * predicted_noise + variance.sqrt() * noise * temperature
 
-    def _posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        return self.x0_coefficient[t, None] * x0 + self.xt_coefficient[t, None] * xt
+
+def _clean(now: Schedule, xt: Tensor, predicted_noise: Tensor) -> Tensor:
+    """The clean token that the predicted noise stands for."""
+    return now.sqrt_recip_alpha_bar * xt - now.sqrt_recip_alpha_bar_minus_one * predicted_noise
+
+
+def _posterior_mean(now: Schedule, x0: Tensor, xt: Tensor) -> Tensor:
+    return now.x0_coefficient * x0 + now.xt_coefficient * xt
+
+
+def _log_variance(now: Schedule, interpolation: Tensor) -> Tensor:
+    share = (interpolation + 1) / 2
+    return share * now.max_log_variance + (1 - share) * now.min_log_variance
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
