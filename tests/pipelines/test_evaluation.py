@@ -180,5 +180,5 @@ def test_missing_weights_and_gpus_are_said_before_anything_starts(run: dict, tmp
         evaluate(**sections(run, features="inception", path=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
     gpus = Stage("evaluate", replace(run["stage"].cluster, gpus_per_worker=0.5))
-    with pytest.raises(UserError, match="need 1 GPUs at once, the cluster has 0"):
+    with pytest.raises(UserError, match=r"generate\.actors 1: .* 0\.5 GPU .* the cluster has 2 CPUs and 0 GPUs"):
         evaluate(**{**sections(run, path=str(tmp_path / "out")), "stage": gpus})

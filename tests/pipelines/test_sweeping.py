@@ -179,7 +179,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     parameters = {"model.decoder_width": [12, 9]}  # two heads don't divide 9
     settings = SweepSettings(path=str(path), over="train", metric="loss", parameters=parameters)
     parent = Tracker.open(tracking, "sweep", {}, str(path))
-    summary = run(sections, settings, Stage("sweep", ray_local, tracker=parent))
+    summary = run(sections, settings, Stage("sweep", ray_local, start_tracking=lambda: parent))
     parent.close()
 
     good, bad = summary["rows"]

@@ -204,7 +204,7 @@ def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, 
         ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of 32"),
         ({"width": 0}, "width is 0"),
         ({"batch": 15, "workers": 2}, "tokenizer.batch is 15"),
-        ({"batch": 15, "workers": 5}, "tokenizer.workers is 5"),
+        ({"batch": 15, "workers": 5}, "tokenizer.workers 5"),
     ):
         with pytest.raises(UserError, match=message):
             tokenize(images, replace(settings, **change), seed=1, stage=stage)
