@@ -94,17 +94,16 @@ def _train(images: ImageSettings, listing: ImageListing, path: str, seed: int, c
     use_threads(cluster)
     device = default_device()
     train, held_out = listing.train(), listing.held_out()
-    pixels = DecodedImages(images, train).take(np.arange(len(train)))
-    labels = torch.tensor([row.label for row in train])
+    pixels, labels = DecodedImages(images, train).take(np.arange(len(train)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "classifier").initial_seed())  # initial weights and dropout know no generator argument
         classifier = Classifier(len(listing.class_names)).to(device).to(memory_format=torch.channels_last)
-        fit(classifier, pixels, labels, seed)
+        fit(classifier, pixels, torch.from_numpy(labels), seed)
     classifier.eval()
     summary: dict[str, Any] = {"images": len(train), "images_held_out": len(held_out)}
     if held_out:
-        predicted = classifier.predict(DecodedImages(images, held_out).take(np.arange(len(held_out))))
-        summary["accuracy_held_out"] = float(np.mean(predicted == [row.label for row in held_out]))
+        pixels, labels = DecodedImages(images, held_out).take(np.arange(len(held_out)))
+        summary["accuracy_held_out"] = float(np.mean(classifier.predict(pixels) == labels))
     with tempfile.TemporaryDirectory() as temporary:
         config = {"format_version": FORMAT_VERSION, "image_size": images.size, "class_names": listing.class_names}
         (Path(temporary) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -1,9 +1,12 @@
-"""One shard of the latent cache, from the names of its images to its file: the work of stage *cache* on the workers."""
+"""The work of stage *cache* on its workers: one shard of the latent cache, from the names of its images to its file."""
 
-import json
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +14,63 @@ import torch
 from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, default_device, use_threads
-from pipelines.images import ImageError, ImageRow, ImageSettings, decode, read_image, to_model
+from pipelines.images import ImageError, ImageSettings, decode, read_bytes
 from pipelines.latents import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
 from pipelines.precision import autocast
+from pipelines.sources.table import ImageRow, ImageRows
 
-READS_AT_ONCE = 8  # an object store answers one read after tens of milliseconds, and many in the same time
+AHEAD = 2  # batches whose images are decoded before they are asked for
+CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What every encoder is given."""
+
+    images: ImageSettings
+    tokenizer: str
+    path: str
+    batch: int
+    dtype: str
+    precision: str
+    decoders: int  # threads
+    cluster: ClusterSettings
+
+
+class Decoded(NamedTuple):
+    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" where they can't be read)."""
+
+    pixels: np.ndarray | None
+    reason: str
+    digest: str
+
+
+@dataclass
+class Seconds:
+    """Where the time went, as the encoders saw it."""
+
+    decoding: float = 0.0  # waiting for images
+    encoding: float = 0.0
+    writing: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.decoding + other.decoding, self.encoding + other.encoding, self.writing + other.writing)
+
+    def shares(self) -> dict[str, float]:
+        """Of the whole, by name."""
+        whole = self.decoding + self.encoding + self.writing
+        return {name: seconds / whole if whole else 0.0 for name, seconds in vars(self).items()}
+
+
+@dataclass
+class _Shard:
+    """A shard that is being made."""
+
+    reasons: list[str]
+    digests: list[str]
+    usable: list[int] = field(default_factory=list)
+    moments: list[np.ndarray] = field(default_factory=list)  # (2, n, 2C, h, w) of each batch: image, mirror image
+    deviation: dict[str, float] | None = None
 
 
 def shard_paths(path: str, index: int) -> tuple[str, str]:
@@ -24,56 +79,168 @@ def shard_paths(path: str, index: int) -> tuple[str, str]:
     return shard, shard.removesuffix(".arrow") + ".json"
 
 
-def decode_shard(images: ImageSettings, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Read, decode and crop the images of one shard: adds `image` uint8 (n, size, size, 3), black where it can't be used, and
-    `reason` (empty: usable) and `sha256` of the bytes."""
-    pixels = np.zeros((len(batch["key"]), images.size, images.size, 3), np.uint8)
-    reasons, digests = [], []
-    rows = [ImageRow(str(key), int(label), held_out=False) for key, label in zip(batch["key"], batch["label"], strict=True)]
-    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        for position, (data, digest) in enumerate(pool.map(partial(read, images), rows)):
-            reason = ""
-            try:
-                if data is None:
-                    raise ImageError("the file can't be read")
-                pixels[position] = decode(data, images.size)
-            except ImageError as error:
-                reason = str(error)
-            reasons.append(reason)
-            digests.append(digest)
-    return {**batch, "image": pixels, "reason": np.array(reasons), "sha256": np.array(digests)}
-
-
 def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | None, str]:
-    """Bytes of one image and their SHA-256, or (None, "") where they can't be read."""
+    """Bytes of one image and their SHA-256, or (None, "") where they can't be read. Raises UserError when the source doesn't answer."""
     try:
-        data = read_image(images, row)
-    except OSError:
+        data = read_bytes(images, row)
+    except ImageError:
         return None, ""
     return data, storage.digest(data)
 
 
+def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
+    """Read, decode and crop one image. Raises UserError when the source doesn't answer."""
+    data, digest = read(images, row)
+    try:
+        if row.reason:
+            raise ImageError(row.reason)
+        if data is None:
+            raise ImageError("the file can't be read")
+        return Decoded(decode(data, images.size, images.exif), "", digest)
+    except ImageError as error:
+        return Decoded(None, str(error), digest)
+
+
+class Encoder:
+    """A tokenizer on a device: uint8 images in, moments out, in one of the arithmetics."""
+
+    def __init__(self, tokenizer: str, precision: str, dtype: str, device: torch.device) -> None:
+        self.precision, self.dtype, self.device = precision, dtype, device
+        self.tokenizer = load_tokenizer(storage.local_directory(tokenizer)).to(device)
+        self.tokenizer.to(memory_format=torch.channels_last)
+
+    def buffer(self, batch: int, size: int) -> torch.Tensor:
+        """A batch of images uint8 (batch, size, size, 3) in memory from which the device copies by itself."""
+        return torch.empty(batch, size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, S, S, 3) → float32 (2, n, 2C, h, w) on the device: moments of the images and of their mirror images."""
+        pixels = self._pixels(images)
+        _float32_products(tf32=self.precision == "tf32")
+        with autocast("bf16" if self.precision == "bf16" else "float32", self.device):
+            return torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1))])
+
+    @torch.inference_mode()
+    def deviation(self, images: torch.Tensor, moments: torch.Tensor) -> dict[str, float]:
+        """How far `moments`, of these images (n, S, S, 3) and their mirror images, are from those in float32 with contiguous tensors:
+        root mean square and maximum, of the posterior means in units of their standard deviation, and of the log-variances."""
+        _float32_products(tf32=False)
+        pixels = self._pixels(images).contiguous()
+        self.tokenizer.to(memory_format=torch.contiguous_format)
+        exact = torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1).contiguous())])
+        self.tokenizer.to(memory_format=torch.channels_last)
+        difference = (moments.double() - exact.double()).abs()
+        means, log_variances = difference.chunk(2, dim=2)
+        scale = max(exact.double().chunk(2, dim=2)[0].std(unbiased=False).item(), 1e-12)
+        return {
+            "images": float(len(images)),
+            "means_rms": means.square().mean().sqrt().item() / scale,
+            "means_max": means.max().item() / scale,
+            "log_variances_rms": log_variances.square().mean().sqrt().item(),
+            "log_variances_max": log_variances.max().item(),
+        }
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Float (n, 3, S, S) in [-1, 1] on the device, channels last."""
+        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _float32_products(tf32: bool) -> None:
+    """Whether this process's GPU may shorten the factors of float32 products to 10 bits."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+
+
 class ShardEncoder:
-    """An actor that holds the tokenizer; a call turns the decoded images of one shard into its file and its record."""
+    """An actor that makes shards. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded ahead and
+    the shard before is written."""
 
-    def __init__(self, tokenizer_path: str, path: str, batch: int, dtype: str, precision: str, cluster: ClusterSettings) -> None:
-        use_threads(cluster)
-        self.path, self.batch, self.dtype, self.precision = path, batch, dtype, precision
-        self.device = default_device()
-        self.tokenizer = load_tokenizer(storage.local_directory(tokenizer_path)).to(self.device)
+    def __init__(self, job: EncodingJob, rows: ImageRows) -> None:
+        use_threads(job.cluster)
+        self.job, self.rows = job, rows
+        self.encoder = Encoder(job.tokenizer, job.precision, job.dtype, default_device())
+        self.threads = ThreadPoolExecutor(job.decoders, thread_name_prefix="decode")
+        self.buffers = [self.encoder.buffer(job.batch, job.images.size) for _ in range(2)]  # one is filled while the other is encoded
+        self.encoding = threading.Lock()
+        self.done: dict[int, int] = {}  # images of the shards in work that are encoded or rejected
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        index = int(batch["shard"][0])
-        if not (batch["shard"] == index).all():
-            raise RuntimeError(f"a block of shards {sorted(set(batch['shard'].tolist()))}, expected one shard a block")
-        reasons = batch["reason"].astype(object)
-        usable = np.flatnonzero(reasons == "")
-        moments, flipped = self.encode(batch["image"], usable)
+    def progress(self) -> dict[int, int]:
+        """Images done of each shard in work."""
+        return dict(self.done)
+
+    def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
+        """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""
+        rows = self.rows[start:stop]
+        shard, seconds = _Shard([""] * len(rows), [""] * len(rows)), Seconds()
+        self.done[index] = 0
+        images = iter(rows)
+        ahead: deque[Future[Decoded]] = deque()
+        for _ in range(AHEAD * self.job.batch):
+            self._submit(images, ahead)
+        try:
+            with self.encoding:
+                self._encode(index, shard, images, ahead, seconds)
+            began = time.perf_counter()
+            record = self._write(index, rows, shard)
+            seconds.writing = time.perf_counter() - began
+        finally:
+            del self.done[index]
+            for one in ahead:
+                one.cancel()
+        return record, seconds
+
+    def _submit(self, images: Iterator[ImageRow], ahead: deque[Future[Decoded]]) -> None:
+        row = next(images, None)
+        if row is not None:
+            ahead.append(self.threads.submit(decode_row, self.job.images, row))
+
+    def _encode(self, index: int, shard: _Shard, images: Iterator[ImageRow], ahead: deque[Future[Decoded]], seconds: Seconds) -> None:
+        """Fill `shard` batch by batch; a batch is full unless it is the last, whatever was rejected."""
+        place = batches = 0
+        launched = deque[torch.Tensor]()  # on a GPU the batch before is still being computed while this one is filled
+        while ahead:
+            began = time.perf_counter()
+            buffer, count = self.buffers[batches % 2], 0
+            while ahead and count < self.job.batch:
+                decoded = ahead.popleft().result()
+                self._submit(images, ahead)
+                shard.reasons[place], shard.digests[place] = decoded.reason, decoded.digest
+                if decoded.pixels is not None:
+                    buffer[count] = torch.from_numpy(decoded.pixels)
+                    shard.usable.append(place)
+                    count += 1
+                place += 1
+            filled = time.perf_counter()
+            if count:
+                moments = self.encoder.encode(buffer[:count])
+                if index == 0 and batches == 0:
+                    shard.deviation = self.encoder.deviation(buffer[:count], moments)
+                batches += 1
+                launched.append(moments)
+                if len(launched) > 1 or self.encoder.device.type == "cpu":
+                    shard.moments.append(self._fetched(launched.popleft()))
+            seconds.decoding += filled - began
+            seconds.encoding += time.perf_counter() - filled
+            self.done[index] = place
+        shard.moments += [self._fetched(one) for one in launched]
+
+    def _fetched(self, moments: torch.Tensor) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return moments.cpu().numpy().astype(self.job.dtype)
+
+    def _write(self, index: int, rows: ImageRows, shard: _Shard) -> dict[str, Any]:
+        keys, labels = rows.column("key"), rows.column("label")
+        if shard.moments:
+            moments, flipped = np.concatenate(shard.moments, axis=1)
+        else:
+            side = self.job.images.size // self.encoder.tokenizer.stride
+            moments = flipped = np.empty((0, 2 * self.encoder.tokenizer.channels, side, side), self.job.dtype)
         finite = np.isfinite(moments).all(axis=(1, 2, 3)) & np.isfinite(flipped).all(axis=(1, 2, 3))
-        reasons[usable[~finite]] = f"the tokenizer's moments are not finite in {self.dtype}"
+        usable = np.array(shard.usable, np.int64)
+        for place in usable[~finite]:
+            shard.reasons[place] = f"the tokenizer's moments are not finite in {self.job.dtype}"
         usable, moments, flipped = usable[finite], moments[finite], flipped[finite]
-        keys, digests = batch["key"].tolist(), batch["sha256"].tolist()
-        data = shard_bytes([keys[one] for one in usable], batch["label"][usable].tolist(), moments, flipped)
+        data = shard_bytes([keys[one] for one in usable], labels[usable].tolist(), moments, flipped)
         statistics = LatentStatistics.of(moments).merged(LatentStatistics.of(flipped)) if len(usable) else None
         record = {
             "format_version": FORMAT_VERSION,
@@ -82,26 +249,14 @@ class ShardEncoder:
             "sha256": storage.digest(data),
             "bytes": len(data),
             "statistics": vars(statistics) if statistics else None,
+            "deviation": shard.deviation,
             "rejected": [
-                {"key": key, "reason": str(reason), "sha256": digest}
-                for key, reason, digest in zip(keys, reasons, digests, strict=True)
+                {"row": place, "key": key, "reason": reason, "sha256": digest}
+                for place, (key, reason, digest) in enumerate(zip(keys, shard.reasons, shard.digests, strict=True))
                 if reason
             ],
         }
-        shard, record_path = shard_paths(self.path, index)
-        storage.write_bytes(shard, data)
+        path, record_path = shard_paths(self.job.path, index)
+        storage.write_bytes(path, data)
         storage.write_json(record_path, record)  # last: a shard without its record is made again
-        return {"shard": [index], "record": [json.dumps(record)]}
-
-    @torch.inference_mode()
-    def encode(self, images: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Moments of the usable ones of uint8 images (n, S, S, 3), and of their mirror images: each (usable, 2C, h, w)."""
-        side = images.shape[1] // self.tokenizer.stride
-        moments = np.empty((2, len(usable), 2 * self.tokenizer.channels, side, side), self.dtype)
-        for start in range(0, len(usable), self.batch):
-            part = slice(start, start + self.batch)
-            pixels = to_model(images[usable[part]]).to(self.device)
-            for mirrored, view in enumerate((pixels, pixels.flip(-1))):
-                with autocast(self.precision, self.device), np.errstate(over="ignore"):
-                    moments[mirrored, part] = self.tokenizer.encode(view).float().cpu().numpy()
-        return moments[0], moments[1]
+        return record

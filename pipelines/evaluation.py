@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ from pipelines.cluster import require_workers
 from pipelines.errors import UserError
 from pipelines.features import DIMENSIONS, network_digest
 from pipelines.generation import Drawing, GenerateSettings, draw, plan_drawing, range_warning
-from pipelines.images import ImageRow, ImageSettings, list_images
+from pipelines.images import ImageSettings, list_images
 from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
 from pipelines.references import find_reference, source_statistics, statistics_path
 from pipelines.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
 from pipelines.settings import identity, identity_of, operational
+from pipelines.sources.table import ImageRow
 from pipelines.stage import FORMAT_VERSION, Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
@@ -209,7 +211,7 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
     return {name: finished[name] for name in list(sources)[1:]}
 
 
-def _in_turn(rows: list[ImageRow], count: int) -> list[ImageRow]:
+def _in_turn(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
     """`count` rows, every class in turn, sorted by key: the same rows whatever order they came in."""
     places: Counter[int] = Counter()
     ranked = []

@@ -1,29 +1,40 @@
-"""Images as they come from a source: rows of (key, encoded bytes, label), the centre crop, and the held-out split."""
+"""Images as they come from a source: the listing and its split, decoding, and the centre crop."""
 
 import hashlib
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from pipelines import storage
+from pipelines import sources, storage
 from pipelines.errors import UserError
 from pipelines.settings import identity, operational
+from pipelines.sources.imagefolder import SUFFIXES
+from pipelines.sources.table import ImageRow, ImageRows, Listed
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 LARGEST_SCALED = 2**27  # pixels of the whole image at the scale of the crop: 384 MiB
+MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
 
 
 @dataclass
 class ImageSettings:
     """Section `images`."""
 
-    source: str = operational("", "ImageFolder tree: SOURCE/class/*.png|jpg (with held_out_folder: SOURCE/part/class/…)")
+    source: str = operational("", "tree SOURCE/class/*.jpg, tar, WebDataset or Parquet files; local or s3://")
+    format: Literal["auto", "imagefolder", "ilsvrc", "webdataset", "parquet"] = operational(
+        "auto", "form of the source; auto: by what is there"
+    )
     size: int = identity(256, "side of the square centre crop, pixels")
+    exif: bool = identity(False, "turn images as their EXIF orientation says (torchvision's loader ignores it)")
+    classes: int = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
     held_out_share: float = identity(0.0, "share of images held out, chosen by a hash of the key")
     held_out_folder: str = identity("", "hold out by folder instead: SOURCE/<held_out_folder>/class/…; the other folders train")
     max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
@@ -33,68 +44,113 @@ class ImageError(Exception):
     """An image that can't be used; its text is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRow:
-    """One image of the source. `key` is its path relative to the source, with '/'."""
-
-    key: str
-    label: int
-    held_out: bool
-
-
 @dataclass(frozen=True)
 class ImageListing:
-    """All images of a source, sorted by key; a label is the position of its folder's name in `class_names`."""
+    """All images of a source, sorted by key; a label is the position of its class in `class_names`."""
 
-    rows: list[ImageRow]
+    rows: ImageRows
     class_names: list[str]
+    stamp: str = ""  # of the tars or Parquet files it was made of
 
-    def train(self) -> list[ImageRow]:
-        return [row for row in self.rows if not row.held_out]
+    def train(self) -> ImageRows:
+        return ImageRows(self.rows.table.filter(pc.invert(self.rows.table.column("held_out"))))
 
-    def held_out(self) -> list[ImageRow]:
-        return [row for row in self.rows if row.held_out]
+    def held_out(self) -> ImageRows:
+        return ImageRows(self.rows.table.filter(self.rows.table.column("held_out")))
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """What tells this data from other data: the number of images, and the SHA-256 of keys, labels, split and class names."""
-        text = json.dumps([self.class_names, [(row.key, row.label, row.held_out) for row in self.rows]])
-        return f"{len(self.rows)} images, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+        """What tells this data from other data: `listing_digest` of all rows, split included."""
+        return listing_digest(self, self.rows)
 
 
-def list_images(settings: ImageSettings) -> ImageListing:
-    """List an ImageFolder tree: SOURCE/class/…/image, with `held_out_folder` SOURCE/part/class/…/image.
+def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
+    """The number of these rows of a listing, and the SHA-256 of their keys, labels, sizes in bytes and split, and of the class names."""
+    digest = hashlib.sha256(json.dumps(listing.class_names).encode())
+    digest.update(json.dumps(rows.column("key")).encode())
+    for name, kind in (("label", "<i8"), ("size", "<i8"), ("held_out", "u1")):
+        digest.update(np.ascontiguousarray(rows.column(name), dtype=kind).tobytes())
+    return f"{len(rows)} images, sha256 {digest.hexdigest()}"
 
-    The classes are the sorted names of all class folders with at least one image, in whichever part. Hidden files and
-    folders are passed over. Raises UserError when there is no source, no class folder, nothing to train on, or nothing
-    held out although the settings ask for it.
+
+def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
+    """List the source, sorted by key, and split it.
+
+    The classes of a tree are the sorted names of all class folders with at least one image, in whichever part; hidden files and
+    folders are passed over. Of images with the same key the first is used. One that can't be used for what the listing shows has
+    a `reason`. Where the file `kept` (see `keep_listing`) was made of the very same tars or Parquet files, they are not read again.
+    Raises UserError when there is no source, no class folder, nothing to train on, or nothing held out although the settings ask for it.
     """
     _check_split(settings)
-    source = settings.source
-    if not source or not storage.exists(source):
-        raise UserError(
-            f"images.source {source!r} is not there; expected a folder (or s3://bucket/prefix) with one folder of images a class"
-        )
-    by_folder = settings.held_out_folder != ""
-    depth = 3 if by_folder else 2  # components of the shortest key
-    paths = [key.split("/") for key in storage.list_files(source, SUFFIXES)]
-    paths = [path for path in paths if len(path) >= depth and not any(name.startswith(".") for name in path)]
-    if not paths:
-        layout = "part/class/image" if by_folder else "class/image"
-        raise UserError(
-            f"images.source {source!r} holds no class folders with images; expected {source}/{layout} "
-            f"with {', '.join(SUFFIXES)}, found {storage.list_directory(source)[:5]}"
-        )
-    class_names = sorted({path[depth - 2] for path in paths})
-    labels = {name: label for label, name in enumerate(class_names)}
-    rows = []
-    for path in paths:
-        key = "/".join(path)
-        held_out = path[0] == settings.held_out_folder if by_folder else _hash_share(key) < settings.held_out_share
-        rows.append(ImageRow(key, labels[path[depth - 2]], held_out))
-    listing = ImageListing(sorted(rows, key=lambda row: row.key), class_names)
+    source = sources.find_source(settings.source, settings.format)
+    stamp = source.stamp and storage.digest(json.dumps([source.stamp, *_listing_settings(settings)]).encode())
+    listing = kept_listing(kept) if kept and stamp else None
+    if listing is None or listing.stamp != stamp:
+        by_folder = settings.held_out_folder != ""
+        if by_folder and source.form != "imagefolder":
+            raise UserError(
+                f"images.held_out_folder {settings.held_out_folder!r} needs a tree of folders, images.source {settings.source!r} is of "
+                f"the form {source.form}; set images.held_out_share instead"
+            )
+        found = source.images(by_folder)
+        if not found.table.num_rows:
+            layout = f"{'part/class/image' if by_folder else 'class/image'} with {', '.join(SUFFIXES)}"
+            raise UserError(
+                f"images.source {settings.source!r} holds no {'class folders with ' if source.form == 'imagefolder' else ''}images; "
+                f"expected {settings.source}/{layout}, tars, or Parquet files; found {[name for name, _ in source.files[:5]]}"
+            )
+        listing = _split(settings, found)
     _check_parts(settings, listing)
-    return listing
+    return replace(listing, stamp=stamp)
+
+
+def _split(settings: ImageSettings, found: Listed) -> ImageListing:
+    """Sorted, with the split, and with a reason where a key is there twice or a label is not that of a class."""
+    table = found.table.sort_by([("key", "ascending"), ("offset", "ascending")])
+    keys = table.column("key").to_pylist()
+    labels = table.column("label").fill_null(-1).to_numpy()
+    named = found.class_names
+    classes = settings.classes or (len(named) if named is not None else MOST_CLASSES)
+    reasons = table.column("reason").to_pylist()
+    for place in np.flatnonzero((labels < 0) | (labels >= classes)).tolist():
+        given = table.column("label")[place].as_py()
+        reasons[place] = reasons[place] or ("no label" if given is None else f"label {given} is out of range, expected 0 to {classes - 1}")
+    for place in range(1, len(keys)):
+        if keys[place] == keys[place - 1]:
+            reasons[place] = "duplicate key: the first image of that name is used"
+    usable = labels[[reason is None for reason in reasons]]
+    if named is None or settings.classes > len(named):
+        count = settings.classes or int(usable.max(initial=-1)) + 1
+        named = [*(named or []), *map(str, range(len(named or []), count))]
+    if settings.held_out_folder:
+        held_out = [key.split("/")[0] == settings.held_out_folder for key in keys]
+    else:
+        held_out = [_hash_share(key) < settings.held_out_share for key in keys] if settings.held_out_share else [False] * len(keys)
+    table = table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
+    return ImageListing(ImageRows(table.append_column("held_out", pa.array(held_out)).combine_chunks()), named)
+
+
+def _listing_settings(settings: ImageSettings) -> list[object]:
+    return [settings.classes, settings.held_out_share, settings.held_out_folder]
+
+
+def keep_listing(path: str, listing: ImageListing) -> None:
+    """Write a listing as one Arrow file."""
+    metadata = {"class_names": json.dumps(listing.class_names), "stamp": listing.stamp}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, listing.rows.table.schema.with_metadata(metadata)) as writer:
+        writer.write_table(listing.rows.table.replace_schema_metadata(metadata))
+    storage.write_bytes(path, bytes(sink.getvalue()))
+
+
+def kept_listing(path: str) -> ImageListing | None:
+    """The listing that `keep_listing` wrote, if it is there."""
+    if not storage.exists(path):
+        return None
+    table = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).read_all()
+    metadata = table.schema.metadata
+    rows = ImageRows(table.replace_schema_metadata(None))
+    return ImageListing(rows, json.loads(metadata[b"class_names"]), metadata[b"stamp"].decode())
 
 
 def _hash_share(key: str) -> float:
@@ -113,7 +169,7 @@ def _check_split(settings: ImageSettings) -> None:
 
 
 def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
-    images, held_out = len(listing.rows), sum(row.held_out for row in listing.rows)
+    images, held_out = len(listing.rows), len(listing.held_out())
     if settings.held_out_folder and not held_out:
         raise UserError(
             f"images.held_out_folder {settings.held_out_folder!r} holds no images below {settings.source!r}; "
@@ -129,17 +185,34 @@ def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
 
 
 def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
-    """The encoded bytes of one image; raises OSError when they can't be read."""
-    return storage.read_bytes(storage.join(settings.source, row.key))
+    """The encoded bytes of one image. Raises ImageError where they are not there or can't be used for what the listing shows, and
+    UserError where the source itself does not answer: that is no fault of the image."""
+    if row.reason:
+        raise ImageError(row.reason)
+    return read_bytes(settings, row)
 
 
-def decode(data: bytes, size: int) -> np.ndarray:
-    """Decode to RGB and crop to uint8 (size, size, 3). Raises ImageError with the reason where that is impossible."""
+def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
+    """As `read_image`, also of an image that the listing rejects."""
+    try:
+        return sources.read(settings.source, row)
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, pa.ArrowException) or storage.is_local(settings.source) or isinstance(error, FileNotFoundError):
+            raise ImageError(f"can't be read: {type(error).__name__}") from error
+        raise UserError(
+            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
+            "finished is kept"
+        ) from error
+
+
+def decode(data: bytes, size: int, exif: bool = False) -> np.ndarray:
+    """Decode to RGB as Pillow converts, and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
+    orientation if `exif`. Raises ImageError with the reason where that is impossible."""
     if not data:
         raise ImageError("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return centre_crop(image.convert("RGB"), size)
+            return centre_crop((ImageOps.exif_transpose(image) if exif else image).convert("RGB"), size)
     except ImageError:
         raise
     except Exception as error:  # a decoder meets arbitrary bytes: Pillow raises OSError, ValueError, SyntaxError, struct.error, …

@@ -1,7 +1,7 @@
 """The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -105,9 +105,10 @@ class Manifest:
     latent_std: list[float]
     latent_min: list[float]
     latent_max: list[float]
-    tokenizer: dict[str, Any]  # path, digest, config
+    tokenizer: dict[str, Any]  # digest, config
     images: dict[str, Any]  # which images: the split, and the digest of the list of keys and labels
     rejected: int
+    precision: dict[str, Any] = field(default_factory=dict)  # name of the encoder's arithmetic, measured deviation of the moments
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

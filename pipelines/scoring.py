@@ -1,6 +1,6 @@
 """Images → feature network → streaming statistics, on Ray Data: what an evaluation and its reference have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,8 +14,9 @@ from pipelines import samples, storage
 from pipelines.classifier import load_classifier
 from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.features import load_network
-from pipelines.images import ImageError, ImageRow, ImageSettings, decode, read_image, to_uint8
+from pipelines.images import ImageError, ImageSettings, decode, read_image, to_uint8
 from pipelines.latents import LatentCache
+from pipelines.sources.table import ImageRow
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -38,7 +39,7 @@ class RealImages:
     """Rows of an image source, cropped."""
 
     images: ImageSettings
-    rows: list[ImageRow]
+    rows: Sequence[ImageRow]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +52,7 @@ class RealImages:
         found = []
         for row in self.rows[start:stop]:
             try:
-                found.append(decode(read_image(self.images, row), self.images.size))
+                found.append(decode(read_image(self.images, row), self.images.size, self.images.exif))
             except ImageError:
                 continue  # the stage cache names such images and limits their share; the count of the statistics tells
         return np.stack(found) if found else np.empty((0, self.images.size, self.images.size, 3), np.uint8)

@@ -8,15 +8,25 @@ import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from pyarrow import fs
 
+from pipelines import s3
 from pipelines.errors import UserError
+
+COPIES = "mar-copies-"  # begins the name of a folder of local copies; then the process that made it
+PARTIAL = ".partial"  # ends the name of a file or folder that is still being written
+
+_lock = Lock()
+_copies: tempfile.TemporaryDirectory[str] | None = None
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
     """The pyarrow file system of a path and the path inside it. Relative local paths are taken from the working directory."""
+    if path.startswith("s3://"):
+        return s3.filesystem(path)
     if "://" in path:
         try:
             return fs.FileSystem.from_uri(path)
@@ -72,10 +82,29 @@ def make_directory(path: str) -> None:
     system.create_dir(inner, recursive=True)
 
 
+def modified(path: str) -> int:
+    """When a file was written, in nanoseconds; raises FileNotFoundError."""
+    system, inner = filesystem(path)
+    info = system.get_file_info(inner)
+    if info.type == fs.FileType.NotFound:
+        raise FileNotFoundError(path)
+    return int(info.mtime_ns)
+
+
 def read_bytes(path: str) -> bytes:
     system, inner = filesystem(path)
     with system.open_input_stream(inner) as stream:
         return bytes(stream.read())
+
+
+def read_range(path: str, offset: int, count: int) -> bytes:
+    """`count` bytes from `offset` on; fewer where the file ends before."""
+    system, inner = filesystem(path)
+    if isinstance(system, fs.LocalFileSystem):
+        with open(inner, "rb", buffering=0) as stream:
+            return os.pread(stream.fileno(), count, offset)
+    with system.open_input_file(inner) as stream:
+        return bytes(stream.read_at(min(count, max(stream.size() - offset, 0)), offset))
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -83,7 +112,7 @@ def write_bytes(path: str, data: bytes) -> None:
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
-        temporary = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+        temporary = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
         try:
             with open(temporary, "wb") as stream:
                 stream.write(data)
@@ -93,8 +122,7 @@ def write_bytes(path: str, data: bytes) -> None:
         finally:
             Path(temporary).unlink(missing_ok=True)
         return
-    with system.open_output_stream(inner) as stream:
-        stream.write(data)
+    s3.write(path, data)
 
 
 def read_json(path: str) -> Any:
@@ -127,7 +155,7 @@ def publish_directory(local: Path, path: str, last: str) -> None:
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         os.makedirs(os.path.dirname(inner), exist_ok=True)
-        staging = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
+        staging = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
         shutil.move(local, staging)  # a copy when `local` is on another disk; the rename below is what makes it visible
         if os.path.isdir(inner):
             shutil.rmtree(inner)
@@ -138,13 +166,46 @@ def publish_directory(local: Path, path: str, last: str) -> None:
         write_bytes(join(path, name), (local / name).read_bytes())
 
 
+def delete_partial(path: str) -> None:
+    """Remove what killed writers left unfinished in and beside the folder `path`; its owner calls this before it writes there."""
+    if not is_local(path):
+        s3.abort_uploads(path)
+        return
+    folder = Path(filesystem(path)[1])
+    for left in [*folder.rglob(f"*{PARTIAL}"), *folder.parent.glob(f"{folder.name}.*{PARTIAL}")]:
+        delete(str(left))
+
+
 def local_directory(path: str) -> Path:
-    """A local folder with the contents of `path`: itself on a local disk, a temporary copy of an S3 prefix."""
+    """A local folder with the contents of `path`: itself on a local disk, else a copy, made anew only when `path` has changed.
+
+    Copies are removed when the process ends, and those of killed processes when the next one makes a copy.
+    """
+    if is_local(path):
+        return Path(filesystem(path)[1])
     system, inner = filesystem(path)
-    if isinstance(system, fs.LocalFileSystem):
-        return Path(inner)
-    target = Path(tempfile.mkdtemp(prefix="mar-"))
-    for name in list_files(path):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(read_bytes(join(path, name)))
+    infos = [one for one in system.get_file_info(fs.FileSelector(inner, recursive=True)) if one.type == fs.FileType.File]
+    version = digest(json.dumps([path, *([one.path, one.size, one.mtime_ns] for one in infos)]).encode())[:16]
+    with _lock:
+        target = _process_folder() / version
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for one in infos:
+                name = one.path[len(inner) :].lstrip("/")
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(read_bytes(join(path, name)))
+            partial.rename(target)
     return target
+
+
+def _process_folder() -> Path:
+    global _copies
+    if _copies is None or not Path(_copies.name).name.startswith(f"{COPIES}{os.getpid()}-"):
+        for left in Path(tempfile.gettempdir()).glob(f"{COPIES}*-*"):
+            process = left.name.removeprefix(COPIES).partition("-")[0]
+            if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        _copies = tempfile.TemporaryDirectory(prefix=f"{COPIES}{os.getpid()}-", ignore_cleanup_errors=True)
+    return Path(_copies.name)

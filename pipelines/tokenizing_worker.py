@@ -161,7 +161,7 @@ def batches(
     def prepare(start: int) -> tuple[Tensor, Tensor]:
         rows = order.indices(start, start + settings.batch)[share]
         noise = torch.randn(settings.batch, *latent, generator=stream(seed, "tokenize", start))[share]
-        return to_model(images.take(rows)), noise
+        return to_model(images.take(rows)[0]), noise
 
     starts = range(images_seen, settings.images, settings.batch)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
@@ -217,7 +217,7 @@ def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageList
     shown = {index * len(rows) // PAIRS for index in range(PAIRS)}
     for start in range(0, len(rows), job.tokenizer.batch):
         indices = np.arange(start, min(start + job.tokenizer.batch, len(rows)))
-        originals = images.take(indices)
+        originals, _ = images.take(indices)
         with autocast(job.tokenizer.precision, device):
             moments = tokenizer.encode(to_model(originals).to(device))
             reconstructions = to_uint8(tokenizer.decode(moments[:, : tokenizer.channels]))

@@ -15,7 +15,7 @@ from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_t
 from pipelines import storage
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings
-from pipelines.encoding import ShardEncoder, decode_shard
+from pipelines.encoding import EncodingJob, ShardEncoder
 from pipelines.errors import UserError
 from pipelines.images import ImageSettings, decode, list_images, read_image, to_model
 from pipelines.latents import LatentCache
@@ -79,7 +79,7 @@ def test_moments_are_the_tokenizers(built: CacheSettings, images: ImageSettings,
     found = LatentCache(built.path)
     rows = list_images(images).train()
     assert 0 < len(list_images(images).held_out()) < 10
-    direct = load_tokenizer(Path(tokenizer.path))
+    direct = load_tokenizer(Path(tokenizer.path)).to(memory_format=torch.channels_last)
     threads = torch.get_num_threads()
     torch.set_num_threads(ClusterSettings().threads)
     expected: list[tuple[str, int, np.ndarray, np.ndarray]] = []
@@ -88,7 +88,7 @@ def test_moments_are_the_tokenizers(built: CacheSettings, images: ImageSettings,
             usable = [row for row in rows[start : start + SHARD] if row.key not in BROKEN]
             for first in range(0, len(usable), BATCH):
                 batch = usable[first : first + BATCH]
-                pixels = to_model(np.stack([decode(read_image(images, row), SIZE) for row in batch]))
+                pixels = to_model(np.stack([decode(read_image(images, row), SIZE) for row in batch])).to(memory_format=torch.channels_last)
                 with torch.inference_mode():
                     pairs = [direct.encode(one).numpy().astype(np.float16) for one in (pixels, pixels.flip(-1))]
                 expected += [(row.key, row.label, *both) for row, *both in zip(batch, *pairs, strict=True)]
@@ -229,7 +229,7 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
     ("change", "text"),
     [
         ({"dtype": "float64"}, "cache.dtype is 'float64', expected float16 or float32"),
-        ({"precision": "auto"}, "cache.precision is 'auto', expected float32 or bf16"),
+        ({"precision": "auto"}, "cache.precision is 'auto', expected float32 or tf32 or bf16"),
         ({"batch": 0}, "cache.batch is 0, expected 1 or more"),
     ],
 )
@@ -252,13 +252,12 @@ def test_sizes_and_tokenizers_that_do_not_fit(images: ImageSettings, tokenizer: 
 
 def test_moments_beyond_float16_reject_the_image(images: ImageSettings, tokenizer: TokenizerSettings, tmp_path: Path) -> None:
     rows = list_images(images).train()[:2]
-    batch = {"shard": np.zeros(2, int), "key": np.array([row.key for row in rows]), "label": np.zeros(2, int)}
-    decoded = decode_shard(images, batch)
     for dtype, left in (("float16", 1), ("float32", 2)):
-        encoder = ShardEncoder(tokenizer.path, str(tmp_path / dtype), 1, dtype, "float32", ClusterSettings())
-        encode, calls = encoder.tokenizer.encode, iter([1e6, 1.0, 1.0, 1.0])  # the first image alone, not its mirror image
-        encoder.tokenizer.encode = lambda pixels, encode=encode, calls=calls: encode(pixels) * next(calls)  # type: ignore[method-assign,misc]
-        encoder(decoded)
-        record = storage.read_json(str(tmp_path / dtype / "shards" / "shard-00000.json"))
+        job = EncodingJob(images, tokenizer.path, str(tmp_path / dtype), 1, dtype, "float32", 1, ClusterSettings())
+        encoder = ShardEncoder(job, rows)
+        encode, calls = encoder.encoder.tokenizer.encode, iter([1e6, 1.0, 1.0, 1.0, 1.0, 1.0])  # the first image alone, not its mirror
+        encoder.encoder.tokenizer.encode = lambda pixels, encode=encode, calls=calls: encode(pixels) * next(calls)  # type: ignore[method-assign,misc]
+        record, _ = encoder.make(0, 0, 2)
+        assert record == storage.read_json(str(tmp_path / dtype / "shards" / "shard-00000.json"))
         assert record["rows"] == left
         assert [one["reason"] for one in record["rejected"]] == ["the tokenizer's moments are not finite in float16"] * (2 - left)

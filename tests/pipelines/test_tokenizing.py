@@ -66,7 +66,7 @@ def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: T
     ]  # fmt: skip
 
     tokenizer = load_tokenizer(Path(settings.path))
-    held_out = DecodedImages(images, list_images(images).held_out()).take(np.arange(16))
+    held_out, _ = DecodedImages(images, list_images(images).held_out()).take(np.arange(16))
     with torch.no_grad():
         reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(held_out))[:, :4]))
     assert summary["psnr_held_out"] == pytest.approx(psnr(held_out, reconstructions).mean(), abs=0.01)
@@ -177,16 +177,18 @@ def test_psnr_closed_form() -> None:
 
 def test_unusable_images_are_passed_over_up_to_the_limit(images: ImageSettings, tmp_path: Path) -> None:
     for index in range(4):
-        (tmp_path / "class").mkdir(exist_ok=True)
-        Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(tmp_path / "class" / f"{index}.png")
-    (tmp_path / "class" / "1.png").write_bytes(b"no image")
+        folder = tmp_path / f"class{index // 2}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(folder / f"{index}.png")
+    (tmp_path / "class0" / "1.png").write_bytes(b"no image")
     broken = ImageSettings(source=str(tmp_path), size=16, max_rejected=0.25)
     rows = list_images(broken).rows
     for limit in (2**30, 0):  # kept in memory, and decoded anew each time
         source = DecodedImages(broken, rows, memory_limit=limit)
-        assert source.take(np.array([3, 1, 0]))[:, 0, 0, 0].tolist() == [180, 120, 0]
-        assert list(source.rejected) == ["class/1.png"]
-    with pytest.raises(UserError, match=r"1 of 4 images.*class/1.png"):
+        pixels, labels = source.take(np.array([3, 1, 0]))
+        assert (pixels[:, 0, 0, 0].tolist(), labels.tolist()) == ([180, 120, 0], [1, 1, 0])  # the next image, with its label
+        assert list(source.rejected) == [1]
+    with pytest.raises(UserError, match=r"1 of 4 images.*class0/1.png"):
         DecodedImages(replace(broken, max_rejected=0.1), rows).take(np.arange(4))
 
 

@@ -1,0 +1,98 @@
+"""What every source is listed as: one row an image in an Arrow table, so that millions cost megabytes and travel without pickling."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import pyarrow as pa
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int64()),  # null: none was given
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # below the source's root; null: the key itself
+        ("offset", pa.int64()),  # of the first byte in the file, −1: the whole file; in a Parquet file the number of the row
+        ("size", pa.int64()),  # bytes; −1: not known before it is read (Parquet)
+        ("reason", pa.string()),  # why the image can't be used, where the listing knows already; null: it may be
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A source's images in any order, and the names of its classes (None: the source only numbers them)."""
+
+    table: pa.Table
+    class_names: list[str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRow:
+    """One image of a source. `key` is unique, stable and relative to the source; `label` is −1 where the source gives none."""
+
+    key: str
+    label: int
+    held_out: bool
+    file: str = ""
+    offset: int = -1
+    size: int = -1
+    reason: str = ""
+
+
+class ImageRows(Sequence[ImageRow]):
+    """Rows of a listing: an Arrow table (SCHEMA and `held_out`) that reads like a list of ImageRow."""
+
+    CHUNK = 4096  # rows turned into objects at once
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageRows": ...
+    def __getitem__(self, index: int | slice) -> "ImageRow | ImageRows":
+        if isinstance(index, slice):
+            places = range(len(self))[index]
+            return ImageRows(self.table.slice(places.start, len(places)) if places.step == 1 else self.table.take(pa.array(places)))
+        place = range(len(self))[index]
+        return _rows(self.table.slice(place, 1))[0]
+
+    def __iter__(self) -> Iterator[ImageRow]:
+        for start in range(0, len(self), self.CHUNK):
+            yield from _rows(self.table.slice(start, self.CHUNK))
+
+    def column(self, name: str) -> Any:
+        """One column as a numpy array, or a list where it holds text."""
+        column = self.table.column(name)
+        if pa.types.is_integer(column.type):
+            return column.fill_null(-1).to_numpy()
+        return column.to_numpy() if pa.types.is_boolean(column.type) else column.to_pylist()
+
+
+def _rows(table: pa.Table) -> list[ImageRow]:
+    columns = [table.column(name).to_pylist() for name in ("key", "label", "held_out", "file", "offset", "size", "reason")]
+    return [
+        ImageRow(key, -1 if label is None else label, held_out, file or "", offset, size, reason or "")
+        for key, label, held_out, file, offset, size, reason in zip(*columns, strict=True)
+    ]
+
+
+def listed(
+    keys: Sequence[str],
+    labels: Sequence[int | None],
+    files: Sequence[str | None],
+    offsets: Sequence[int],
+    sizes: Sequence[int],
+    reasons: Sequence[str | None],
+) -> pa.Table:
+    """The table of these columns."""
+    columns = (keys, labels, files, offsets, sizes, reasons)
+    arrays = [
+        pa.array(values, pa.string()).dictionary_encode() if pa.types.is_dictionary(field.type) else pa.array(values, field.type)
+        for values, field in zip(columns, SCHEMA, strict=True)
+    ]
+    return pa.table(arrays, schema=SCHEMA)

@@ -1,0 +1,85 @@
+"""WebDataset shards: tars in which the files of one sample share a name and differ in the extension."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from pipelines import storage
+from pipelines.sources.table import Listed, listed
+from pipelines.sources.tars import Member, ReadAt, members, open_at
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LABELS = ("cls", "json")
+FIELDS = ("label", "cls")  # of a sample's JSON
+READS_AT_ONCE = 16
+
+
+def list_webdataset(root: str, files: list[str]) -> Listed:
+    """Samples of the tars `files` below `root`: keys `tar/sample`, labels from `sample.cls` or from `label` (or `cls`) of
+    `sample.json`. A sample without image or without a whole number as label is listed with the reason."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        tables = list(pool.map(lambda file: _samples(root, file), files))
+    return Listed(pa.concat_tables(tables).unify_dictionaries(), None)
+
+
+def _samples(root: str, file: str) -> pa.Table:
+    path = storage.join(root, file)
+    found: list[tuple[str, int | None, int, int, str | None]] = []
+    with open_at(path) as read_at:
+        for name, sample in _grouped(members(path, read_at)):
+            image = next((sample[one] for one in IMAGES if one in sample), None)
+            label, reason = _label(sample, read_at)
+            if image is None:
+                reason = f"the sample has no image ({', '.join(IMAGES)}), only {', '.join(sample)}"
+            place = (image.offset, image.size) if image else (0, 0)
+            found.append((f"{file.removesuffix('.tar')}/{name}", label, *place, reason))
+    return listed(
+        keys=[one[0] for one in found],
+        labels=[one[1] for one in found],
+        files=[file] * len(found),
+        offsets=[one[2] for one in found],
+        sizes=[one[3] for one in found],
+        reasons=[one[4] for one in found],
+    )
+
+
+def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Consecutive members of one name, up to the first dot of its last part, by their lower-case extensions."""
+    name, sample = "", dict[str, Member]()
+    for one in found:
+        folder, slash, file = one.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if file.startswith("."):
+            continue
+        if sample and (folder + slash + stem != name or extension.lower() in sample):
+            yield name, sample
+            sample = {}
+        name = folder + slash + stem
+        sample[extension.lower()] = one
+    if sample:
+        yield name, sample
+
+
+def _label(sample: dict[str, Member], read_at: ReadAt) -> tuple[int | None, str | None]:
+    """The label, or the reason why there is none."""
+    kind = next((one for one in LABELS if one in sample), None)
+    if kind is None:
+        return None, "no label (neither cls nor json)"
+    member = sample[kind]
+    content = member.start if len(member.start) == member.size else read_at(member.offset, member.size)
+    try:
+        value = content.decode().strip() if kind == "cls" else _field(json.loads(content))
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        return int(value), None
+    except (ValueError, TypeError):
+        return None, f"no label: {kind} holds {content[:40].decode(errors='replace')!r}, expected a whole number"
+
+
+def _field(record: object) -> int | float | str:
+    found = next((record[one] for one in FIELDS if one in record), None) if isinstance(record, dict) else record
+    if not isinstance(found, int | float | str):
+        raise TypeError
+    return found
