@@ -42,6 +42,17 @@ def respaced_timesteps(steps: int) -> list[int]:
     return [round(i * (TRAINING_STEPS - 1) / (steps - 1)) for i in range(steps)]
 
 
+def annealed_steps(first: int, last: int, ar_steps: int) -> list[int]:
+    """Diffusion steps of each autoregressive step, falling linearly from `first` to `last`.
+
+    "DiSA: Diffusion Step Annealing in Autoregressive Image Generation" (arXiv 2505.20297, the linear schedule; there 50 to 5): the more
+    of an image is there, the less is left to choose for a token. Raises ValueError where `last` is below 1 or above `first`.
+    """
+    if not 1 <= last <= first:
+        raise ValueError(f"diffusion_steps_end is {last}, expected 1 to diffusion_steps, which is {first}")
+    return [round(first + (last - first) * step / max(ar_steps - 1, 1)) for step in range(ar_steps)]
+
+
 class Schedule(NamedTuple):
     """What the process is at some timesteps: each entry a tensor of their shape. ᾱ' is ᾱ at the timestep visited next, 1 after the last."""
 

@@ -1,16 +1,19 @@
 """Generation: tokens in random order, many at a time, each one drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from mar_model.denoiser import Denoiser
-from mar_model.diffusion import Diffusion, respaced_timesteps
+from mar_model.diffusion import annealed_steps, respaced_timesteps
 from mar_model.mar import MAR
-from mar_model.masking import mask_schedule
-from mar_model.noise import Noise
+from mar_model.masking import filled_first, mask_schedule
+from mar_model.noise import Noise, to_device
+from mar_model.token_sampler import Sampling, TokenSampler, sample_tokens
+
+__all__ = ["SCHEDULES", "generate", "sample_tokens"]
 
 SCHEDULES = ("linear", "constant")
 
@@ -18,7 +21,7 @@ SCHEDULES = ("linear", "constant")
 @torch.no_grad()
 def generate(
     model: MAR,
-    labels: Tensor,
+    labels: Tensor | None,
     noise: Noise,
     *,
     ar_steps: int = 64,
@@ -26,100 +29,168 @@ def generate(
     guidance: float = 1.0,
     guidance_schedule: str = "linear",
     temperature: float = 1.0,
+    sampler: str = "ancestral",
+    eta: float = 0.0,
     x0_range: tuple[Tensor, Tensor] | None = None,
+    orders: Tensor | None = None,
+    known: Tensor | None = None,
+    fill: Tensor | None = None,
+    diffusion_steps_end: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    token_sampler: TokenSampler | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Normalised latents (B, C, H, W) float32 for `labels` (B,), all randomness from `noise`.
 
+    labels: None draws unconditionally, as many images as `noise` has orders.
     guidance: scale s of classifier-free guidance, noise = uncond + s·(cond − uncond); *linear* lets it grow from 1 to s as the
-    image fills. x0_range: per-channel bounds, two (C,) tensors in normalised units, that each predicted clean token is kept in
-    (None: the published sampler). after_step(i, latents) sees the picture after AR step i.
-    Raises ValueError for labels outside the classes, a negative temperature, an unknown schedule, zero steps.
+        image fills.
+    sampler: *ancestral*, as published, or *ddim* with its `eta` (`Diffusion.ddim_step`).
+    x0_range: per-channel bounds, two (C,) tensors in normalised units, that each predicted clean token is kept in (None: as published).
+    orders: generation orders (B, L), a permutation a row, instead of those of `noise`.
+    known, fill: completion. Of the latents `known` (B, C, H, W) float32 the tokens where `fill`, (B, L) or (B, h, w) bool, is true are
+        drawn, as many in every image; the others are there from the start and come back bit for bit. The schedule of AR steps runs over
+        the tokens to fill: with all of them it is plain generation.
+    after_step(i, latents): sees the picture after AR step i, with zeros where nothing is drawn yet.
+
+    Fast modes: `diffusion_steps_end` lets the diffusion steps fall linearly over the AR steps (`annealed_steps`), each token taking the
+    first numbers of its noise; `guidance_interval` guides in a part of the noise schedule only (`Sampling`). token_sampler: one to be
+    used again, for captured graphs and weights in bf16.
+
+    Raises ValueError before any work for what can't be drawn, naming the argument, the value found and the one expected.
     """
-    config = model.config
-    _check(model, labels, guidance_schedule, temperature)
-    lengths = mask_schedule(config.tokens, ar_steps)
-    diffusion = Diffusion(respaced_timesteps(diffusion_steps)).to(labels.device)
+    config, device = model.config, model.fake_latent.device
+    sampling = Sampling(sampler, eta, temperature, guidance_interval)
+    orders = _checked_orders(noise.orders(config.tokens) if orders is None else orders, config.tokens)
+    batch = orders.shape[0]
+    _check_labels(labels, batch, config.classes)
+    _check_guidance(guidance, guidance_schedule, labels)
+    _check_range(x0_range, config.latent_channels)
+    tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
+    drawn_in_all = config.tokens
+    if known is not None or fill is not None:
+        fill = _checked_fill(known, fill, model, batch)
+        tokens = model.patchify(known.to(device)).masked_fill(to_device(fill, device)[:, :, None], 0.0)  # type: ignore[union-attr]
+        orders, drawn_in_all = filled_first(orders, fill)
+    lengths = mask_schedule(drawn_in_all, ar_steps)
+    respaced_timesteps(diffusion_steps)  # raises for a number of steps that is not possible
+    steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
+    draw = TokenSampler(model.diffloss.net) if token_sampler is None else token_sampler
     token_range = None
     if x0_range is not None:
-        low, high = (bound.to(labels.device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
+        low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
         token_range = (low, high)
-    guided = guidance != 1.0
-    batch = labels.shape[0]
-    orders = noise.orders(config.tokens).to(labels.device)
-    tokens = torch.zeros(batch, config.tokens, config.token_dim, device=labels.device)
-    dropped = torch.zeros(batch, dtype=torch.bool, device=labels.device)
-    embedding = model.class_embedding(labels, dropped)
-    if guided:
-        embedding = torch.cat([embedding, model.class_embedding(labels, ~dropped)])
+    embedding = _embedding(model, labels, batch, unconditional_half=guidance != 1.0)
 
+    on_device = to_device(orders, device)
     was_training = model.training
     model.eval()
     for step, (before, after) in enumerate(itertools.pairwise(lengths)):
         if before == after:  # more steps than tokens: nothing leaves the mask
             continue
-        kept = orders[:, before:].sort(dim=1).values
-        positions = orders[:, after:before].sort(dim=1).values
-        predicted = torch.zeros_like(orders, dtype=torch.bool).scatter_(1, positions, True)
-        both = 2 if guided else 1
-        z = model.decode(model.encode(tokens.repeat(both, 1, 1), kept.repeat(both, 1), embedding), kept.repeat(both, 1))
-        rows = z[predicted.repeat(both, 1)]
-        still_masked = max(after, 1)  # the last step counts as one masked token
-        scale = guidance if guidance_schedule == "constant" else 1 + (guidance - 1) * (config.tokens - still_masked) / config.tokens
-        drawn = sample_tokens(
-            model.diffloss.net,
-            diffusion,
-            rows,
-            noise.tokens(step, predicted, diffusion_steps, config.token_dim).to(labels.device),
-            guidance=scale if guided else None,
-            temperature=temperature,
-            x0_range=token_range,
+        kept = on_device[:, before:].sort(dim=1).values
+        positions = on_device[:, after:before].sort(dim=1).values
+        predicted = torch.zeros(batch, config.tokens, dtype=torch.bool).scatter_(1, orders[:, after:before], True)
+        z = _conditions(model, tokens, kept, positions, embedding)
+        scale = None if guidance == 1.0 else _scale(guidance, guidance_schedule, max(after, 1), config.tokens)
+        drawn = draw(
+            z.flatten(0, 1),
+            to_device(noise.tokens(step, predicted, diffusion_steps, config.token_dim)[: 1 + steps[step]], device),
+            sampling,
+            scale,
+            token_range,
         )
-        tokens[predicted] = drawn
+        tokens.scatter_(1, positions[:, :, None].expand(-1, -1, config.token_dim), drawn.view(batch, -1, config.token_dim))
         if after_step is not None:
-            after_step(step, model.unpatchify(tokens))
+            after_step(step, model.unpatchify(tokens).clone())
     model.train(was_training)
     return model.unpatchify(tokens)
 
 
-@torch.no_grad()
-def sample_tokens(
-    denoiser: Denoiser,
-    diffusion: Diffusion,
-    z: Tensor,
-    noise: Tensor,
-    *,
-    guidance: float | None = None,
-    temperature: float = 1.0,
-    x0_range: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Draw one token per condition by ancestral sampling: (N, D) float32.
-
-    z is (N, W), or (2N, W) with the unconditional half last when `guidance` is given; noise is (1 + steps, N, D), the initial
-    noise first, then one entry per step from the noisiest down. State, schedule and guidance are float32 whatever autocast does.
-    """
-    condition = denoiser.cond_embed(z)
-    times = denoiser.time_embed(diffusion.timesteps)
-    x = noise[0]
-    steps = diffusion.timesteps.shape[0]
-    for index in reversed(range(steps)):
-        state = x if guidance is None else torch.cat([x, x])
-        output = denoiser.denoise(state, times[index] + condition).float()
-        predicted_noise, interpolation = output.chunk(2, dim=1)
-        if guidance is not None:
-            conditional, unconditional = predicted_noise.chunk(2)
-            predicted_noise = unconditional + guidance * (conditional - unconditional)
-            interpolation = interpolation[: x.shape[0]]
-        x = diffusion.step(x, index, predicted_noise, interpolation, noise[steps - index], temperature, x0_range)
-    return x
+def _embedding(model: MAR, labels: Tensor | None, batch: int, unconditional_half: bool) -> Tensor:
+    """Class embeddings (B, W), or (2B, W) with the unconditional half last."""
+    device = model.fake_latent.device
+    dropped = torch.full((batch,), labels is None, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device) if labels is None else labels.to(device)
+    conditional = model.class_embedding(labels, dropped)
+    return torch.cat([conditional, model.class_embedding(labels, ~dropped)]) if unconditional_half else conditional
 
 
-def _check(model: MAR, labels: Tensor, guidance_schedule: str, temperature: float) -> None:
-    if labels.ndim != 1 or labels.is_floating_point():
+def _conditions(model: MAR, tokens: Tensor, kept: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:
+    """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) where there are 2B
+    embeddings."""
+    copies = embedding.shape[0] // tokens.shape[0]
+    kept, positions = kept.repeat(copies, 1), positions.repeat(copies, 1)
+    z = model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept)
+    return z.gather(1, positions[:, :, None].expand(-1, -1, z.shape[2]))
+
+
+def _scale(guidance: float, schedule: str, masked: int, tokens: int) -> float:
+    """The guidance scale of a step that leaves `masked` tokens masked (the last one counts as one)."""
+    return guidance if schedule == "constant" else 1 + (guidance - 1) * (tokens - masked) / tokens
+
+
+def _checked_orders(orders: Tensor, tokens: int) -> Tensor:
+    """The orders on the CPU, int64."""
+    if orders.ndim != 2 or orders.shape[1] != tokens or orders.is_floating_point() or orders.dtype == torch.bool:
+        raise ValueError(f"orders have shape {tuple(orders.shape)} and dtype {orders.dtype}, expected (B, {tokens}) integers")
+    orders = orders.to("cpu", torch.long)
+    wrong = (orders.sort(dim=1).values != torch.arange(tokens)).any(dim=1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(f"orders {wrong[:5]} are no permutations of 0 to {tokens - 1}")
+    return orders
+
+
+def _check_labels(labels: Tensor | None, batch: int, classes: int) -> None:
+    if labels is None:
+        return
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, expected (B,) integers")
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < model.config.classes):
-        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {model.config.classes - 1}")
-    if guidance_schedule not in SCHEDULES:
-        raise ValueError(f"guidance_schedule is {guidance_schedule!r}, expected one of {', '.join(SCHEDULES)}")
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
+    if labels.shape[0] != batch:
+        raise ValueError(f"labels are for {labels.shape[0]} images, the orders for {batch}")
+    if batch and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")
+
+
+def _check_guidance(guidance: float, schedule: str, labels: Tensor | None) -> None:
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance is {guidance}, expected a finite number")
+    if labels is None and guidance != 1.0:
+        raise ValueError(f"guidance is {guidance} without labels, expected 1: there is no class to be guided to")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+
+
+def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
+    if x0_range is None:
+        return
+    shapes = [tuple(bound.shape) for bound in x0_range]
+    if shapes != [(channels,), (channels,)]:
+        raise ValueError(f"x0_range has shapes {shapes}, expected two of ({channels},)")
+    if not bool((x0_range[0] <= x0_range[1]).all()):  # false for NaN
+        raise ValueError(f"x0_range goes from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
+
+
+def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: int) -> Tensor:
+    """`fill` on the CPU, (B, L); raises ValueError where it and `known` are no completion."""
+    config = model.config
+    if known is None or fill is None:
+        raise ValueError(f"{'known' if known is None else 'fill'} is missing: a completion takes both, known latents and what to fill")
+    shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
+    if tuple(known.shape) != shape or known.dtype != torch.float32:
+        raise ValueError(f"known has shape {tuple(known.shape)} and dtype {known.dtype}, expected {shape} and torch.float32")
+    broken = int((~known.isfinite()).sum())
+    if broken:
+        raise ValueError(f"known holds {broken} values that are NaN or infinite, expected none")
+    side = config.latent_size // config.patch_size
+    if tuple(fill.shape) not in ((batch, config.tokens), (batch, side, side)) or fill.dtype != torch.bool:
+        expected = f"({batch}, {config.tokens}) or ({batch}, {side}, {side}) and torch.bool"
+        raise ValueError(f"fill has shape {tuple(fill.shape)} and dtype {fill.dtype}, expected {expected}")
+    fill = fill.flatten(1).cpu()
+    counts = fill.sum(dim=1)
+    if batch and int(counts.min()) != int(counts.max()):
+        found = f"between {int(counts.min())} and {int(counts.max())} tokens to fill"
+        raise ValueError(f"fill leaves {found}, expected as many in every image; draw the others in batches of their own")
+    if batch and int(counts[0]) == 0:
+        raise ValueError("fill has no token to fill, expected one or more: nothing would be drawn")
+    return fill

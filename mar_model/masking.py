@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 
 def draw_mask_ratio(generator: torch.Generator, mean: float = 1.0, std: float = 0.25, minimum: float = 0.7) -> float:
@@ -32,3 +33,9 @@ def mask_schedule(tokens: int, steps: int) -> list[int]:
         cosine = math.floor(tokens * math.cos(math.pi / 2 * (i + 1) / steps))
         lengths.append(max(1, min(lengths[-1] - 1, cosine)))
     return [*lengths, 0]
+
+
+def filled_first(orders: Tensor, fill: Tensor) -> tuple[Tensor, int]:
+    """Generation orders (B, L) with the tokens of `fill` (B, L) first, otherwise in their order, and how many those are in each image."""
+    known = ~fill.gather(1, orders)
+    return orders.gather(1, known.to(torch.uint8).argsort(dim=1, stable=True)), int(fill[0].sum())
