@@ -16,6 +16,7 @@ from pipelines.features import DIMENSIONS, network_digest
 from pipelines.generation import Drawing, GenerateSettings, draw, plan_drawing, range_warning
 from pipelines.images import ImageSettings, list_images
 from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.precision import resolved
 from pipelines.references import find_reference, source_statistics, statistics_path
 from pipelines.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
 from pipelines.settings import identity, identity_of, operational
@@ -64,6 +65,7 @@ def evaluate(
     reference's statistics. Returns the summary: the distance under its network's name and as `frechet_distance`, and where a
     classifier is given `label_agreement`. Raises UserError for missing weights, checkpoint, reference or classifier.
     """
+    generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)
     drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False)
     if evaluate.classifier:
@@ -118,7 +120,13 @@ def evaluate(
     return stage.complete(
         evaluate.path,
         identity,
-        {**figures, "frechet_distance": metrics[name], "features": evaluate.features, "reference_images": real.count},
+        {
+            **figures,
+            "images_per_second": result.images_per_second,
+            "frechet_distance": metrics[name],
+            "features": evaluate.features,
+            "reference_images": real.count,
+        },
     )
 
 
@@ -144,6 +152,7 @@ class Scores:
     out_of_range: int = 0
     drawn: int = 0
     seconds: float = 0.0
+    images_per_second: float = 0.0  # drawing and judging together, in this attempt
 
 
 def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: int) -> Scores:
@@ -161,6 +170,7 @@ def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: in
                 bar.update(scores.sums.count, label_agreement=scores.agreeing / scores.sums.count)
             else:
                 bar.update(scores.sums.count)
+        scores.images_per_second = bar.rate
     return scores
 
 

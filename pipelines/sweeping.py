@@ -141,7 +141,8 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster:
     if _is_scored(sweep):
         digest = network_digest(sections.evaluate.features, sections.evaluate.weights)
         reference = find_reference(sections.images, sections.tokenizer, sections.evaluate, digest)
-        found |= evaluation.scoring_identity(reference, sections.generate, sections.evaluate, digest)
+        generate = replace(sections.generate, precision=resolved(sections.generate.precision, cluster))
+        found |= evaluation.scoring_identity(reference, generate, sections.evaluate, digest)
     overridden = {*sweep.parameters, "generate.images", "evaluate.images"}
     return {**{name: value for name, value in found.items() if name not in overridden}, **identity_of(sweep=sweep)}
 
