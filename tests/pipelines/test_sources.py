@@ -1,0 +1,218 @@
+"""Every form of image source lists the same images, and reads the same bytes."""
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from image_sources import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
+
+from pipelines import sources
+from pipelines.errors import UserError
+from pipelines.images import ImageError, ImageSettings, keep_listing, kept_listing, list_images, read_image
+from pipelines.sources.tars import members, open_at
+
+FORMS = {"imagefolder": write_tree, "ilsvrc": write_ilsvrc, "webdataset": write_webdataset, "parquet": write_parquet}
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """Eleven images of three classes, with names that sort otherwise than by number, and of one that is not ASCII."""
+    names = [
+        f"{'abc'[number % 3]}/{name}.png" for number, name in enumerate(["10", "9", "Ü ß", "x" * 120, "日本", "1", "2", "3", "4", "5", "6"])
+    ]
+    return {name: encoded(5 + number, 6, number) for number, name in enumerate(names)}
+
+
+def write(form: str, folder: Path, images: Images) -> ImageSettings:
+    folder.mkdir(parents=True, exist_ok=True)
+    return ImageSettings(source=FORMS[form](folder / "train.tar" if form == "ilsvrc" else folder, images), size=4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_holds_the_same_images(form: str, images: Images, tmp_path: Path) -> None:
+    settings = write(form, tmp_path / form, images)
+    assert sources.find_source(settings.source).form == form
+    listing = list_images(settings)
+    expected = sorted(images)  # written in this order, so that their order is that of the keys
+    assert [row.label for row in listing.rows] == ["abc".index(key[0]) for key in expected]
+    assert [read_image(settings, row) for row in listing.rows] == [images[key] for key in expected]
+    assert listing.class_names == (["0", "1", "2"] if form == "webdataset" else ["a", "b", "c"])
+    keys = [row.key for row in listing.rows]
+    if form in ("imagefolder", "ilsvrc"):
+        assert keys == expected
+    if form == "webdataset":
+        assert keys == [f"train-{number >= 5:03d}/{key.removesuffix('.png')}" for number, key in enumerate(expected)]
+    if form == "parquet":
+        assert keys == [f"train-{number >= 5:05d}/{number - 5 * (number >= 5):08d}" for number in range(11)]
+    assert list_images(replace(settings, format=form)).digest == listing.digest  # type: ignore[arg-type]
+    held_out = list_images(replace(settings, held_out_share=0.4))
+    assert 0 < len(held_out.held_out()) < 11
+    assert len(held_out.train()) + len(held_out.held_out()) == 11
+
+
+def test_a_folder_is_what_its_files_are(images: Images, tmp_path: Path) -> None:
+    for form in ("webdataset", "parquet"):
+        write(form, tmp_path / form, images)
+        (tmp_path / form / "readme.txt").write_text("not an image")
+        whole = list_images(ImageSettings(source=str(tmp_path / form), size=4))
+        assert (len(whole.rows), sources.find_source(str(tmp_path / form)).form) == (11, form)
+    assert len(list_images(ImageSettings(source=str(tmp_path / "webdataset" / "train-001.tar"), size=4)).rows) == 6
+
+
+def test_samples_are_those_that_webdataset_reads(images: Images, tmp_path: Path) -> None:
+    settings = write("webdataset", tmp_path, images)
+    found = {sample["__key__"]: sample["png"] for sample in webdataset.WebDataset(settings.source, shardshuffle=False)}
+    rows = list_images(settings).rows
+    assert {row.key.partition("/")[2]: read_image(settings, row) for row in rows} == found
+
+
+def test_tar_headers_of_every_kind_agree_with_tarfile(tmp_path: Path) -> None:
+    names = ["short", "d/" * 60 + "long", "ü" * 70, "e" * 300, "empty"]
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / f"{kind}.tar"
+        with tarfile.open(path, "w", format=kind) as tar:
+            for number, name in enumerate(names):
+                if kind != tarfile.USTAR_FORMAT or len(name.encode()) < 130:
+                    add(tar, name, b"" if name == "empty" else bytes(range(256)) * (3 * number + 1))
+            tar.addfile(tarfile.TarInfo("folder"), None)
+            link = tarfile.TarInfo("link")
+            link.type, link.linkname = tarfile.SYMTYPE, "short"
+            tar.addfile(link)
+        with open_at(str(path)) as read_at, tarfile.open(path) as tar:
+            found = [(one.name, one.offset, one.size) for one in members(str(path), read_at)]
+            assert found == [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
+
+
+def test_damaged_tars(images: Images, tmp_path: Path) -> None:
+    settings = write("webdataset", tmp_path, images)
+    path = tmp_path / "train-001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])  # an image that is cut short is rejected when it is decoded
+    assert 5 < len(list_images(settings).rows) < 11
+    path.write_bytes(whole[:700] + b"x" * (len(whole) - 700))
+    with pytest.raises(UserError, match=r"train-001\.tar is no tar, or damaged: no valid header at byte"):
+        list_images(settings)
+
+
+def test_samples_that_make_no_image(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in {
+            "0.jpg": b"0", "0.cls": b"1", "1.jpg": b"1", "2.JPG": b"2", "2.cls": b"cat", "3.txt": b"3", "3.cls": b"0", "4.png": b"4",
+            "4.json": b'{"label": true}', "5.png": b"5", "5.json": b'{"label": -2}', "6.webp": b"6", "6.json": b'{"cls": "3"}',
+            "7.png": b"7", "7.cls": b"70000", "._7.png": b"", "8.jpg": b"8", "8.json": b"[", "9.png": b"9", "9.json": b"2",
+        }.items():  # fmt: skip
+            add(tar, name, data)
+        add(tar, "0.jpg", b"again")
+        add(tar, "0.cls", b"2")
+    settings = ImageSettings(source=str(tmp_path / "a.tar"))
+    rows = list_images(settings).rows
+    assert [(row.key, row.label) for row in rows if not row.reason] == [("a/0", 1), ("a/6", 3), ("a/9", 2)]
+    assert {row.key: row.reason for row in rows if row.reason} == {
+        "a/0": "duplicate key: the first image of that name is used",
+        "a/1": "no label (neither cls nor json)",
+        "a/2": "no label: cls holds 'cat', expected a whole number",
+        "a/3": "the sample has no image (jpg, jpeg, png, webp), only txt, cls",
+        "a/4": "no label: json holds '{\"label\": true}', expected a whole number",
+        "a/5": "label -2 is out of range, expected 0 to 65535",
+        "a/7": "label 70000 is out of range, expected 0 to 65535",
+        "a/8": "no label: json holds '[', expected a whole number",
+    }
+    assert list_images(settings).class_names == ["0", "1", "2", "3"]
+    few = list_images(replace(settings, classes=3))
+    assert (few.class_names, [row.key for row in few.rows if not row.reason]) == (["0", "1", "2"], ["a/0", "a/9"])
+    with pytest.raises(ImageError, match="duplicate key"):
+        read_image(settings, rows[1])
+
+
+def test_parquet_labels_and_layouts(images: Images, tmp_path: Path) -> None:
+    image = pa.array([{"bytes": encoded(4, 4), "path": None}, {"bytes": None, "path": "x"}, {"bytes": encoded(4, 4), "path": None}])
+    pq.write_table(pa.table({"image": image, "label": pa.array([1, 0, None], pa.int32())}), tmp_path / "a.parquet")
+    settings = ImageSettings(source=str(tmp_path / "a.parquet"))
+    listing = list_images(settings)
+    assert [(row.label, row.reason) for row in listing.rows] == [(1, ""), (0, ""), (-1, "no label")]
+    assert (read_image(settings, listing.rows[1]), listing.class_names) == (b"", ["0", "1"])
+    pq.write_table(pa.table({"image": image, "class": [1, 2, 3]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column of whole numbers named label; .* found \['image', 'class'\]"):
+        list_images(settings)
+    pq.write_table(pa.table({"picture": image, "label": [1, 2, 3]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column image\.bytes"):
+        list_images(settings)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+        list_images(settings)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write_tree(tmp_path, {"a/1.png": encoded(4, 4)})
+    with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb") as stream:
+        stream.write(encoded(4, 4))
+    assert [(row.key, row.reason) for row in list_images(ImageSettings(source=str(tmp_path))).rows] == [
+        ("a/1.png", ""), ("a/\\xff.png", "its name is not UTF-8"),
+    ]  # fmt: skip
+
+
+def test_patterns() -> None:
+    assert sources.expanded("s3://b/a-{08..11}.tar") == [f"s3://b/a-{number}.tar" for number in ("08", "09", "10", "11")]
+    assert sources.expanded("{0..10}")[-2:] == ["9", "10"]
+    assert sources.expanded("{a,b}-{1..2}") == ["a-1", "a-2", "b-1", "b-2"]
+    assert sources.expanded("plain/x.tar") == ["plain/x.tar"]
+
+
+def test_mistakes_are_named(images: Images, tmp_path: Path) -> None:
+    settings = write("webdataset", tmp_path, images)
+    with pytest.raises(UserError, match=r"is not there \(.*train-002\.tar is missing\)"):
+        list_images(replace(settings, source=str(tmp_path / "train-{000..002}.tar")))
+    with pytest.raises(UserError, match=r"images\.held_out_folder 'a' needs a tree of folders, .* is of the form webdataset"):
+        list_images(replace(settings, held_out_folder="a"))
+    with pytest.raises(UserError, match=r"is of the form parquet: expected \.parquet files, found 0"):
+        list_images(replace(settings, format="parquet"))
+    with pytest.raises(UserError, match=r"holds no inner tars"):
+        list_images(replace(settings, format="ilsvrc", source=str(tmp_path / "train-000.tar")))
+
+
+def test_a_kept_listing_serves_until_the_files_change(images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, kept = write("ilsvrc", tmp_path / "source", images), str(tmp_path / "listing.arrow")
+    listing = list_images(settings, kept)
+    keep_listing(kept, listing)
+    found = kept_listing(kept)
+    assert found is not None
+    assert (found.digest, found.class_names, list(found.rows)) == (listing.digest, listing.class_names, list(listing.rows))
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.Source, "images", lambda *_: pytest.fail("the tar was read again"))
+        assert list_images(settings, kept).digest == listing.digest
+    assert list_images(replace(settings, held_out_share=0.5), kept).digest != listing.digest
+    more = write("ilsvrc", tmp_path / "source", {**images, "d/1.png": encoded(4, 4)})
+    assert len(list_images(more, kept).rows) == 12
+
+
+def test_the_digest_tells_data_apart(images: Images, tmp_path: Path) -> None:
+    def digest(name: str, changed: Images, **settings: float) -> str:
+        return list_images(ImageSettings(source=write_tree(tmp_path / name, changed), **settings)).digest  # type: ignore[arg-type]
+
+    first = digest("1", images)
+    assert first == digest("2", images)
+    assert first.startswith("11 images, sha256 ")
+    key = sorted(images)[0]
+    renamed = {("c" + one[1:] if one == key else one): data for one, data in images.items()}
+    others = [digest("3", {**images, key: images[key] + b"x"}), digest("4", renamed), digest("5", images, held_out_share=0.5)]
+    assert len({first, *others}) == 4
+
+
+def test_a_listing_of_json_labels_is_one_table(tmp_path: Path) -> None:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as tar:
+        for number in range(300):
+            add(tar, f"{number:03d}.jpg", b"x" * number)
+            add(tar, f"{number:03d}.json", json.dumps({"label": number % 7}).encode())
+    (tmp_path / "a.tar").write_bytes(sink.getvalue())
+    rows = list_images(ImageSettings(source=str(tmp_path / "a.tar"))).rows
+    assert [row.size for row in rows[10:30:5]] == [10, 15, 20, 25]
+    assert rows[-1].label == 299 % 7
+    assert rows.column("label").tolist() == [number % 7 for number in range(300)]
