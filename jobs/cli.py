@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.released import export_command, import_command
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.errors import UserError
 
@@ -152,6 +153,10 @@ def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assign
     from jobs.doctor import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
+
+
+app.command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
+app.command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
 
 
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -126,16 +126,18 @@ def _count(names: Iterable[str], prefix: str) -> int:
 
 def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
     """Patch size and latent channels of tokens of `token_dim` values."""
-    if "patch_size" in told:
-        patch = told["patch_size"]
-        if patch < 1 or token_dim % patch**2:
-            raise ValueError(f"tokens have {token_dim} values, which a patch size of {patch} does not divide into {patch}×{patch}")
-    else:
-        channels = told.get("latent_channels", CHANNELS)
-        patch = math.isqrt(token_dim // max(channels, 1))
-        if patch < 1 or token_dim != channels * patch**2:
-            raise ValueError(f"tokens have {token_dim} values, expected {channels} channels of a square patch; name the patch size")
-    return patch, token_dim // patch**2
+    patch, channels = told.get("patch_size"), told.get("latent_channels")
+    if patch is None:
+        patch = math.isqrt(token_dim // max(channels or CHANNELS, 1))
+        channels = channels or CHANNELS
+    elif channels is None:
+        channels = token_dim // max(patch, 1) ** 2
+    if patch < 1 or token_dim != channels * patch**2:
+        raise ValueError(
+            f"tokens have {token_dim} values, which {channels} latent channels in patches of {max(patch, 1)}×{max(patch, 1)} are not: "
+            "name patch size and tokenizer"
+        )
+    return patch, channels
 
 
 def released_kl_config(shapes: Shapes) -> KLConfig:

@@ -19,6 +19,7 @@ from pipelines.cluster import ClusterSettings, default_device, use_threads, work
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
 from pipelines.precision import autocast
+from pipelines.released import checkpoint_directory, with_tokenizer
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
@@ -86,13 +87,14 @@ def plan_drawing(
 
     Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
     """
-    checkpoint = generate.checkpoint or newest_checkpoint(train.path)
+    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path)
     if checkpoint is None:
         raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
     try:
         state = read_state(storage.local_directory(checkpoint))
     except ValueError as error:
         raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
+    state = with_tokenizer(state, tokenizer.path)
     found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
     if found != expected:
         raise UserError(
@@ -178,8 +180,11 @@ class LoadedModel:
         model, state = load_model(storage.local_directory(drawing.checkpoint), ema=drawing.settings.ema)
         self.model = model.to(self.device)
         self.tokenizer = load_tokenizer(storage.local_directory(drawing.tokenizer)).to(self.device)
+        widest = torch.finfo(torch.float32).max / 4  # an imported checkpoint does not know the range of its data
+        unknown = {"latent_min": [-widest] * model.config.latent_channels, "latent_max": [widest] * model.config.latent_channels}
         self.mean, self.std, low, high = (
-            torch.tensor(state[name], dtype=torch.float32) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")
+            torch.tensor(unknown[name] if state[name] is None else state[name], dtype=torch.float32)
+            for name in ("latent_mean", "latent_std", "latent_min", "latent_max")
         )
         self.range = (low - self.mean) / self.std, (high - self.mean) / self.std  # normalised, (C,) each
 

@@ -26,6 +26,7 @@ from pipelines.metrics_log import MetricsLog
 from pipelines.plots import sweep_plot
 from pipelines.precision import resolved
 from pipelines.references import find_reference
+from pipelines.released import checkpoint_directory
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
@@ -70,7 +71,7 @@ def sweep(
     """
     check_metric(sweep, evaluate)
     if sweep.over == "generate":
-        checkpoint = generate.checkpoint or newest_checkpoint(train.path)
+        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path)
         if checkpoint is None:
             raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
         generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile

@@ -1,0 +1,73 @@
+"""The commands `mar import` and `mar export`: checkpoints of the public release in and out."""
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.errors import UserError
+
+
+class Format(StrEnum):
+    """What a checkpoint can be exported as."""
+
+    RELEASED = "released"
+
+
+def import_command(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="checkpoint-last.pth, its folder, or kl16.ckpt")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", help="the directory to make")],
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="weights to draw with: their average, or the raw ones alone")] = True,
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="its tokenizer; else the first it is used with")] = "",
+    latent_scale: Annotated[float, typer.Option(metavar="X", help="what latents were multiplied by")] = 0.2325,
+    heads: Annotated[str, typer.Option(metavar="N[,M]", help="attention heads of encoder and decoder")] = "",
+    patch_size: Annotated[int | None, typer.Option(metavar="N", help="latents per token side", show_default=False)] = None,
+    stride: Annotated[int | None, typer.Option(metavar="N", help="pixels per latent side", show_default=False)] = None,
+) -> None:
+    """Turn a released checkpoint into a directory of ours."""
+    from jobs.stages import guarded
+
+    def work() -> dict[str, Any]:
+        from pipelines.released import ImportOptions, import_released
+
+        encoder, decoder = _heads(heads)
+        for name, value in {"--patch-size": patch_size, "--stride": stride, "--latent-scale": latent_scale}.items():
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}, expected a number above 0")
+        return import_released(file, out, ImportOptions(ema, tokenizer, latent_scale, encoder, decoder, patch_size, stride))
+
+    _show(guarded("import", _beside(out), work))
+
+
+def export_command(
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint directory")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="the folder that gets checkpoint-last.pth")],
+    format: Annotated[Format, typer.Option("--format", help="whose files to write")] = Format.RELEASED,
+) -> None:
+    """Write a checkpoint as the release's --resume takes it."""
+    from jobs.stages import guarded
+
+    def work() -> dict[str, Any]:
+        from pipelines.released import export_released
+
+        return export_released(checkpoint, out)
+
+    _show(guarded("export", _beside(out), work))
+
+
+def _heads(text: str) -> tuple[int | None, int | None]:
+    """`12` or `12,16`: heads of encoder and decoder."""
+    parts = text.split(",") if text else []
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UserError(f"--heads is {text!r}, expected one whole number above 0, or two as in 12,16")
+    return (int(parts[0]), int(parts[-1])) if parts else (None, None)
+
+
+def _beside(out: str) -> str:
+    """Where the traceback of a failure goes: nothing is written into an output that did not come about."""
+    return out.rstrip("/").rpartition("/")[0] or "."
+
+
+def _show(summary: dict[str, Any]) -> None:
+    for name, value in summary.items():
+        print(f"{name.replace('_', ' ')}: {value}")
