@@ -48,6 +48,8 @@ def _folder(root: str, folder: str) -> Iterator[tuple[str, int]]:
                 yield name, -1
             elif entry.is_file():
                 yield name, entry.stat().st_size
+            elif entry.is_symlink():
+                yield name, 0  # leads nowhere: rejected when it is read
 
 
 def list_imagefolder(files: Files, parts: bool) -> Listed:
