@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mar_model.diffusion import annealed_steps, respaced_timesteps
+from mar_model.feature_reuse import FeatureReuse
 from mar_model.mar import MAR
 from mar_model.masking import filled_first, mask_schedule
 from mar_model.noise import Noise, to_device
@@ -37,6 +38,7 @@ def generate(
     fill: Tensor | None = None,
     diffusion_steps_end: int | None = None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    reuse_steps: int = 0,
     token_sampler: TokenSampler | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -54,8 +56,9 @@ def generate(
     after_step(i, latents): sees the picture after AR step i, with zeros where nothing is drawn yet.
 
     Fast modes: `diffusion_steps_end` lets the diffusion steps fall linearly over the AR steps (`annealed_steps`), each token taking the
-    first numbers of its noise; `guidance_interval` guides in a part of the noise schedule only (`Sampling`). token_sampler: one to be
-    used again, for captured graphs and weights in bf16.
+    first numbers of its noise; `guidance_interval` guides in a part of the noise schedule only (`Sampling`); `reuse_steps` AR steps
+    after each complete one take features from before (`FeatureReuse`). token_sampler: one to be used again, for captured graphs and
+    weights in bf16.
 
     Raises ValueError before any work for what can't be drawn, naming the argument, the value found and the one expected.
     """
@@ -80,7 +83,11 @@ def generate(
     if x0_range is not None:
         low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
         token_range = (low, high)
-    embedding = _embedding(model, labels, batch, unconditional_half=guidance != 1.0)
+    if reuse_steps < 0:
+        raise ValueError(f"reuse_steps is {reuse_steps}, expected 0 or more")
+    guided = guidance != 1.0 and any(sampling.guides(one) for count in set(steps) for one in respaced_timesteps(count))
+    embedding = _embedding(model, labels, batch, guided)
+    reuse = FeatureReuse(model, embedding, batch, ar_steps, reuse_steps) if reuse_steps else None
 
     on_device = to_device(orders, device)
     was_training = model.training
@@ -91,8 +98,11 @@ def generate(
         kept = on_device[:, before:].sort(dim=1).values
         positions = on_device[:, after:before].sort(dim=1).values
         predicted = torch.zeros(batch, config.tokens, dtype=torch.bool).scatter_(1, orders[:, after:before], True)
-        z = _conditions(model, tokens, kept, positions, embedding)
-        scale = None if guidance == 1.0 else _scale(guidance, guidance_schedule, max(after, 1), config.tokens)
+        if reuse is None:
+            z = _conditions(model, tokens, kept, positions, embedding)
+        else:
+            z = reuse.conditions(step, tokens, kept, positions)
+        scale = None if not guided else _scale(guidance, guidance_schedule, max(after, 1), config.tokens)
         drawn = draw(
             z.flatten(0, 1),
             to_device(noise.tokens(step, predicted, diffusion_steps, config.token_dim)[: 1 + steps[step]], device),

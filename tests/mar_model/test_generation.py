@@ -4,31 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import TINY, TOKENS, latents, tiny_model
 from torch import Tensor
 
-from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model import MAR, SampleNoise, generate
 from mar_model.masking import mask_schedule
-from mar_model.noise import stream
 
-TINY = MARConfig(
-    encoder_depth=2, encoder_width=32, encoder_heads=2, decoder_depth=2, decoder_width=48, decoder_heads=3, buffer_size=3,
-    denoiser_depth=2, denoiser_width=40, latent_size=8, latent_channels=2, patch_size=2, classes=5,
-)  # fmt: skip
-TOKENS = 16
 BOUNDS = torch.full((2,), -3.0), torch.full((2,), 3.0)
 FEW = {"ar_steps": 4, "diffusion_steps": 6, "x0_range": BOUNDS}
 
 
 @pytest.fixture(scope="module")
 def model() -> MAR:
-    made = MAR(TINY)
-    for name, parameter in made.named_parameters():  # a fresh denoiser's output is zero: give every weight a say
-        torch.nn.init.normal_(parameter, std=0.25, generator=stream(0, name))
-    return made.eval()
-
-
-def latents(images: int) -> Tensor:
-    return torch.randn(images, 2, 8, 8, generator=stream(1, "known"))
+    return tiny_model()
 
 
 def cells(*filled: int, images: int = 1) -> Tensor:

@@ -1,0 +1,117 @@
+"""Conditions from features of earlier AR steps: a fast mode after "LazyMAR: Accelerating Masked Autoregressive Models via Feature
+Caching" (ICCV 2025, arXiv 2503.12450)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mar_model.mar import MAR
+from mar_model.transformer import Block
+
+COMPLETE_SHARE = 0.3  # of the AR steps, the first ones: there the image changes most
+
+
+class FeatureReuse:
+    """The transformer of one generation, in which after each complete AR step `reuse_steps` steps compute few positions.
+
+    Those steps compute, in the conditional half, the buffer, the tokens drawn in the step before and the tokens to be drawn now; they
+    attend to the keys and values that every other position had when it was last computed (the paper's token cache). In the unconditional
+    half they compute nothing: its conditions are the conditional ones plus the difference of the two at the last complete step (the
+    paper's condition cache).
+
+    As in the paper: what is kept, and that the first steps are complete, then one in every few. Ours: the paper also computes anew those
+    other tokens whose features changed most in the first layers, a share of them that falls over the steps; here there are none, so
+    nothing is compared, and all images of a batch compute the same number of positions.
+    """
+
+    def __init__(self, model: MAR, embedding: Tensor, batch: int, ar_steps: int, reuse_steps: int) -> None:
+        """embedding: class embeddings (B, W), or (2B, W) with the unconditional half last."""
+        config = model.config
+        self.model, self.embedding, self.batch = model, embedding, batch
+        self.reuse_steps, self.last_of_the_first = reuse_steps, math.ceil(COMPLETE_SHARE * ar_steps) - 1
+        self._encoder = [_Layer(block) for block in model.encoder_blocks]  # type: ignore[arg-type]
+        self._decoder = [_Layer(block) for block in model.decoder_blocks]  # type: ignore[arg-type]
+        self._positions = torch.arange(config.buffer_size + config.tokens, device=embedding.device).expand(batch, -1)
+        self._decoder_input: Tensor | None = None  # (B, buffer + L, W)
+        self._difference: Tensor | None = None  # (B, L, W), unconditional − conditional conditions
+        self._drawn_before: Tensor | None = None  # (B, M)
+
+    def conditions(self, step: int, tokens: Tensor, kept: Tensor, positions: Tensor) -> Tensor:
+        """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) when guided."""
+        since = step - self.last_of_the_first
+        complete = self._drawn_before is None or since <= 0 or since % (1 + self.reuse_steps) == 0
+        buffer = self._positions[:, : self.model.config.buffer_size]
+        if complete:
+            z = self._complete(tokens, kept)
+            found = _at(z, positions.repeat(z.shape[0] // self.batch, 1))
+        else:
+            self._encode(tokens, kept, self._drawn_before)  # type: ignore[arg-type]
+            rows = torch.cat([self._drawn_before, positions], dim=1) + buffer.shape[1]  # type: ignore[list-item]
+            conditional = self._decode(torch.cat([buffer, rows], dim=1))[:, -positions.shape[1] :]
+            conditional = conditional + self.model.diffusion_pos_embed_learned[0][positions]
+            found = conditional
+            if self._difference is not None:
+                found = torch.cat([conditional, conditional + _at(self._difference, positions)])
+        self._drawn_before = positions
+        return found
+
+    def _complete(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """z of all tokens, (B, L, W) or (2B, L, W); everything is kept."""
+        self._encode(tokens, kept, kept)
+        conditional = self._decode(self._positions)[:, self.model.config.buffer_size :] + self.model.diffusion_pos_embed_learned
+        if self.embedding.shape[0] == self.batch:
+            return conditional
+        unconditional = self.model.decode(self.model.encode(tokens, kept, self.embedding[self.batch :]), kept)
+        self._difference = unconditional - conditional
+        return torch.cat([conditional, unconditional])
+
+    def _encode(self, tokens: Tensor, kept: Tensor, computed: Tensor) -> None:
+        """Encode the buffer and the tokens at `computed` (B, M), which see those at `kept` (B, K), into the decoder's input."""
+        model = self.model
+        buffer, learned = self._positions[:, : model.config.buffer_size], model.encoder_pos_embed_learned
+        front = self.embedding[: self.batch, None] + learned[:, : buffer.shape[1]]
+        chosen = model.z_proj(_at(tokens, computed)) + learned[0, buffer.shape[1] :][computed]
+        x = model.z_proj_ln(torch.cat([front.to(chosen.dtype), chosen], dim=1))
+        rows, seen = (torch.cat([buffer, one + buffer.shape[1]], dim=1) for one in (computed, kept))
+        for layer in self._encoder:
+            x = layer.advance(x, rows, self._positions.shape[1], seen)
+        x = model.decoder_embed(model.encoder_norm(x))
+        if self._decoder_input is None:
+            self._decoder_input = model.mask_token.to(x.dtype).repeat(self.batch, self._positions.shape[1], 1)
+        self._decoder_input.scatter_(1, rows[:, :, None].expand_as(x), x)
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        """The decoder's output at `rows` (B, M) of buffer and tokens: (B, M, W)."""
+        x = _at(self._decoder_input, rows) + self.model.decoder_pos_embed_learned[0][rows]  # type: ignore[arg-type]
+        for layer in self._decoder:
+            x = layer.advance(x, rows, self._positions.shape[1])
+        return self.model.decoder_norm(x)  # type: ignore[no-any-return]
+
+
+class _Layer:
+    """A block, and the keys and values of all positions as they were last computed."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._keys_values: Tensor | None = None  # (B, N, 2W)
+
+    def advance(self, x: Tensor, rows: Tensor, positions: int, seen: Tensor | None = None) -> Tensor:
+        """The block's output (B, M, W) for inputs x at `rows` (B, M) of N `positions`, which attend to those `seen` (B, K; None: all)."""
+        block, (batch, count, width) = self.block, x.shape
+        queries, keys_values = block.attn.qkv(block.norm1(x)).split([width, 2 * width], dim=2)
+        if self._keys_values is None:
+            self._keys_values = torch.zeros(batch, positions, 2 * width, dtype=keys_values.dtype, device=x.device)
+        self._keys_values.scatter_(1, rows[:, :, None].expand_as(keys_values), keys_values)
+        attended_to = self._keys_values if seen is None else _at(self._keys_values, seen)
+        heads = block.attn.heads
+        q, k, v = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, *attended_to.chunk(2, dim=2)))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, width)
+        x = x + block.attn.proj(attended)
+        return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+
+
+def _at(values: Tensor, positions: Tensor) -> Tensor:
+    """Values (B, N, W) at positions (B, M): (B, M, W)."""
+    return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2]))
