@@ -117,7 +117,7 @@ def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
         ],
     }
     return "; ".join(
-        f"{what} ({len(names)}): {', '.join(names[:shown])}{' …' if len(names) > shown else ''}"
+        f"{what} ({len(names)}): {', '.join(names[:shown])}{', …' if len(names) > shown else ''}"
         for what, names in problems.items()
         if names
     )

@@ -86,8 +86,8 @@ def checked_config(file: ReleasedFile, ema: bool = True, **chosen: int | None) -
         raise ValueError(f"{file.path} has no {key!r}, only {other!r}: take those with --{option}")
     config = released_config(shapes_of(file.weights[key]), file.arguments, **chosen)
     expected = shapes_of(model_without_weights(config).state_dict())
-    for name, weights in file.weights.items():
-        misfit = describe_misfit(expected, shapes_of(weights))
+    for name in sorted(file.weights, key=lambda one: one != key):  # first those that the sizes are from
+        misfit = describe_misfit(expected, shapes_of(file.weights[name]))
         if misfit:
             raise ValueError(f"{file.path}: {name!r} is no MAR model of the sizes that its tensors tell: {misfit}")
     return config

@@ -55,6 +55,8 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
             if width not in HEADS and width % 64:
                 raise ValueError(f"the shapes don't tell the number of heads; {half} width is {width}: name the heads")
             values[f"{half}_heads"] = HEADS.get(width, width // 64)
+    if "hidden" in seen:
+        values["mlp_ratio"] = _mlp_ratio(seen["hidden"], values["mlp_ratio"])
     if "token_dim" in seen:
         values["patch_size"], values["latent_channels"] = _patch(seen["token_dim"], told)
     stride = values.pop("stride", STRIDE)
@@ -110,11 +112,8 @@ def _seen(shapes: Shapes) -> dict[str, Any]:
         seen["buffer_size"] = seen["positions"] - seen["tokens"]
     layers = [shapes.get(f"{half}_blocks.0.mlp.fc1.weight", ()) for half in ("encoder", "decoder")]
     hidden = [(layer[1], layer[0]) for layer in layers if len(layer) == 2 and min(layer) > 0]
-    if hidden:  # a hidden width is the whole part of width · ratio, so the larger quotient is nearer to the ratio
-        ratio = max(outputs / width for width, outputs in hidden)
-        while any(int(width * ratio) < outputs for width, outputs in hidden):
-            ratio = math.nextafter(ratio, math.inf)
-        seen["mlp_ratio"] = ratio
+    if hidden:
+        seen["hidden"] = hidden
     return seen
 
 
@@ -122,6 +121,16 @@ def _count(names: Iterable[str], prefix: str) -> int:
     """Entries of a module list: one more than the highest number after `prefix.`."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
     return max((int(match[1]) + 1 for match in numbers if match), default=0)
+
+
+def _mlp_ratio(hidden: list[tuple[int, int]], told: float) -> float:
+    """The ratio that makes hidden widths, the whole part of width · ratio, of (width, hidden width): `told` if it does."""
+    if all(int(width * told) == outputs for width, outputs in hidden):
+        return told
+    ratio = max(outputs / width for width, outputs in hidden)
+    while any(int(width * ratio) < outputs for width, outputs in hidden):  # a quotient may round down
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
