@@ -76,10 +76,16 @@ def train(
     log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"])
     with stage.progress(train.images, done=first) as bar:
 
+        def track(row: dict[str, Any]) -> None:
+            stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+
         def on_metrics(row: dict[str, Any]) -> None:
             log.add(row)
             bar.update(row["images_seen"], loss=row["loss"], waiting_for_data=row["data_wait_share"])
-            stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+            track(row)
+
+        for row in log.recovered:
+            track(row)
 
         summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics)
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
