@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mar_model.diffusion import TRAINING_STEPS
-from mar_model.transformer import NORM_EPS
+from mar_model.linear import Linear
+from mar_model.transformer import NORM_EPS, run
 
 FREQUENCIES = 128  # sinusoids of each phase in the time embedding
 
@@ -18,7 +19,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(2 * FREQUENCIES, width), nn.SiLU(), Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         exponents = torch.arange(FREQUENCIES, dtype=torch.float32, device=t.device) / FREQUENCIES
@@ -32,8 +33,8 @@ class ResidualBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 3 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
@@ -45,8 +46,8 @@ class OutputLayer(nn.Module):
 
     def __init__(self, width: int, output: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, output)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, output)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
@@ -59,9 +60,10 @@ class Denoiser(nn.Module):
 
     def __init__(self, token_dim: int, condition_width: int, width: int, depth: int) -> None:
         super().__init__()
+        self.recompute = False  # see MAR.recompute_activations
         self.time_embed = TimeEmbedding(width)
-        self.cond_embed = nn.Linear(condition_width, width)
-        self.input_proj = nn.Linear(token_dim, width)
+        self.cond_embed = Linear(condition_width, width)
+        self.input_proj = Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = OutputLayer(width, 2 * token_dim)
         self._initialise()
@@ -93,5 +95,5 @@ class Denoiser(nn.Module):
         """The same with y = time embedding + embedded condition (N, w), so that sampling embeds each condition once."""
         x = self.input_proj(x)
         for block in self.res_blocks:
-            x = block(x, y)
+            x = run(block, x, y, recompute=self.recompute)
         return self.final_layer(x, y)  # type: ignore[no-any-return]

@@ -131,8 +131,7 @@ def _conditions(model: MAR, tokens: Tensor, kept: Tensor, positions: Tensor, emb
     embeddings."""
     copies = embedding.shape[0] // tokens.shape[0]
     kept, positions = kept.repeat(copies, 1), positions.repeat(copies, 1)
-    z = model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept)
-    return z.gather(1, positions[:, :, None].expand(-1, -1, z.shape[2]))
+    return model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept, positions)
 
 
 def _scale(guidance: float, schedule: str, masked: int, tokens: int) -> float:

@@ -3,12 +3,14 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mar_model.config import MARConfig
 from mar_model.denoiser import Denoiser
 from mar_model.diffusion import Diffusion, TokenLoss
-from mar_model.transformer import NORM_EPS, Block
+from mar_model.linear import Linear
+from mar_model.transformer import NORM_EPS, Block, run, take
 
 
 class TrainingDraws(NamedTuple):
@@ -40,13 +42,14 @@ class MAR(nn.Module):
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         length, buffer = config.tokens, config.buffer_size
         width, decoder_width = config.encoder_width, config.decoder_width
         dropouts = (config.attention_dropout, config.projection_dropout)
 
         self.class_emb = nn.Embedding(config.classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))  # replaces the class embedding where there is no label
-        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj = Linear(config.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=NORM_EPS)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer + length, width))
         self.encoder_blocks = nn.ModuleList(
@@ -54,7 +57,7 @@ class MAR(nn.Module):
         )
         self.encoder_norm = nn.LayerNorm(width, eps=NORM_EPS)
 
-        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.decoder_embed = Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer + length, decoder_width))
         self.decoder_blocks = nn.ModuleList(
@@ -73,6 +76,18 @@ class MAR(nn.Module):
         ):  # fmt: skip
             nn.init.normal_(tensor, std=0.02)
         self.diffloss = DiffusionHead(config)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have `torch.compile` do the blocks of transformer and denoiser, in place: names and weights stay what they are.
+
+        Lengths are symbols, so that other masks, batches and AR steps need no new code.
+        """
+        for block in (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks):
+            block.compile(dynamic=True, backend=backend)
+
+    def recompute_activations(self) -> None:
+        """Train with activation (gradient) checkpointing: a block's activations are computed anew in the backward pass (`run`)."""
+        self.recompute = self.diffloss.net.recompute = True
 
     def patchify(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) → tokens (B, L, D); inside a token the order is channel, row, column."""
@@ -96,25 +111,32 @@ class MAR(nn.Module):
         """Encode the kept tokens, at positions `kept` (B, K) ascending, behind the buffer: (B, buffer + K, W)."""
         batch, buffer = tokens.shape[0], self.config.buffer_size
         positions = self.encoder_pos_embed_learned
-        chosen = self.z_proj(tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2])))
-        chosen = chosen + positions[0, buffer:][kept]
+        chosen = self.z_proj(take(tokens, kept)) + F.embedding(kept, positions[0, buffer:])
         front = class_embedding[:, None].expand(batch, buffer, -1) + positions[:, :buffer]
         x = self.z_proj_ln(torch.cat([front.to(chosen.dtype), chosen], dim=1))
         for block in self.encoder_blocks:
-            x = block(x)
+            x = run(block, x, recompute=self.recompute)
         return self.encoder_norm(x)  # type: ignore[no-any-return]
 
-    def decode(self, encoded: Tensor, kept: Tensor) -> Tensor:
-        """Conditions of all tokens from the encoded kept ones: z (B, L, W)."""
+    def decode(self, encoded: Tensor, kept: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Conditions of the tokens at `positions` (B, P) from the encoded kept ones: z (B, P, W); of all L without positions.
+
+        Only those are computed in the last block: what the others would be there reaches nothing.
+        """
         buffer = self.config.buffer_size
         x = self.decoder_embed(encoded)
         width = x.shape[2]
         tokens = self.mask_token.to(x.dtype).expand(x.shape[0], self.config.tokens, -1)
         tokens = tokens.scatter(1, kept[:, :, None].expand(-1, -1, width), x[:, buffer:])
         x = torch.cat([x[:, :buffer], tokens], dim=1) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_norm(x)[:, buffer:] + self.diffusion_pos_embed_learned  # type: ignore[no-any-return]
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
+            x = run(block, x, recompute=self.recompute)
+        if positions is None:
+            x = self.decoder_norm(run(last, x, recompute=self.recompute))
+            return x[:, buffer:] + self.diffusion_pos_embed_learned  # type: ignore[no-any-return]
+        x = run(last, x, positions + buffer, recompute=self.recompute)
+        return self.decoder_norm(x) + F.embedding(positions, self.diffusion_pos_embed_learned[0])  # type: ignore[no-any-return]
 
     def forward(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
         """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to.
@@ -124,14 +146,7 @@ class MAR(nn.Module):
         positions = draws.orders[:, :masked].sort(dim=1).values
         kept = draws.orders[:, masked:].sort(dim=1).values
         tokens = self.patchify(latents)
-        z = self.decode(self.encode(tokens, kept, self.class_embedding(labels, draws.label_dropped)), kept)
-        repeats = draws.timesteps.shape[0]
-        target = _gather(tokens, positions).repeat(repeats, 1)  # (R·B·M, D)
+        z = self.decode(self.encode(tokens, kept, self.class_embedding(labels, draws.label_dropped)), kept, positions)
+        target = take(tokens, positions).flatten(0, 1).repeat(draws.timesteps.shape[0], 1)  # (R·B·M, D)
         timesteps = draws.timesteps.reshape(-1)
-        noise = draws.noise.reshape(-1, self.config.token_dim)
-        return self.diffloss(target, _gather(z, positions), timesteps, noise), timesteps
-
-
-def _gather(values: Tensor, positions: Tensor) -> Tensor:
-    """Values (B, L, D) at positions (B, M), as rows (B·M, D)."""
-    return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2])).flatten(0, 1)
+        return self.diffloss(target, z.flatten(0, 1), timesteps, draws.noise.reshape(-1, self.config.token_dim)), timesteps
