@@ -28,6 +28,20 @@ class Architecture:
     mask_ratio_min: float = 0.7
 
 
+def _published(depth: int, width: int, heads: int, denoiser_depth: int, denoiser_width: int) -> Architecture:
+    return Architecture(
+        encoder_depth=depth, encoder_width=width, encoder_heads=heads, decoder_depth=depth, decoder_width=width, decoder_heads=heads,
+        denoiser_depth=denoiser_depth, denoiser_width=denoiser_width,
+    )  # fmt: skip
+
+
+PUBLISHED = {  # the released models; encoder and decoder are alike in them
+    "mar_base": _published(12, 768, 12, 6, 1024),
+    "mar_large": _published(16, 1024, 16, 8, 1280),
+    "mar_huge": _published(20, 1280, 16, 12, 1536),
+}
+
+
 @dataclass(frozen=True)
 class MARConfig(Architecture):
     """An architecture together with what the data determines: latent side and channels, class count.
