@@ -1,6 +1,9 @@
 """The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
 
 import json
+import math
+import tempfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,6 +14,7 @@ import pyarrow as pa
 from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.local_shards import LocalShards
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -115,12 +119,16 @@ class Manifest:
 
 
 class LatentCache:
-    """A finished cache, for reading any rows in any order. Local shards are memory-mapped when first used, those on S3 are
-    then read whole; a pickle of this object holds the path alone."""
+    """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used; those on S3 are fetched onto a
+    local disk before that. A pickle of this object holds the paths alone."""
 
-    def __init__(self, path: str) -> None:
-        """Raises UserError when `path` holds no finished cache of this format."""
+    def __init__(self, path: str, local: str = "", local_gb: float = 50.0) -> None:
+        """`local`: a folder on a local disk where shards are kept, `local_gb` at most; of a cache on S3 the temporary folder if empty.
+
+        Raises UserError when `path` holds no finished cache of this format, and where `local_gb` is too small for it.
+        """
         self.path = path
+        self._arguments = (path, local, local_gb)
         if not storage.exists(storage.join(path, MANIFEST)):
             raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
         data = storage.read_bytes(storage.join(path, MANIFEST))
@@ -134,10 +142,14 @@ class LatentCache:
         self.digest = storage.digest(data)
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
         self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
-        self._opened: dict[int, _Shard] = {}
+        self._opened: OrderedDict[int, _Shard] = OrderedDict()
+        self.local: LocalShards | None = None
+        if local or not storage.is_local(path):
+            folder = storage.join(local or storage.join(tempfile.gettempdir(), "mar-shards"), self.digest[:16])
+            self.local = LocalShards(storage.join(path, SHARDS), self.manifest.shards, folder, int(local_gb * 1e9))
 
-    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str]]:
-        return LatentCache, (self.path,)
+    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str, str, float]]:
+        return LatentCache, self._arguments
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -148,12 +160,16 @@ class LatentCache:
         side = self.manifest.latent_size
         return 2 * self.manifest.latent_channels, side, side
 
-    def take(self, indices: np.ndarray, flipped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image where `flipped` (N,) is true, and labels int64 (N,)."""
-        moments = np.empty((len(indices), *self.moments_shape), dtype=self.manifest.dtype)
+    def take(self, indices: np.ndarray, flipped: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image where `flipped` (N,) is true, and labels int64 (N,).
+
+        `out`: where to put the moments.
+        """
+        moments = np.empty((len(indices), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
         labels = np.empty(len(indices), dtype=np.int64)
+        records = moments.reshape(len(indices), math.prod(self.moments_shape))  # copying a flat record costs half the overhead
         for position, ((shard, row), mirror) in enumerate(zip(self._places(indices), np.asarray(flipped).tolist(), strict=True)):
-            moments[position] = shard.moments_flipped[row] if mirror else shard.moments[row]
+            records[position] = shard.flipped[row] if mirror else shard.moments[row]
             labels[position] = shard.labels[row]
         return moments, labels
 
@@ -176,34 +192,41 @@ class LatentCache:
     def _shard(self, number: int) -> "_Shard":
         shard = self._opened.get(number)
         if shard is None:
-            entry = self.manifest.shards[number]
-            shard = self._opened[number] = _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"], self.moments_shape)
+            shard = self._opened[number] = self._open(number)
+        elif self.local is not None:
+            self._opened.move_to_end(number)
         return shard
+
+    def _open(self, number: int) -> "_Shard":
+        entry = self.manifest.shards[number]
+        if self.local is None:
+            return _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"])
+        while len(self._opened) >= max(1, self.local.capacity - 1):
+            self._opened.popitem(last=False)  # a map keeps the space of a file that was evicted
+        return _Shard(self.local.path(number), entry["bytes"])
 
 
 class _Shard:
-    """Views of one shard's columns: labels (N,), moments and moments_flipped (N, 2C, h, w), keys."""
+    """Views of one shard's columns: labels (N,), keys, and moments of images and mirror images (N, 2C · h · w)."""
 
-    def __init__(self, path: str, size: int, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: str, size: int) -> None:
         found = storage.size(path) if storage.exists(path) else None
         if found != size:
             raise UserError(
                 f"{path} is {'missing' if found is None else f'{found} bytes long'}, the manifest says {size} bytes: "
                 "run `mar cache` again to repair it"
             )
-        if storage.is_local(path):
-            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
-                batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
-        else:
-            batch = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).get_batch(0)
-        self._batch, self._shape = batch, shape
+        with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
+            batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
+        self._batch = batch
         self.labels: np.ndarray = batch.column("label").to_numpy()
         self.moments = self._view("moments")
-        self.moments_flipped = self._view("moments_flipped")
+        self.flipped = self._view("moments_flipped")
 
     def _view(self, name: str) -> np.ndarray:
-        values: np.ndarray = self._batch.column(name).flatten().to_numpy(zero_copy_only=True)
-        return values.reshape(-1, *self._shape)
+        column = self._batch.column(name)
+        values: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
+        return values.reshape(-1, column.type.list_size)
 
     @cached_property
     def keys(self) -> pa.StringArray:

@@ -14,8 +14,8 @@ from mar_model.mar import TrainingDraws
 from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.noise import stream
 from mar_model.recipe import micro_batch_draws
+from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache
-from pipelines.sampler import SampleOrder
 
 
 class MicroBatch(NamedTuple):
@@ -45,11 +45,21 @@ class MicroBatches:
     """Global batches from `images_seen` on, without end. What they hold depends on (seed, images seen) alone, never on who asks."""
 
     def __init__(
-        self, cache: LatentCache, config: MARConfig, *, batch: int, micro_batch: int, flip: bool, seed: int, worker: int, workers: int
+        self,
+        cache: LatentCache,
+        config: MARConfig,
+        *,
+        batch: int,
+        micro_batch: int,
+        flip: bool,
+        seed: int,
+        worker: int,
+        workers: int,
+        shuffle_window: int = 0,
     ) -> None:
-        self.cache, self.config, self.batch, self.micro_batch, self.flip, self.seed = cache, config, batch, micro_batch, flip, seed
+        self.config, self.batch, self.micro_batch, self.flip, self.seed = config, batch, micro_batch, flip, seed
         self.share = share_of(worker, workers, batch // micro_batch)
-        self.order = SampleOrder(seed, len(cache))
+        self.latents = LatentDataset(cache, seed, shuffle_window)
         self.seconds_waited = 0.0
 
     def from_images(self, images_seen: int) -> Iterator[GlobalBatch]:
@@ -74,12 +84,11 @@ class MicroBatches:
 
     def _micro_batch(self, images_seen: int, index: int, masked: int) -> MicroBatch:
         first, images = images_seen + index * self.micro_batch, self.micro_batch
-        rows = self.order.indices(first, first + images)
         flipped = np.zeros(images, dtype=bool)
         if self.flip:
             flipped = (torch.rand(images, generator=stream(self.seed, images_seen, index, "flip")) < 0.5).numpy()
-        moments, labels = self.cache.take(rows, flipped)
+        moments, labels = self.latents.read(first, first + images, flipped)
         size, channels = self.config.latent_size, self.config.latent_channels
         noise = torch.randn(images, channels, size, size, generator=stream(self.seed, images_seen, index, "posterior"))
         draws, dropout_seed = micro_batch_draws(self.config, images, masked, seed=self.seed, images_seen=images_seen, micro_batch=index)
-        return MicroBatch(torch.from_numpy(moments), torch.from_numpy(labels), noise, draws, dropout_seed)
+        return MicroBatch(moments, labels, noise, draws, dropout_seed)

@@ -1,53 +1,163 @@
-"""The order in which training sees the rows of a cache: a keyed permutation an epoch, computed and never stored."""
+"""The order in which training sees the rows of a cache: keyed permutations, computed and never stored."""
 
 import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
 ROUNDS = 8  # one 64-bit key each, from one BLAKE2b digest
 
 
-class SampleOrder:
-    """Row of each global position: position p is place p mod rows of epoch p // rows.
+class Order(Protocol):
+    """Which row each global position (images seen) has: a pure function of the seed and the position."""
 
-    Each epoch's permutation is a balanced Feistel network over the smallest 4^k ≥ rows, restricted to the rows by cycle
-    walking (Black & Rogaway 2002), keyed by (seed, epoch): any part of it can be computed alone, in constant memory.
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Rows at positions start … stop − 1, int64 (stop − start,); the range may straddle epochs."""
+
+
+class Permutation:
+    """A permutation of 0 … size − 1 that depends on `key` alone; any part of it is computed alone, in constant memory.
+
+    A balanced Feistel network over the smallest 4^k ≥ size, restricted to the range by cycle walking (Black & Rogaway 2002).
     """
+
+    def __init__(self, size: int, key: object) -> None:
+        self.size = size
+        self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._keys = np.frombuffer(hashlib.blake2b(repr(key).encode()).digest(), dtype="<u8")
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """What stands at these places, int64."""
+        return self._walk(places, self._forward)
+
+    def inverse(self, values: np.ndarray) -> np.ndarray:
+        """At which places these values stand, int64."""
+        return self._walk(values, self._backward)
+
+    def _walk(self, values: np.ndarray, step: "_Step") -> np.ndarray:
+        values = step(values.astype(np.uint64))
+        outside = np.flatnonzero(values >= self.size)
+        while outside.size:  # fewer than 4 walks on average, for the domain is smaller than 4 · size
+            values[outside] = step(values[outside])
+            outside = outside[values[outside] >= self.size]
+        return values.astype(np.int64)
+
+    def _forward(self, values: np.ndarray) -> np.ndarray:
+        left, right = self._halves(values)
+        for key in self._keys:
+            left, right = right, left ^ self._scrambled(right, key)
+        return self._joined(left, right)
+
+    def _backward(self, values: np.ndarray) -> np.ndarray:
+        left, right = self._halves(values)
+        for key in self._keys[::-1]:
+            left, right = right ^ self._scrambled(left, key), left
+        return self._joined(left, right)
+
+    def _halves(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return values >> np.uint64(self._half_bits), values & np.uint64((1 << self._half_bits) - 1)
+
+    def _joined(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        joined: np.ndarray = (left << np.uint64(self._half_bits)) | right
+        return joined
+
+    def _scrambled(self, half: np.ndarray, key: np.uint64) -> np.ndarray:
+        scrambled: np.ndarray = _mix(half ^ key) >> np.uint64(64 - self._half_bits)
+        return scrambled
+
+
+class _Step(Protocol):
+    def __call__(self, values: np.ndarray) -> np.ndarray: ...
+
+
+class SampleOrder:
+    """Row of each global position: position p is place p mod rows of epoch p // rows, each epoch a permutation of all rows."""
 
     def __init__(self, seed: int, rows: int) -> None:
         if rows < 1:
             raise ValueError(f"rows is {rows}, expected 1 or more")
         self.seed, self.rows = int(seed), int(rows)
-        self._half_bits = max(1, ((self.rows - 1).bit_length() + 1) // 2)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
         """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may straddle epochs."""
-        if not 0 <= start <= stop:
-            raise ValueError(f"positions {start} to {stop}, expected 0 <= start <= stop")
         parts = [np.empty(0, np.int64)]
-        while start < stop:
-            epoch, place = divmod(start, self.rows)
-            end = min(stop, (epoch + 1) * self.rows)
-            parts.append(self._permute(np.arange(place, place + end - start, dtype=np.uint64), epoch))
-            start = end
+        for epoch, place, count in _by_epoch(start, stop, self.rows):
+            parts.append(self._permutation(epoch)(np.arange(place, place + count)))
         return np.concatenate(parts)
 
-    def _permute(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        keys = np.frombuffer(hashlib.blake2b(repr(("sample order", self.seed, epoch)).encode()).digest(), dtype="<u8")
-        values = self._feistel(places, keys)
-        outside = np.flatnonzero(values >= self.rows)
-        while outside.size:  # fewer than 4 walks on average, for the domain is smaller than 4 · rows
-            values[outside] = self._feistel(values[outside], keys)
-            outside = outside[values[outside] >= self.rows]
-        return values.astype(np.int64)
+    def positions(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """At which positions these rows are seen in `epoch`, int64: the inverse of `indices`."""
+        return epoch * self.rows + self._permutation(epoch).inverse(np.asarray(rows))
 
-    def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        bits, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
-        left, right = values >> bits, values & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) >> (np.uint64(64) - bits))
-        joined: np.ndarray = (left << bits) | right
-        return joined
+    def _permutation(self, epoch: int) -> Permutation:
+        return Permutation(self.rows, ("sample order", self.seed, epoch))
+
+
+class WindowedOrder:
+    """The order for a cache that is larger than the local disk: each epoch permutes the shards, and then the rows of each window of
+    `window` shards that follow each other. Memory grows with the shards, not with the rows."""
+
+    def __init__(self, seed: int, shard_rows: Sequence[int], window: int) -> None:
+        """Raises ValueError where there are no rows, or no shards in a window."""
+        self.seed, self.window = int(seed), int(window)
+        self.shard_rows = np.asarray(shard_rows, np.int64)
+        self.rows = int(self.shard_rows.sum())
+        if self.rows < 1 or self.window < 1:
+            raise ValueError(f"{self.rows} rows in windows of {self.window} shards, expected 1 or more of both")
+        self._starts = np.cumsum(self.shard_rows) - self.shard_rows
+        self._epoch = lru_cache(maxsize=2)(self._shuffled_shards)
+
+    def indices(self, start: int, stop: int) -> np.ndarray:
+        """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may straddle epochs and windows."""
+        parts = [np.empty(0, np.int64)]
+        for epoch, place, count in _by_epoch(start, stop, self.rows):
+            shards, ends = self._epoch(epoch)
+            while count:
+                window = int(np.searchsorted(ends, place, side="right"))
+                first = int(ends[window - 1]) if window else 0
+                taken = min(count, int(ends[window]) - place)
+                parts.append(self._rows_of(epoch, window, shards, np.arange(place - first, place - first + taken)))
+                place, count = place + taken, count - taken
+        return np.concatenate(parts)
+
+    def shards_from(self, position: int, count: int) -> list[int]:
+        """The shards of the window at this position and of those after it, `count` at most."""
+        epoch, place = divmod(position, self.rows)
+        shards, ends = self._epoch(epoch)
+        first = int(np.searchsorted(ends, place, side="right")) * self.window
+        found = shards[first : first + count]
+        if len(found) < count:
+            found = np.concatenate([found, self._epoch(epoch + 1)[0][: count - len(found)]])
+        return list(dict.fromkeys(found.tolist()))
+
+    def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's shards in order, and the places where its windows end."""
+        shards = Permutation(len(self.shard_rows), ("shard order", self.seed, epoch))(np.arange(len(self.shard_rows)))
+        ends = np.cumsum(self.shard_rows[shards])[self.window - 1 :: self.window]
+        return shards, ends if len(ends) and ends[-1] == self.rows else np.append(ends, self.rows)
+
+    def _rows_of(self, epoch: int, window: int, shards: np.ndarray, places: np.ndarray) -> np.ndarray:
+        mine = shards[window * self.window : (window + 1) * self.window]
+        ends = np.cumsum(self.shard_rows[mine])
+        inside = Permutation(int(ends[-1]), ("window order", self.seed, epoch, window))(places)
+        numbers = np.searchsorted(ends, inside, side="right")
+        rows: np.ndarray = self._starts[mine[numbers]] + inside - (ends - self.shard_rows[mine])[numbers]
+        return rows
+
+
+def _by_epoch(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
+    """(epoch, place in it, how many) of the positions start … stop − 1."""
+    if not 0 <= start <= stop:
+        raise ValueError(f"positions {start} to {stop}, expected 0 <= start <= stop")
+    parts = []
+    while start < stop:
+        epoch, place = divmod(start, rows)
+        count = min(stop - start, rows - place)
+        parts.append((epoch, place, count))
+        start += count
+    return parts
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

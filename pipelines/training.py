@@ -13,6 +13,7 @@ from pipelines.caching import CacheSettings
 from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.errors import UserError
+from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
 from pipelines.precision import resolved
@@ -44,6 +45,7 @@ class TrainSettings:
     ema_decay: float = identity(0.9999, "decay of the weights' moving average, a step")
     ema_warmup: bool = identity(True, "start the average with a short memory: decay min(ema_decay, (1 + step) / (10 + step))")
     flip: bool = identity(True, "use the mirror image half of the time (off for digits and text)")
+    shuffle_window: int = identity(0, "shards shuffled together, for a cache larger than cache.local_gb; 0: the whole cache")
     workers: int = operational(2, "Ray Train workers")
     precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
     checkpoint_images: int = operational(1_281_167, "images between checkpoints")
@@ -113,7 +115,9 @@ def fit(
 
     if storage.is_local(train.path):
         train = replace(train, path=str(Path(train.path).resolve()))
-    config = model_config(model, LatentCache(cache.path))
+    latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
+    config = model_config(model, latents)
+    LatentDataset(latents, seed, train.shuffle_window)  # whether the local disk holds what that order reads, said before any work
     _check_batches(train, cluster)
     channel = MetricsChannel()
     last: dict[str, Any] = {}
@@ -126,7 +130,7 @@ def fit(
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": TrainingJob(config, train, cache.path, tokenizer.path, seed, cluster, channel)},
+        train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel)},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}

@@ -36,7 +36,7 @@ class TrainingJob:
 
     model: MARConfig
     train: "TrainSettings"
-    cache_path: str
+    cache: LatentCache
     tokenizer_path: str
     seed: int
     cluster: ClusterSettings
@@ -53,7 +53,7 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
     worker, workers = context.get_world_rank(), context.get_world_size()
     use_threads(job.cluster)
     device = default_device()
-    cache = LatentCache(job.cache_path)
+    cache = job.cache
     normalise = Normalisation(cache.manifest, device)
 
     with torch.random.fork_rng():
@@ -77,8 +77,9 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
 
     distributed = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
     micro_batches = MicroBatches(
-        cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers
-    )
+        cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
+        shuffle_window=train.shuffle_window,
+    )  # fmt: skip
     interval = Interval(device)
     model.train()
     for share in micro_batches.from_images(images_seen):

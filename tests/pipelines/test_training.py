@@ -108,7 +108,7 @@ def test_every_image_once_an_epoch_whatever_the_workers(sections: tuple[Tokenize
         return [one.posterior_noise for begin in (0, 20) for share in shares for one in share.prepare(begin).micro_batches]
 
     assert all(torch.equal(a, b) for a, b in zip(labels_and_noise(1), labels_and_noise(3), strict=True))
-    order = MicroBatches(cache_, config, batch=20, micro_batch=4, flip=True, seed=5, worker=0, workers=1).order
+    order = MicroBatches(cache_, config, batch=20, micro_batch=4, flip=True, seed=5, worker=0, workers=1).latents.order
     assert sorted(order.indices(0, 40).tolist()) == list(range(40))
     assert [list(share_of(worker, 3, 5)) for worker in range(3)] == [[0], [1, 2], [3, 4]]
 

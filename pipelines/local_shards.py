@@ -1,0 +1,82 @@
+"""Shards of a cache on S3 or a slow disk, fetched onto a local disk ahead of their use: so many bytes at most, the longest unused go."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from pipelines import storage
+from pipelines.errors import UserError
+from pipelines.storage import PARTIAL
+
+FETCHES_AT_ONCE = 4
+
+
+class LocalShards:
+    """Files of the shards that a manifest names, below `folder`. Processes of one machine may share the folder: what lies there in the
+    right length is used, whoever fetched it, and the time of last use is the file's own."""
+
+    def __init__(self, source: str, entries: list[dict[str, Any]], folder: str, limit: int) -> None:
+        """`source`: the folder or S3 prefix that holds the shards; `limit`: bytes. Raises UserError where no two shards fit."""
+        self.source, self.entries, self.folder, self.limit = source, entries, Path(folder), limit
+        largest = max((one["bytes"] for one in entries), default=1)
+        self.capacity = max(1, limit // max(largest, 1))
+        if self.capacity < 2 <= len(entries):
+            raise UserError(f"cache.local_gb is {limit / 1e9:g}, expected room for two shards or more, of {largest / 1e9:g} GB each")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"*{PARTIAL}"):
+            process = left.name.split(".")[-2]
+            if not Path(f"/proc/{process}").exists():
+                left.unlink(missing_ok=True)
+        self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
+        self._lock = Lock()
+        self._fetching: dict[int, Future[str]] = {}
+
+    def path(self, number: int) -> str:
+        """The local file of a shard; waits until it is there. Raises UserError where the source's is not the manifest's."""
+        return self._start(number).result()
+
+    def ahead(self, numbers: Iterable[int]) -> None:
+        """Begin to fetch these shards, in this order, as many as there is room for."""
+        for number in list(numbers)[: self.capacity - 1]:
+            self._start(number)
+
+    def _start(self, number: int) -> Future[str]:
+        with self._lock:
+            found = self._fetching.get(number)
+            if found is None:
+                found = self._fetching[number] = self._threads.submit(self._fetch, number)
+                found.add_done_callback(lambda _: self._fetching.pop(number, None))
+            return found
+
+    def _fetch(self, number: int) -> str:
+        entry = self.entries[number]
+        target = self.folder / entry["name"]
+        try:
+            if target.stat().st_size == entry["bytes"]:
+                os.utime(target)
+                return str(target)
+        except FileNotFoundError:
+            pass
+        data = storage.read_bytes(storage.join(self.source, entry["name"]))
+        if storage.digest(data) != entry["sha256"]:
+            raise UserError(
+                f"{storage.join(self.source, entry['name'])} is not the manifest's ({len(data)} bytes); run `mar cache` to repair it"
+            )
+        with self._lock:
+            self._make_room(len(data))
+            partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
+            partial.write_bytes(data)
+            partial.replace(target)
+        return str(target)
+
+    def _make_room(self, needed: int) -> None:
+        files = sorted((one.stat().st_mtime_ns, one.stat().st_size, one) for one in self.folder.glob("*.arrow") if one.exists())
+        used = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if used + needed <= self.limit:
+                return
+            path.unlink(missing_ok=True)  # a reader that has it mapped keeps it until it lets go
+            used -= size
