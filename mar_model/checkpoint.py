@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,12 +77,20 @@ def load_model(directory: Path, ema: bool = True) -> tuple[MAR, dict[str, Any]]:
     known = {one.name for one in fields(MARConfig)}
     model = model_without_weights(MARConfig(**{name: value for name, value in state["model"].items() if name in known}))
     path = directory / (AVERAGE if ema else WEIGHTS)
-    weights = load_file(path)  # a memory map: each tensor is copied out of it by itself
-    misfit = describe_misfit(shapes_of(model.state_dict()), shapes_of(weights))
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    misfit = describe_misfit(shapes_of(model.state_dict()), shapes)
     if misfit:
         raise ValueError(f"{path} does not fit the configuration in {STATE}: {misfit}")
-    model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
+    model.load_state_dict({name: _read_tensor(path, name) for name in shapes}, assign=True)
     return model.eval(), state
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    """A copy of one tensor in float32. The file is mapped for this one alone, so that what was read before no longer takes memory."""
+    with safe_open(path, "pt") as file:
+        value: Tensor = file.get_tensor(name)
+    return value.to(torch.float32, copy=True)
 
 
 def model_without_weights(config: MARConfig) -> MAR:
