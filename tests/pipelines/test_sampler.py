@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.sampler import SampleOrder
+from pipelines.sampler import SampleOrder, WindowedOrder
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,3 +65,44 @@ def test_no_rows() -> None:
     with pytest.raises(ValueError, match="rows is 0"):
         SampleOrder(0, 0)
     assert SampleOrder(0, 5).indices(3, 3).shape == (0,)
+
+
+def test_the_inverse_finds_every_row_again() -> None:
+    for rows in (1, 2, 7, 64, 1000):
+        order = SampleOrder(5, rows)
+        for epoch in (0, 3):
+            positions = order.positions(np.arange(rows), epoch)
+            assert sorted(positions.tolist()) == list(range(epoch * rows, (epoch + 1) * rows))
+            assert order.indices(epoch * rows, (epoch + 1) * rows)[positions - epoch * rows].tolist() == list(range(rows))
+    billions = SampleOrder(1, 2_000_000_000)
+    found = billions.indices(2_345_678_901, 2_345_679_925)
+    assert billions.positions(found, 1).tolist() == list(range(2_345_678_901, 2_345_679_925))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shards=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 14), seed=st.integers(0, 3))
+def test_windowed_order_is_a_permutation_of_each_epoch_window_by_window(shards: list[int], window: int, seed: int) -> None:
+    order = WindowedOrder(seed, shards, window)
+    rows, shard_of = sum(shards), np.repeat(np.arange(len(shards)), shards)
+    for epoch in range(2):
+        found = order.indices(epoch * rows, (epoch + 1) * rows)
+        assert sorted(found.tolist()) == list(range(rows))
+        place = read = 0
+        while place < rows:  # a window is read to its end before the next begins
+            mine = order.shards_from(epoch * rows + place, window)[: len(shards) - read]
+            count = sum(shards[one] for one in mine)
+            assert set(shard_of[found[place : place + count]].tolist()) == set(mine)
+            place, read = place + count, read + len(mine)
+    assert [int(order.indices(place, place + 1)[0]) for place in range(rows)] == order.indices(0, rows).tolist()
+    straddling = order.indices(rows // 2, rows + rows // 2)
+    assert straddling.tolist() == [*order.indices(rows // 2, rows), *order.indices(rows, rows + rows // 2)]
+
+
+def test_windowed_order_differs_by_epoch_and_seed_and_mixes_inside_a_window() -> None:
+    orders = [WindowedOrder(seed, [100] * 20, 5).indices(start, start + 2000).tolist() for seed in (0, 1) for start in (0, 2000)]
+    assert len({tuple(one) for one in orders}) == 4
+    first = np.array(orders[0][:500]) // 100
+    assert min(np.bincount(first[:100], minlength=20)[list(set(first.tolist()))]) > 5  # of each of the five shards
+    assert sorted(WindowedOrder(0, [0, 3, 0, 0, 2], 2).indices(0, 5).tolist()) == [0, 1, 2, 3, 4]  # shards of rejects alone
+    with pytest.raises(ValueError, match="0 shards, expected 1 or more"):
+        WindowedOrder(0, [1], 0)
