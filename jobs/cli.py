@@ -3,11 +3,13 @@
 import shlex
 import sys
 from collections.abc import Callable
+from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jobs.released import export_command, import_command
+from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.errors import UserError
 
@@ -67,15 +69,26 @@ def _load(config: str | None, preset: str | None, assignments: list[str] | None,
     return loaded
 
 
+def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool) -> None:
+    loaded = _load(config, preset, assignments, print_config)
+    stage = STAGES[name]
+    for key in (*stage.reads, stage.writes):
+        print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
+    _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+
+
 def _stage_command(name: str) -> Callable[..., None]:
     def run(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-        loaded = _load(config, preset, assignments, print_config)
-        stage = STAGES[name]
-        for key in (*stage.reads, stage.writes):
-            print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
-        _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+        _run(name, config, preset, assignments, print_config)
 
-    return run
+    def run_generate(
+        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
+        config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
+    ) -> None:  # fmt: skip
+        short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
+        _run(name, config, preset, [*(assignments or []), *short], print_config)
+
+    return run_generate if name == "generate" else run
 
 
 for _name, _stage in STAGES.items():
@@ -153,6 +166,33 @@ def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assign
     from jobs.doctor import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
+
+
+@app.command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
+def plan(
+    gpus: Annotated[int, typer.Option(metavar="N", help="how many")] = 16,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, … (another name lists them all)")] = "h100",
+    epochs: Annotated[float, typer.Option(metavar="X", help="times through the images")] = 400,
+    images: Annotated[int, typer.Option(metavar="N", help="images; 0: the cache's, else ImageNet's")] = 0,
+    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU: share of the peak that is used")] = 0.23,
+    rate: Annotated[float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, in its place")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16, of another GPU")] = None,
+    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="of another GPU")] = None,
+    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    config: ConfigFile = None,
+    preset: Preset = None,
+    assignments: Assignments = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Print what training takes: memory, time, disk, network."""
+    loaded = _load(config, preset, assignments, print_config)
+    from jobs import gpus as known
+    from jobs import planning
+
+    there, classes = planning.images_and_classes(loaded)
+    kind = known.gpu(gpu, peak_tflops, memory_gb)
+    given = planning.Assumptions(kind, gpus, epochs, images or there, classes, efficiency, rate)
+    print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
 
 
 app.command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)

@@ -1,10 +1,11 @@
-"""How much disk a configuration will fill, before it does."""
+"""How many bytes a configuration will fill, before it does."""
 
 import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
+    from mar_model.config import MARConfig
 
 # float32 weights, their average, and Adam's two moments
 BYTES_A_PARAMETER = 4 + 4 + 8
@@ -14,8 +15,13 @@ PIXEL_CHANNELS = 3
 
 def cache_bytes(config: "RunConfig", images: int) -> int:
     """Moments (2·C, h, w) of every image and of its mirror image."""
+    return images * 2 * record_bytes(config)
+
+
+def record_bytes(config: "RunConfig") -> int:
+    """Moments of one image: what a training step reads of it, with or without the mirror image beside."""
     channels, side = latent_shape(config)
-    return images * 2 * (2 * channels * side * side) * BYTES_A_VALUE[config.cache.dtype]
+    return 2 * channels * side * side * BYTES_A_VALUE[config.cache.dtype]
 
 
 def checkpoint_bytes(config: "RunConfig", classes: int) -> int:
@@ -34,13 +40,16 @@ def latent_shape(config: "RunConfig") -> tuple[int, int]:
     return channels, config.images.size // config.tokenizer.stride
 
 
-def parameters(config: "RunConfig", classes: int) -> int:
-    """Parameters of the model, counted on the model itself (without memory for it)."""
-    import torch
-
-    from mar_model import MAR, MARConfig
+def model_config(config: "RunConfig", classes: int) -> "MARConfig":
+    """The model's whole configuration, from the tokenizer's where there is no cache yet to determine it."""
+    from mar_model import MARConfig
 
     channels, side = latent_shape(config)
-    sizes = MARConfig(**dataclasses.asdict(config.model), latent_size=side, latent_channels=channels, classes=classes)
-    with torch.device("meta"):
-        return sum(one.numel() for one in MAR(sizes).parameters())
+    return MARConfig(**dataclasses.asdict(config.model), latent_size=side, latent_channels=channels, classes=classes)
+
+
+def parameters(config: "RunConfig", classes: int) -> int:
+    """Parameters of the model."""
+    from mar_model.footprint import parameter_count
+
+    return parameter_count(model_config(config, classes))

@@ -15,6 +15,14 @@ def draw_mask_ratio(generator: torch.Generator, mean: float = 1.0, std: float = 
     return min(max(ratio, minimum), 1.0)
 
 
+def mean_mask_ratio(mean: float = 1.0, std: float = 0.25, minimum: float = 0.7) -> float:
+    """The mean of those ratios; 0.867 for the published values."""
+    low, high = (minimum - mean) / std, (1.0 - mean) / std
+    density = math.exp(-(low**2) / 2) - math.exp(-(high**2) / 2)
+    share = math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))
+    return mean + std * density * math.sqrt(2 / math.pi) / share
+
+
 def masked_tokens(tokens: int, ratio: float) -> int:
     """Masked tokens of an image of `tokens` tokens: ceil(tokens · ratio)."""
     return min(tokens, math.ceil(tokens * ratio))

@@ -20,11 +20,25 @@ from jobs.stages import STAGES
 from pipelines.errors import UserError
 
 GROUP = typer.main.get_command(cli.app)
-COMMANDS = ["tokenize", "cache", "train", "generate", "evaluate", "sweep", "report", "quickstart", "submit", "doctor", "import", "export"]
+COMMANDS = [
+    "tokenize",
+    "cache",
+    "train",
+    "generate",
+    "evaluate",
+    "sweep",
+    "report",
+    "quickstart",
+    "submit",
+    "doctor",
+    "plan",
+    "import",
+    "export",
+]
 CONFIGURED = [name for name in COMMANDS if name not in ("import", "export")]  # those two are told all by their own options
 
 
-def test_the_twelve_commands_are_there() -> None:
+def test_the_thirteen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 

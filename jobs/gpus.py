@@ -1,0 +1,53 @@
+"""GPUs by name: what their data sheets say, for planning."""
+
+import difflib
+from dataclasses import dataclass
+
+from pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class GPU:
+    """One kind of GPU."""
+
+    name: str
+    tflops: float  # dense bf16 matrix products, 10¹² a second, at the boost clock
+    memory_gb: float  # 10⁹ bytes
+    source: str
+
+
+# NVIDIA prints most of these with 2:4 sparsity, which training does not have: half of that is the dense figure.
+KNOWN = {
+    one.name: one
+    for one in (
+        GPU("h200", 989, 141, "NVIDIA H200 data sheet, SXM"),
+        GPU("h100", 989, 80, "NVIDIA H100 data sheet, SXM"),
+        GPU("h100-pcie", 756, 80, "NVIDIA H100 data sheet, PCIe"),
+        GPU("a100-80gb", 312, 80, "NVIDIA A100 data sheet"),
+        GPU("a100-40gb", 312, 40, "NVIDIA A100 data sheet"),
+        GPU("l40s", 362, 48, "NVIDIA L40S data sheet"),
+        GPU("l4", 121, 24, "NVIDIA L4 data sheet"),
+        GPU("4090", 165, 24, "NVIDIA Ada GPU architecture white paper, GeForce RTX 4090"),
+        GPU("v100-32gb", 125, 32, "NVIDIA V100 data sheet; fp16, it has no bf16"),
+        GPU("v100-16gb", 125, 16, "NVIDIA V100 data sheet; fp16, it has no bf16"),
+    )
+}
+
+
+def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = None) -> GPU:
+    """The known GPU of that name with what is given in place of its figures, or one that is given whole.
+
+    Raises UserError for an unknown name without both figures.
+    """
+    known = KNOWN.get(name.lower())
+    if known is None and (peak_tflops is None or memory_gb is None):
+        near = [one for one in KNOWN if one.startswith(name.lower())] or difflib.get_close_matches(name.lower(), KNOWN, n=1)
+        nearest = f"; nearest: {' or '.join(near)}" if near else ""
+        raise UserError(
+            f"--gpu {name!r} is not known, expected one of {', '.join(KNOWN)}{nearest}; of another give --peak-tflops (dense bf16) "
+            "and --memory-gb"
+        )
+    tflops = peak_tflops or (known.tflops if known else 0.0)
+    memory = memory_gb or (known.memory_gb if known else 0.0)
+    given = peak_tflops is not None or memory_gb is not None
+    return GPU(name, tflops, memory, known.source if known and not given else "as given")

@@ -1,0 +1,205 @@
+"""What a training run will take, before it does: memory, time, disk and network, each figure with what it is made of."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.estimate import BYTES_A_PARAMETER, cache_bytes, model_config, record_bytes
+from jobs.gpus import GPU
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.config import RunConfig
+
+IMAGENET = (1_281_167, 1000)  # images and classes, while there is no cache to ask
+EFFICIENCY = 0.23  # MFU: what the release's measured 254 images/s an H100 come to for mar_large
+CONTEXT_BYTES = 1_500_000_000  # CUDA's context, kernels and NCCL's buffers, about
+GB, MB = 1e9, 1e6
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the plan."""
+
+    section: str
+    name: str
+    value: float
+    unit: str
+    made_of: str
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan is made under, apart from the configuration."""
+
+    gpu: GPU
+    gpus: int
+    epochs: float = 400
+    images: int = IMAGENET[0]
+    classes: int = IMAGENET[1]
+    efficiency: float = EFFICIENCY
+    images_per_second_per_gpu: float | None = None  # in the place of `efficiency`
+
+
+def images_and_classes(config: "RunConfig") -> tuple[int, int]:
+    """Of the cache at `cache.path` where it is on this machine, else ImageNet's."""
+    from pipelines import storage
+    from pipelines.latents import MANIFEST, LatentCache
+
+    if not storage.is_local(config.cache.path) or not storage.exists(storage.join(config.cache.path, MANIFEST)):
+        return IMAGENET
+    cache = LatentCache(config.cache.path)
+    return len(cache), len(cache.manifest.class_names)
+
+
+def figures(config: "RunConfig", given: Assumptions) -> list[Figure]:
+    """Every figure of training `config` under these assumptions. Raises UserError where they do not fit each other."""
+    _check(config, given)
+    parameters, memory = _memory(config, given)
+    speed, images_per_second = _speed(config, given)
+    return [
+        *memory,
+        *speed,
+        *_storage(config, given, parameters, images_per_second),
+        *_network(config, given, parameters, images_per_second),
+    ]
+
+
+def _check(config: "RunConfig", given: Assumptions) -> None:
+    for name, value in {
+        "--gpus": given.gpus, "--epochs": given.epochs, "--images": given.images, "--efficiency": given.efficiency,
+        "--peak-tflops": given.gpu.tflops, "--memory-gb": given.gpu.memory_gb,
+        "--images-per-second-per-gpu": given.images_per_second_per_gpu,
+    }.items():  # fmt: skip
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} is {value}, expected a number above 0")
+    if given.efficiency > 1:
+        raise UserError(f"--efficiency is {given.efficiency}, expected a share of the GPU's peak, up to 1 (the release's: {EFFICIENCY})")
+    micro_batches = config.train.batch // config.train.micro_batch
+    if given.gpus > micro_batches:
+        raise UserError(
+            f"--gpus is {given.gpus}, but train.batch {config.train.batch} has only {micro_batches} micro-batches of "
+            f"{config.train.micro_batch}, expected one a GPU or more; set train.micro_batch={max(1, config.train.batch // given.gpus)}"
+        )
+
+
+def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]:
+    from mar_model.footprint import activation_bytes, parameter_count
+
+    sizes = model_config(config, given.classes)
+    parameters, micro_batch = parameter_count(sizes), config.train.micro_batch
+    bf16 = config.train.precision != "float32"
+    held = {
+        "weights": (4 * parameters, f"{parameters:,} parameters × 4 bytes"),
+        "moving average (EMA)": (4 * parameters, "the same, float32"),
+        "Adam's moments": (8 * parameters, "two, float32"),
+        "gradients": (4 * parameters, "float32"),
+    }
+    if given.gpus > 1:
+        held["gradient buckets"] = (4 * parameters, "what the all-reduce works on")
+    if bf16:
+        held["bf16 weights"] = (2 * parameters, "copies that matrix products take, for one forward and backward pass")
+    held["CUDA"] = (CONTEXT_BYTES, "context, kernels and communication buffers, about")
+    value_bytes = 2 if bf16 else 4
+    kept, again = (
+        micro_batch * activation_bytes(sizes, sizes.tokens, value_bytes=value_bytes, recompute=recompute) for recompute in (False, True)
+    )
+    an_image = f"{micro_batch} images (train.micro_batch)"
+    fixed = sum(value for value, _ in held.values())
+
+    def figure(name: str, value: float, made_of: str) -> Figure:
+        return Figure("memory a GPU", name, value / GB, "GB", made_of)
+
+    def room(value: float) -> str:
+        left = given.gpu.memory_gb - value / GB
+        return f"{left:.1f} GB of {given.gpu.memory_gb:g} left" if left >= 0 else f"{-left:.1f} GB MORE THAN {given.gpu.memory_gb:g}"
+
+    return parameters, [
+        *(figure(name, value, made_of) for name, (value, made_of) in held.items()),
+        figure("activations", kept, f"{an_image} × {kept / micro_batch / MB:.0f} MB, all tokens masked (the most)"),
+        figure("activations, checkpointed", again, f"{an_image} × {again / micro_batch / MB:.0f} MB: inputs of blocks, and one block"),
+        figure("in all", fixed + kept, room(fixed + kept)),
+        figure("in all, checkpointed", fixed + again, room(fixed + again)),
+    ]
+
+
+def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float]:
+    from mar_model.flops import training_flops
+    from mar_model.masking import masked_tokens, mean_mask_ratio
+
+    sizes, micro_batch = model_config(config, given.classes), config.train.micro_batch
+    ratio = mean_mask_ratio(sizes.mask_ratio_mean, sizes.mask_ratio_std, sizes.mask_ratio_min)
+    masked = masked_tokens(sizes.tokens, ratio)
+    flops = training_flops(sizes, micro_batch, masked) / micro_batch
+    peak = given.gpu.tflops * 1e12
+    measured = given.images_per_second_per_gpu
+    rate = measured or given.efficiency * peak / flops
+    efficiency = rate * flops / peak
+    micro_batches = config.train.batch // micro_batch
+    turns = math.ceil(micro_batches / given.gpus)
+    total = given.gpus * rate * micro_batches / (given.gpus * turns)
+    images = given.epochs * given.images
+    hours = images / total / 3600
+    even = "" if micro_batches % given.gpus == 0 else f", {micro_batches} micro-batches dealt unevenly: {turns} on the busiest"
+    peaks = f"{given.gpu.tflops:g} TFLOP/s dense bf16"
+
+    def figure(name: str, value: float, unit: str, made_of: str) -> Figure:
+        return Figure("time", name, value, unit, made_of)
+
+    return [
+        figure("an image", flops / 1e9, "GFLOP", f"forward and backward, {masked} of {sizes.tokens} tokens masked (the mean)"),
+        figure("MFU", efficiency, "", f"from --images-per-second-per-gpu, of {peaks}" if measured else f"--efficiency, of {peaks}"),
+        figure("speed of a GPU", rate, "images/s", "as given" if measured else "MFU × peak / FLOP an image"),
+        figure("speed", total, "images/s", f"{given.gpus} GPUs{even}"),
+        figure("a step", config.train.batch / total, "s", f"train.batch, {config.train.batch} images"),
+        figure("steps", math.ceil(images / config.train.batch), "", f"{given.epochs:g} epochs of {given.images:,} images"),
+        figure("hours", hours, "h", "images / speed; checkpoints, restarts and validation not counted"),
+        figure("GPU-hours", hours * given.gpus, "h", f"{given.gpus} GPUs × hours"),
+    ], total
+
+
+def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
+    cache, record, checkpoint = cache_bytes(config, given.images), record_bytes(config), parameters * BYTES_A_PARAMETER
+    kept = config.train.checkpoints_kept
+    both = f"{given.images:,} images × 2 (mirrored) × {record:,} bytes, {config.cache.dtype}"
+
+    def figure(name: str, value: float, unit: str, made_of: str) -> Figure:
+        return Figure("storage", name, value / (MB if unit == "MB/s" else GB), unit, made_of)
+
+    return [
+        figure("latent cache", cache, "GB", both),
+        figure("read from the cache", images_per_second * record, "MB/s", "speed × one record, by all GPUs"),
+        figure("a checkpoint", checkpoint, "GB", f"weights, EMA, Adam: {BYTES_A_PARAMETER} bytes a parameter"),
+        figure("checkpoints", checkpoint * (kept + 1), "GB", f"{kept} kept (train.checkpoints_kept), one being written"),
+    ]
+
+
+def _network(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
+    sent = 2 * (given.gpus - 1) / given.gpus * 4 * parameters
+    steps = images_per_second / config.train.batch
+    return [
+        Figure("network a GPU", "a step", sent / GB, "GB", "all-reduce: 2(n − 1)/n of the float32 gradients sent, as much received"),
+        Figure("network a GPU", "a second", sent * steps / GB, "GB/s", "each way, if it is spread over the whole step"),
+    ]
+
+
+def table(config: "RunConfig", given: Assumptions) -> str:
+    """The figures for a person."""
+    kind = f"{given.gpu.name} ({given.gpu.tflops:g} TFLOP/s dense bf16, {given.gpu.memory_gb:g} GB; {given.gpu.source})"
+    lines = [f"{given.gpus} × {kind}, {given.epochs:g} epochs of {given.images:,} images in {given.classes:,} classes"]
+    section = ""
+    for one in figures(config, given):
+        if one.section != section:
+            section = one.section
+            lines.append(f"\n{section}")
+        number = f"{one.value:,.0f}" if one.value >= 1000 else f"{one.value:.3g}" if one.value < 1 else f"{one.value:.1f}"
+        lines.append(f"  {one.name:<26}{number:>12} {one.unit:<9} {one.made_of}")
+    return "\n".join(lines)
+
+
+def plain(config: "RunConfig", given: Assumptions) -> dict[str, Any]:
+    """The same for a program: the assumptions, and section → name → value, unit, made_of."""
+    sections: dict[str, dict[str, Any]] = {}
+    for one in figures(config, given):
+        sections.setdefault(one.section, {})[one.name] = {"value": one.value, "unit": one.unit, "made_of": one.made_of}
+    return {"assumptions": asdict(given), **sections}
