@@ -1,0 +1,274 @@
+"""Training and generation of one model on one device: images a second, seconds an image, FLOPs, MFU, peak memory.
+
+    python -m benchmarks.model [--what train|generate|both] [--preset base|large|huge] [--precision float32 bf16] [--batch 4]
+    python -m benchmarks.model --release DIR        # beside the release's own code: git clone https://github.com/LTH14/mar DIR
+
+Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
+A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
+that have to be done (`mar_model.flops`), for the release too, so MFU is what the work takes against what the device could do.
+With both precisions, the deviation of bf16 from float32 on the same draws is printed.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.released_code import ReleasedModel
+from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws, generate
+from mar_model.config import PUBLISHED
+from mar_model.flops import generation_flops, training_flops
+from mar_model.linear import Linear
+from mar_model.masking import masked_tokens
+from mar_model.memory import keep_freed_memory
+from mar_model.noise import to_device
+from mar_model.recipe import initial_weights, micro_batch_draws, parameter_groups
+
+LEARNING_RATE = 1e-4
+
+# Dense bf16 TFLOP/s of the vendor's data sheets, by a part of the device's name.
+PEAKS = {
+    "H200": 989.0,  # NVIDIA H200 data sheet: 1,979 with sparsity
+    "H100 PCIe": 756.0,  # NVIDIA H100 data sheet: 1,513 with sparsity
+    "H100": 989.0,  # the same, SXM: 1,979 with sparsity
+    "A100": 312.0,  # NVIDIA A100 data sheet
+    "L40S": 362.0,  # NVIDIA L40S data sheet: 733 with sparsity
+    "RTX 4090": 165.2,  # NVIDIA Ada GPU architecture, float32 accumulation
+    "RTX 3090": 71.0,  # NVIDIA Ampere GA102 architecture, float32 accumulation
+}
+
+
+class OurModel:
+    """This project's model as the training worker and the generation stage use it."""
+
+    def __init__(self, config: MARConfig, device: torch.device, options: argparse.Namespace) -> None:
+        self.device, self.options = device, options
+        torch.manual_seed(initial_weights(0))
+        self.model = MAR(config).to(device)
+        for parameter in self.model.parameters():  # what begins at zero would hide what comes before it
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+        if options.recompute:
+            self.model.recompute_activations()
+        if options.compile:
+            self.model.compile_blocks()
+        self.steps = 0
+
+    def precision(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=name == "bf16")
+
+    def losses(self, precision: str, latents: Tensor, labels: Tensor, masked: int) -> Tensor:
+        draws, dropout_seed = micro_batch_draws(self.model.config, len(labels), masked, seed=0, images_seen=self.steps, micro_batch=0)
+        draws = TrainingDraws(*(to_device(one, self.device) for one in draws))
+        torch.manual_seed(dropout_seed)
+        with self.precision(precision):
+            return self.model(latents, labels, masked, draws)[0].total  # type: ignore[no-any-return]
+
+    def train_step(self, precision: str, latents: Tensor, labels: Tensor, masked: int) -> None:
+        self.model.train()
+        self.losses(precision, latents, labels, masked).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+
+    def generate(self, precision: str, labels: Tensor) -> Tensor:
+        noise = SampleNoise(0, range(len(labels)), self.device)
+        with self.precision(precision):
+            return generate(
+                self.model, labels, noise, ar_steps=self.options.ar_steps, diffusion_steps=self.options.diffusion_steps,
+                guidance=self.options.guidance,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def deviation(self, latents: Tensor, labels: Tensor, masked: int, drawn: dict[str, Tensor]) -> dict[str, float]:
+        """Of bf16 from float32, on the same draws: the loss relatively, conditions and generated latents as relative root mean squares."""
+        self.model.eval()
+        found: dict[str, dict[str, Tensor]] = {"loss": {}, "z": {}, "generated": drawn}
+        kept = micro_batch_draws(self.model.config, len(labels), masked, seed=1, images_seen=0, micro_batch=0)[0].orders[:, masked:]
+        kept = to_device(kept.sort(dim=1).values, self.device)
+        for name in ("float32", "bf16"):
+            found["loss"][name] = self.losses(name, latents, labels, masked).mean()
+            with self.precision(name):
+                embedding = self.model.class_embedding(labels, torch.zeros_like(labels, dtype=torch.bool))
+                found["z"][name] = self.model.decode(self.model.encode(self.model.patchify(latents), kept, embedding), kept).float()
+        return {
+            name: float((by["bf16"] - by["float32"]).square().mean().sqrt() / by["float32"].square().mean().sqrt())
+            for name, by in found.items()
+            if len(by) == 2
+        }
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """TFLOP/s of the best of ten 4096³ products (2048³ on a CPU)."""
+    side = 2048 if device.type == "cpu" else 4096
+    layer, x = Linear(side, side, bias=False).to(device), torch.randn(side, side, device=device)
+    best = float("inf")
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        for _ in range(10):
+            best = min(best, timed(lambda: layer(x), device))
+    return 2 * side**3 / best / 1e12
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+class PeakMemory:
+    """Gibibytes at most: of one run on a CUDA device; elsewhere resident in the process, which holds all models of the table."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif platform.system() == "Linux":
+            Path("/proc/self/clear_refs").write_text("5")  # forget the process's high-water mark
+
+    def read(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        if platform.system() == "Linux":
+            line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+            return int(line.split()[1]) / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def by_turns(contestants: dict[str, Callable[[], object]], device: torch.device, warmup: int, runs: int) -> dict[str, dict[str, Any]]:
+    """Seconds of each run after the warm-up, one contestant after the other, and the peak memory of the last."""
+    found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contestants}
+    for turn in range(warmup + runs):
+        for name, work in contestants.items():
+            peak = PeakMemory(device)
+            seconds = timed(work, device)
+            if turn >= warmup:
+                found[name]["seconds"].append(seconds)
+            found[name]["peak_memory_gib"] = round(peak.read(), 2)
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(f"\n{'work':<9} {'code':<8} {'precision':<9} {'s/run':>8} {'images/s':>9} {'s/image':>8} ", end="")
+    print(f"{'TFLOP/s':>8} {'MFU':>6} {'GiB':>7}  faster than")
+    for row in rows:
+        same = [one for one in rows if one["what"] == row["what"]]
+        against = next((one for one in same if one["code"] == "release"), same[0])
+        mfu = "–" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        print(
+            f"{row['what']:<9} {row['code']:<8} {row['precision']:<9} {row['seconds']:>8.3f} {row['images_per_second']:>9.3f} "
+            f"{1 / row['images_per_second']:>8.3f} {row['tflops']:>8.2f} {mfu:>6} {row['peak_memory_gib']:>7.2f}  "
+            f"{against['code']} {against['precision']}: {against['seconds'] / row['seconds']:.2f}"
+        )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", choices=("train", "generate", "both"), default="train")
+    parser.add_argument("--preset", choices=[name.removeprefix("mar_") for name in PUBLISHED], default="base")
+    parser.add_argument("--denoiser", metavar="DEPTH/WIDTH", help="another denoiser than the preset's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--mask-ratio", type=float, default=0.867, help="the recipe's mean")
+    parser.add_argument("--ar-steps", type=int, default=8)
+    parser.add_argument("--diffusion-steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks")
+    parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
+    parser.add_argument("--keep-memory", action="store_true", help="the process keeps freed memory, as training workers on a CPU do")
+    parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to run beside")
+    parser.add_argument("--peak-tflops", type=float, help="of the device; by default its data sheet's, or on a CPU a measured product's")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
+    return parser.parse_args()
+
+
+def contestants(
+    what: str, options: argparse.Namespace, ours: OurModel, release: ReleasedModel | None, latents: Tensor, labels: Tensor, masked: int,
+    drawn: dict[str, Tensor],
+) -> dict[str, Callable[[], object]]:  # fmt: skip
+    """What takes turns, by `code precision`; generations are kept in `drawn`."""
+    found: dict[str, Callable[[], object]] = {}
+    for precision in options.precision:
+        if what == "train":
+            found[f"ours {precision}"] = lambda name=precision: ours.train_step(name, latents, labels, masked)
+        else:
+            found[f"ours {precision}"] = lambda name=precision: drawn.update({name: ours.generate(name, labels)})
+    if release is not None:
+        theirs = {
+            "train": lambda: release.train_step(latents, labels, masked),
+            "generate": lambda: release.generate(labels, options.ar_steps, options.guidance),
+        }
+        found[f"release {release.precision}"] = theirs[what]
+    return found
+
+
+def main() -> None:
+    options = parse()
+    device = torch.device(options.device)
+    if options.keep_memory:
+        keep_freed_memory()
+    architecture = PUBLISHED[f"mar_{options.preset}"]
+    if options.denoiser:
+        depth, width = (int(part) for part in options.denoiser.split("/"))
+        architecture = replace(architecture, denoiser_depth=depth, denoiser_width=width)
+    config = MARConfig(**vars(architecture))
+    masked = masked_tokens(config.tokens, options.mask_ratio)
+    torch.manual_seed(0)
+    latents = torch.randn(options.batch, config.latent_channels, config.latent_size, config.latent_size, device=device)
+    labels = torch.arange(options.batch, device=device) % config.classes
+    ours = OurModel(config, device, options)
+    release = ReleasedModel(options.release, config, device, LEARNING_RATE, options.diffusion_steps) if options.release else None
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    data_sheet = next((peak for part, peak in PEAKS.items() if part in device_name), None)
+    steps = {"ar_steps": options.ar_steps, "diffusion_steps": options.diffusion_steps}
+    work: dict[str, dict[str, Any]] = {"train": {"masked": masked}, "generate": {**steps, "guidance": options.guidance}}
+    tflop = {
+        "train": training_flops(config, options.batch, masked) / 1e12,
+        "generate": generation_flops(config, options.batch, **steps, guided=options.guidance != 1.0) / 1e12,
+    }
+    rows: list[dict[str, Any]] = []
+    drawn: dict[str, Tensor] = {}
+    for what in ("train", "generate") if options.what == "both" else (options.what,):
+        takes_turns = contestants(what, options, ours, release, latents, labels, masked, drawn)
+        for name, found in by_turns(takes_turns, device, options.warmup, options.runs).items():
+            code, precision = name.split()
+            seconds = statistics.median(found["seconds"])
+            peak = options.peak_tflops or (data_sheet if precision != "float32" else None)
+            if peak is None and device.type == "cpu":
+                peak = measured_peak(device, precision)
+            row = {
+                "benchmark": "model", "what": what, "code": code, "precision": precision, "preset": options.preset,
+                "denoiser": f"{config.denoiser_depth}/{config.denoiser_width}", "device": device_name,
+                "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": options.batch, **work[what],
+                "compile": options.compile, "recompute": options.recompute, "keep_memory": options.keep_memory,
+                "seconds": seconds, "runs": [round(one, 4) for one in found["seconds"]], "images_per_second": options.batch / seconds,
+                "tflop": tflop[what], "tflops": tflop[what] / seconds, "peak_tflops": peak,
+                "mfu": None if peak is None else tflop[what] / seconds / peak, "peak_memory_gib": found["peak_memory_gib"],
+            }  # fmt: skip
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if len(options.precision) == 2:
+        print(json.dumps({"benchmark": "model", "deviation_of_bf16": ours.deviation(latents, labels, masked, drawn)}))
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
