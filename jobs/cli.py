@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.cache_commands import inspect_command, verify_command
 from jobs.released import export_command, import_command
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.errors import UserError
@@ -185,6 +186,8 @@ def plan(
 
 app.command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
 app.command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
+app.command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
+app.command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)
 
 
 def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -34,11 +34,13 @@ COMMANDS = [
     "plan",
     "import",
     "export",
+    "inspect",
+    "verify",
 ]
-CONFIGURED = [name for name in COMMANDS if name not in ("import", "export")]  # those two are told all by their own options
+CONFIGURED = [name for name in COMMANDS if name not in ("import", "export", "inspect", "verify")]  # those are told all by their own options
 
 
-def test_the_thirteen_commands_are_there() -> None:
+def test_the_fifteen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,154 @@
+"""The commands `mar inspect` and `mar verify`: what is in a latent cache, and whether it is whole."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.images import ImageSettings
+    from pipelines.inspecting import Inspection
+
+CLASSES_SHOWN = 10
+REASONS_SHOWN = 10
+BARS = " ▁▂▃▄▅▆▇█"
+
+Cache = Annotated[str, typer.Argument(metavar="CACHE", help="directory of the latent cache")]
+Tokenizer = Annotated[str, typer.Option(metavar="DIR", help="its tokenizer, where it has moved since")]
+
+
+def inspect_command(
+    cache: Cache,
+    tokenizer: Tokenizer = "",
+    wall: Annotated[str, typer.Option(metavar="FILE.png", help="picture of decoded images; else CACHE/inspect.png")] = "",
+) -> None:
+    """Show what is in a latent cache, and decode some of it."""
+    from jobs.stages import guarded
+
+    def work() -> None:
+        from pipelines import storage
+        from pipelines.inspecting import inspect, write_wall
+
+        found = inspect(cache)
+        _show(found)
+        where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
+        if not where or not storage.exists(storage.join(where, "config.json")):
+            print("no picture: give the tokenizer's directory with --tokenizer")
+            return
+        path = wall or storage.join(cache, "inspect.png")
+        print(f"{write_wall(found.cache, where, path)} images decoded: {path}")
+
+    guarded("inspect", cache, work)
+
+
+def verify_command(
+    cache: Cache,
+    sample: Annotated[int, typer.Option("--sample", metavar="N", help="images to encode again from the source")] = 0,
+    tokenizer: Tokenizer = "",
+    source: Annotated[str, typer.Option(metavar="SOURCE", help="the images, where they have moved since")] = "",
+) -> None:
+    """Compare a latent cache with its checksums; status 1 if it is damaged."""
+    from jobs.stages import guarded
+
+    def work() -> bool:
+        import torch
+
+        from pipelines.latents import LatentCache
+        from pipelines.verifying import damages, encode_again
+
+        opened = LatentCache(cache)
+        found = list(damages(opened))
+        for one in found:
+            print(f"✗ {one}")
+        print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
+        if found:
+            print("run `mar cache` again with the same settings: it makes exactly these anew")
+            return False
+        if sample:
+            where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            again = encode_again(opened, _image_settings(cache, source), where, sample, device)
+            same = again.largest <= again.allowed
+            print(
+                f"{'✓' if same else '✗'} {again.images} images encoded again: at most {again.largest:.2g} standard deviations apart "
+                f"({again.allowed:.2g} allowed)"
+            )
+            return same
+        return True
+
+    if not guarded("verify", cache, work):
+        raise typer.Exit(1)
+
+
+def _recorded(cache: str, section: str) -> dict[str, Any]:
+    """That section of the configuration that the cache was made with; empty where it was not kept."""
+    from pipelines import storage
+
+    path = storage.join(cache, "configuration.json")
+    found: dict[str, Any] = storage.read_json(path).get(section, {}) if storage.exists(path) else {}
+    return found
+
+
+def _image_settings(cache: str, source: str) -> "ImageSettings":
+    from dataclasses import fields
+
+    from pipelines.images import ImageSettings
+
+    recorded = _recorded(cache, "images")
+    known = {one.name for one in fields(ImageSettings)}
+    settings = ImageSettings(**{name: value for name, value in recorded.items() if name in known})
+    settings.source = source or settings.source
+    if not recorded or not settings.source:
+        raise UserError(f"{cache!r} keeps no configuration.json that says how its images were read; `mar verify` can't encode them again")
+    return settings
+
+
+def _show(found: "Inspection") -> None:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipelines.inspecting import EDGES
+
+    manifest = found.cache.manifest
+    table = Table(title=f"cache {found.cache.path}", show_header=False, title_justify="left")
+    size = sum(shard["bytes"] for shard in manifest.shards)
+    held_out = manifest.images.get("held_out", 0)
+    latent = f"{manifest.latent_channels} × {manifest.latent_size} × {manifest.latent_size}"
+    most, fewest = int(found.images.max(initial=0)), int(found.images.min(initial=0))
+    deviation = manifest.precision.get("deviation")
+    for name, value in {
+        "images": f"{manifest.rows:,} in {len(manifest.shards):,} shards, {size / 1e9:.3g} GB; {held_out:,} held out",
+        "latents": f"{latent} of {manifest.image_size} px images, {manifest.dtype}",
+        "tokenizer": f"{manifest.tokenizer.get('config', {}).get('kind', '?')}, digest {manifest.tokenizer.get('digest', '?')[:12]}…",
+        "precision": manifest.precision.get("name", "float32")
+        + (f", means {deviation['means_rms']:.2g} standard deviations from float32's (root mean square)" if deviation else ""),
+        "classes": f"{len(found.images):,}, from {fewest:,} to {most:,} images",
+        "mean": _channels(manifest.latent_mean),
+        "standard deviation": _channels(manifest.latent_std),
+        "range": f"{min(manifest.latent_min):.3g} to {max(manifest.latent_max):.3g}",
+        "digest": found.cache.digest,
+    }.items():
+        table.add_row(name, value)
+    console = Console(highlight=False)
+    console.print(table)
+    for label in np.argsort(-found.images, kind="stable")[:CLASSES_SHOWN].tolist():
+        console.print(f"  {found.images[label]:>9,}  {manifest.class_names[label]}", markup=False)
+    if len(found.images) > CLASSES_SHOWN:
+        console.print(
+            f"  {found.images.sum() - np.sort(found.images)[-CLASSES_SHOWN:].sum():>9,}  in {len(found.images) - CLASSES_SHOWN} more"
+        )
+    heights = (found.histogram / max(found.histogram.max(), 1e-12) * (len(BARS) - 1)).round().astype(int)
+    console.print(f"normalised latents of {found.sampled:,} images, {EDGES[0]:g} to {EDGES[-1]:g} standard deviations:")
+    console.print("  " + "".join(BARS[height] for height in heights), markup=False)
+    console.print(f"{sum(found.rejected.values()):,} images rejected")
+    for reason, count in found.rejected.most_common(REASONS_SHOWN):
+        console.print(f"  {count:>9,}  {reason}", markup=False)
+
+
+def _channels(values: list[float]) -> str:
+    """All of a few channels, the range of many."""
+    if len(values) <= 4:
+        return "  ".join(f"{value:.4g}" for value in values)
+    return f"{min(values):.4g} to {max(values):.4g} over {len(values)} channels"

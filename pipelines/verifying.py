@@ -1,0 +1,96 @@
+"""Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines import storage
+from pipelines.caching import LISTING
+from pipelines.encoding import Encoder, decode_row
+from pipelines.errors import UserError
+from pipelines.images import ImageSettings, kept_listing
+from pipelines.inspecting import check_tokenizer, spread
+from pipelines.latents import SHARDS, LatentCache, Manifest
+
+CHECKS_AT_ONCE = 4
+# How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
+TOLERANCE = {"float32": 0.01, "tf32": 0.05, "bf16": 0.5}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images encoded again: how many, and the largest difference of a posterior mean in standard deviations of the latents."""
+
+    images: int
+    largest: float
+    allowed: float
+
+
+def damages(cache: LatentCache) -> Iterator[str]:
+    """What is wrong with each shard that is not as the manifest says: its length, checksum, schema or number of rows."""
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+        yield from (found for found in pool.map(lambda entry: _damage(cache, entry), cache.manifest.shards) if found)
+    rows = sum(entry["rows"] for entry in cache.manifest.shards)
+    if rows != len(cache):
+        yield f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
+
+
+def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:
+    path = storage.join(cache.path, SHARDS, entry["name"])
+    if not storage.exists(path):
+        return f"{entry['name']} is missing"
+    data = storage.read_bytes(path)
+    if len(data) != entry["bytes"]:
+        return f"{entry['name']} is {len(data):,} bytes long, the manifest says {entry['bytes']:,}"
+    if storage.digest(data) != entry["sha256"]:
+        return f"{entry['name']} has another SHA-256 than the manifest says"
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    shape = json.loads(table.schema.metadata[b"moments_shape"])
+    if table.num_rows != entry["rows"] or tuple(shape) != cache.moments_shape:
+        return f"{entry['name']} holds {table.num_rows} rows of {shape}, the manifest says {entry['rows']} of {list(cache.moments_shape)}"
+    return ""
+
+
+def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, count: int, device: torch.device) -> Sampled:
+    """Read `count` images spread over the cache from their source, encode them and compare.
+
+    Raises UserError where the source or the tokenizer is another one, or an image can't be used any more.
+    """
+    check_tokenizer(cache, tokenizer)
+    manifest = cache.manifest
+    rows = spread(len(cache), count)
+    listing = kept_listing(storage.join(cache.path, LISTING))
+    if listing is None:
+        raise UserError(f"{cache.path!r} has lost its {LISTING}, which says where each image is; run `mar cache` again")
+    keys = listing.rows.column("key")
+    places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
+    pixels = []
+    for key in cache.keys(rows):
+        decoded = decode_row(images, listing.rows[places[key]])
+        if decoded.pixels is None:
+            raise UserError(f"image {key} of {images.source!r} can't be used any more: {decoded.reason}; the source has changed")
+        pixels.append(torch.from_numpy(decoded.pixels))
+    precision = manifest.precision.get("name", "float32")
+    encoder = Encoder(tokenizer, precision, manifest.dtype, device)
+    found = torch.cat([encoder.encode(torch.stack(pixels[start : start + 8])) for start in range(0, len(rows), 8)], dim=1).cpu().numpy()
+    std = np.array(manifest.latent_std)[:, None, None]
+    largest = 0.0
+    for mirrored in (False, True):
+        there = cache.take(rows, np.full(len(rows), mirrored))[0]
+        expected = found[int(mirrored)].astype(manifest.dtype)
+        difference = np.abs(there.astype(np.float64) - expected.astype(np.float64))[:, : manifest.latent_channels] / std
+        largest = max(largest, float(difference.max()))
+    return Sampled(len(rows), largest, TOLERANCE[precision] + _rounding(manifest))
+
+
+def _rounding(manifest: Manifest) -> float:
+    """Two neighbouring numbers of the cache's type, at the largest latent, in standard deviations."""
+    largest = np.maximum(np.abs(manifest.latent_min), np.abs(manifest.latent_max))
+    spacing = np.spacing(largest.astype(manifest.dtype)).astype(np.float64)
+    return float((spacing / np.array(manifest.latent_std)).max())

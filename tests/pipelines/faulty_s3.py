@@ -1,0 +1,56 @@
+"""An S3 server on the loopback that answers a share of the requests as a bucket on a bad day does."""
+
+import random
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+KINDS = ("500", "503", "reset", "stall")
+
+
+class FaultyS3:
+    """`share` of the requests fail, in turn as each of `kinds`; a stalled one is answered after `stall` seconds."""
+
+    def __init__(self) -> None:
+        self.share, self.kinds, self.stall = 0.0, KINDS, 3.0
+        self.faults: Counter[str] = Counter()
+        self.requests = 0
+        self._draw, self._lock = random.Random(0), threading.Lock()
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> "FaultyS3":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        with self._lock:
+            self.requests += 1
+            kind = self.kinds[sum(self.faults.values()) % len(self.kinds)] if self._draw.random() < self.share else ""
+            if kind:
+                self.faults[kind] += 1
+        if kind in ("500", "503"):
+            environ["wsgi.input"].read()
+            start_response(f"{kind} Fault", [("Content-Type", "text/plain")])
+            return [b"a fault"]
+        if kind == "reset":
+            connection: socket.socket = environ["werkzeug.socket"]
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with RST
+            connection.close()
+            return []
+        if kind == "stall":
+            time.sleep(self.stall)
+        return self._app(environ, start_response)  # type: ignore[no-any-return]
