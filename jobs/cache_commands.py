@@ -48,7 +48,7 @@ def verify_command(
     tokenizer: Tokenizer = "",
     source: Annotated[str, typer.Option(metavar="SOURCE", help="the images, where they have moved since")] = "",
 ) -> None:
-    """Compare a latent cache with its checksums; status 1 if it is damaged."""
+    """Compare a latent cache with its checksums."""
     from jobs.stages import guarded
 
     def work() -> bool:
