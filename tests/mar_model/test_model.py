@@ -1,8 +1,5 @@
 """Sizes, initial values, and what does not depend on how the work is cut up."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -135,13 +132,3 @@ def test_draws_are_a_function_of_seed_images_seen_and_micro_batch() -> None:
         other, _ = micro_batch_draws(TINY, 4, 3, **{"seed": 1, "images_seen": 640, "micro_batch": 2, **change})
         assert not torch.equal(first.noise, other.noise)
     assert torch.equal(first.orders.sort(dim=1).values, torch.arange(4).expand(4, 4))
-
-
-def test_mar_model_needs_torch_numpy_and_safetensors_alone() -> None:
-    program = (
-        "import sys, mar_model, mar_model.checkpoint, mar_model.tokenizers, mar_model.recipe, mar_model.ema\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules} & "
-        "{'ray', 'mlflow', 'pyarrow', 'pydantic', 'pipelines', 'jobs', 'PIL', 'scipy', 'typer', 'rich'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""

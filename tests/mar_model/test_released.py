@@ -217,8 +217,8 @@ def test_files_that_are_no_checkpoints(released: Path, tmp_path: Path) -> None:
 
 
 def test_memory_is_one_copy_of_the_weights(tmp_path: Path) -> None:
-    config = replace(TINY, classes=1_000_000)  # two sets of 128 MB
-    write_released(tmp_path / "checkpoint-last.pth", model=weights(1, config), model_ema=weights(2, config))
+    sets = {key: {**weights(1), "class_emb.weight": torch.full((1_000_000, 32), 0.5)} for key in ("model", "model_ema")}  # 128 MB each
+    write_released(tmp_path / "checkpoint-last.pth", **sets)
     program = (
         "import resource, sys; from pathlib import Path; from mar_model.released import import_checkpoint\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
