@@ -1,0 +1,324 @@
+"""Making a latent cache: images a second beside a bare loop, precision, memory, kills, listing. Each bar with its baseline.
+
+    python -m benchmarks.cache [--what throughput,precision,memory,kills,listing] [--images 2000]
+
+Photographs are made: 500 × 375 JPEG of noise at several scales, about the size of ImageNet's. Ray's start is never part of a speed.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
+from pipelines.caching import CacheSettings, cache
+from pipelines.cluster import ClusterSettings, connected
+from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
+from pipelines.images import ImageSettings, list_images
+from pipelines.shards import make, shards_of
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings
+
+DISTINCT = 100  # photographs; the others are the same bytes under other names
+CLASSES = 10
+BATCH = 32
+SHARD = 256
+SMALL = KLConfig(channels=4, width=8, multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, attention=False)
+MIDDLE = KLConfig(channels=16, width=8, multipliers=(1, 1, 2, 2, 4), encoder_blocks=1, decoder_blocks=1)
+
+
+def write_photographs(folder: Path, images: int, size: tuple[int, int] = (500, 375)) -> str:
+    generator = np.random.default_rng(0)
+    encoded = []
+    for _ in range(min(images, DISTINCT)):
+        pixels = np.zeros((size[1], size[0], 3), np.float32)
+        for cell in (4, 16, 64):
+            coarse = generator.integers(0, 256, (size[1] // cell + 1, size[0] // cell + 1, 3), dtype=np.uint8)
+            pixels += np.asarray(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), np.float32) / 3
+        sink = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(sink, "JPEG", quality=90)
+        encoded.append(sink.getvalue())
+    for number in range(images):
+        path = folder / f"{number % CLASSES}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded[number % len(encoded)])
+    return str(folder)
+
+
+def write_tokenizer(folder: Path, config: KLConfig) -> str:
+    torch.manual_seed(0)
+    save_tokenizer(KLAutoencoder(config), folder)
+    return str(folder)
+
+
+def bare_loop(images: ImageSettings, tokenizer: str, threads: int) -> float:
+    """Images a second of one process without Ray after the first SHARD: decoding threads, encoding of both views, moments kept."""
+    torch.set_num_threads(threads)
+    encoder = Encoder(tokenizer, "float32", "float16", torch.device("cpu"))
+    rows, kept = list_images(images).train(), []
+    ahead: deque[Future[Decoded]] = deque()
+    remaining = iter(rows)
+    buffer, began = encoder.buffer(BATCH, images.size), 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for row in remaining:
+            ahead.append(pool.submit(decode_row, images, row))
+            if len(ahead) == 2 * BATCH:
+                break
+        for start in range(0, len(rows), BATCH):
+            if start == SHARD:
+                began = time.perf_counter()
+            count = min(BATCH, len(rows) - start)
+            for place in range(count):
+                pixels = ahead.popleft().result().pixels
+                assert pixels is not None
+                buffer[place] = torch.from_numpy(pixels)
+                if (following := next(remaining, None)) is not None:
+                    ahead.append(pool.submit(decode_row, images, following))
+            kept.append(encoder.encode(buffer[:count]).numpy().astype(np.float16))
+    return (len(rows) - SHARD) / (time.perf_counter() - began)
+
+
+def through_ray(images: ImageSettings, tokenizer: str, path: str, threads: int) -> tuple[float, dict[str, float]]:
+    """Images a second through the stage's encoders after the first shard, in a Ray that is already there; and where the time went."""
+    import ray
+
+    rows = list_images(images).train()
+    job = EncodingJob(images, tokenizer, path, BATCH, "float16", "float32", threads, ClusterSettings(threads=threads))
+    done, seconds, began = 0, None, 0.0
+    for progress in make(job, 1, ray.put(rows), shards_of(len(rows), SHARD)):
+        if progress.record is not None:
+            done += progress.record["rows"]
+            began = began or time.perf_counter()
+            seconds = progress.seconds if seconds is None else seconds + progress.seconds
+    assert seconds is not None
+    return (done - SHARD) / (time.perf_counter() - began), seconds.shares()
+
+
+def throughput(options: argparse.Namespace) -> None:
+    threads = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        images = ImageSettings(source=write_photographs(folder / "images", options.images), size=256)
+        tokenizer = write_tokenizer(folder / "tokenizer", MIDDLE)
+        began = time.perf_counter()
+        with connected(ClusterSettings(cpus=threads), folder / "ray.log"):
+            start = time.perf_counter() - began
+            speeds: list[tuple[float, float]] = []
+            for run in range(options.runs):
+                ours, shares = through_ray(images, tokenizer, str(folder / f"cache-{run}"), threads)
+                speeds.append((ours, bare_loop(images, tokenizer, threads)))
+    ours, bare = (statistics.median(values) for values in zip(*speeds, strict=True))
+    figures = {"images_per_second": ours, "bare_loop": bare, "ray_start_seconds": start, "shares": shares, "runs": speeds}
+    print(json.dumps({"benchmark": "cache.throughput", **figures}))
+    row("images through Ray", f"{ours:.0f} images/s", f"bare loop {bare:.0f}", f"{ours / bare:.0%}", "90 %")
+    row("  Ray's start", f"{start:.1f} s", "", "", "apart")
+
+
+def precision(options: argparse.Namespace) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    images = torch.randint(0, 256, (8, 256, 256, 3), dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = write_tokenizer(Path(temporary), KLConfig())
+        encoders = {name: Encoder(tokenizer, name, "float32", torch.device("cpu")) for name in ("float32", "bf16")}
+        plain = encoders["float32"].tokenizer
+
+        def contiguous() -> torch.Tensor:
+            plain.to(memory_format=torch.contiguous_format)
+            with torch.inference_mode():
+                found = plain.encode(images.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1.0)
+            plain.to(memory_format=torch.channels_last)
+            return found
+
+        ways: dict[str, tuple[Callable[[], torch.Tensor], int]] = {"float32 contiguous": (contiguous, 1)}
+        ways |= {f"{name} channels last": (lambda one=one: one.encode(images), 2) for name, one in encoders.items()}  # type: ignore[misc]
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.runs + 1):
+            for name, (encode, views) in ways.items():
+                began = time.perf_counter()
+                encode()
+                seconds[name].append((time.perf_counter() - began) / views / len(images))
+        deviations = {name: one.deviation(images, one.encode(images))["means_rms"] for name, one in encoders.items()}
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    print(json.dumps({"benchmark": "cache.precision", "seconds_an_image": medians, "means_rms_deviation": deviations}))
+    base = medians.pop("float32 contiguous")
+    for name, value in medians.items():
+        deviation = f"deviation {deviations[name.split()[0]]:.1e}"
+        row(
+            f"KL-16 encoding, {name}",
+            f"{value:.3f} s an image",
+            f"contiguous {base:.3f}",
+            f"{base / value:.2f} times",
+            f"3 times; {deviation}",
+        )
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """The largest proportional set size of this process and all below it, in MB, as the list's only element."""
+    peak, ended = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            total = 0.0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss / 2**20
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            peak[0] = max(peak[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def memory(options: argparse.Namespace) -> None:
+    found = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = write_tokenizer(folder / "tokenizer", SMALL)
+        for images in (2_000, 20_000):
+            write_photographs(folder / f"{images}", images, size=(160, 120))
+            command = [sys.executable, "-m", "benchmarks.cache", "--what", "stage", "--source", str(folder / f"{images}")]
+            command += ["--tokenizer", tokenizer, "--path", str(folder / f"cache-{images}")]
+            found[images] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    few, many = (one["peak_mb"] for one in found.values())
+    print(json.dumps({"benchmark": "cache.memory", "runs": found}))
+    row("peak PSS, 20,000 images", f"{many:.0f} MB", f"2,000: {few:.0f} MB", f"{many / few - 1:+.1%}", "+10 %")
+
+
+def run_stage(options: argparse.Namespace) -> None:
+    """The stage alone, small: what `memory` measures and `kills` kills."""
+    cluster = ClusterSettings(cpus=2)
+    images = ImageSettings(source=options.source, size=64)
+    settings = CacheSettings(path=options.path, shard_images=options.shard, batch=BATCH, encoders=options.encoders)
+    with peak_memory() as peak, connected(cluster, Path(options.path + ".log")):
+        summary = cache(images, TokenizerSettings(path=options.tokenizer), settings, Stage("cache", cluster))
+    print(json.dumps({"peak_mb": peak[0], "images": summary["images"], "seconds": summary["seconds"]}))
+
+
+def kills(options: argparse.Namespace) -> None:
+    """Kill the driver or an encoder at random moments, start again after each death of the driver, and compare."""
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = write_tokenizer(folder / "tokenizer", SMALL)
+        write_photographs(folder / "images", options.images, size=(500, 375))
+
+        def start(name: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "benchmarks.cache", "--what", "stage", "--source", str(folder / "images"), "--shard", "32"]
+            command += ["--tokenizer", tokenizer, "--path", str(folder / name), "--encoders", "2"]
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+        began = time.perf_counter()
+        assert start("undisturbed").wait() == 0
+        whole = time.perf_counter() - began
+        shards, killed, again, driver = folder / "killed" / "shards", 0, 0, start("killed")
+        before: dict[str, int] = {}
+        kinds = []
+        while killed < options.kills:
+            target = time.perf_counter() + draw.uniform(0.0, 3.0)
+            while driver.poll() is None and (time.perf_counter() < target or len(_times(shards)) == len(before)):
+                time.sleep(0.05)  # until something new is finished: each kill hits work
+            if driver.poll() is not None:
+                break
+            again += sum(before[name] != when for name, when in _times(shards).items() if name in before)
+            before = _times(shards)
+            encoders = [one for one in psutil.Process(driver.pid).children(recursive=True) if "ShardEncoder" in " ".join(_command(one))]
+            if draw.random() < 0.5 and encoders:
+                draw.choice(encoders).kill()
+                kinds.append("encoder")
+            else:
+                driver.send_signal(signal.SIGKILL)
+                driver.wait()
+                kinds.append("driver")
+                driver = start("killed")
+            killed += 1
+        assert driver.wait() == 0
+        again += sum(before[name] != when for name, when in _times(shards).items() if name in before)
+        same = all(
+            (folder / "undisturbed" / name).read_bytes() == (folder / "killed" / name).read_bytes()
+            for name in [
+                "manifest.json",
+                "rejected.parquet",
+                *(f"shards/{one}" for one in sorted(os.listdir(folder / "undisturbed" / "shards"))),
+            ]
+        ) and sorted(os.listdir(shards)) == sorted(os.listdir(folder / "undisturbed" / "shards"))
+    print(
+        json.dumps({"benchmark": "cache.kills", "kills": kinds, "finished_shards_made_again": again, "same_bytes": same, "seconds": whole})
+    )
+    row(f"{killed} kills at random moments", "same bytes" if same else "OTHER BYTES", f"{kinds.count('driver')} drivers", "", "same bytes")
+    row("  finished shards made again", str(again), f"{kinds.count('encoder')} encoders", "", "0")
+
+
+def _times(shards: Path) -> dict[str, int]:
+    return {one.name: one.stat().st_mtime_ns for one in shards.glob("*.json")}
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def listing(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        for label in range(100):
+            (Path(temporary) / f"n{label:08d}").mkdir()
+            for number in range(1000):
+                (Path(temporary) / f"n{label:08d}" / f"n{label:08d}_{number}.JPEG").touch()
+        began = time.perf_counter()
+        found = list_images(ImageSettings(source=temporary))
+        seconds = time.perf_counter() - began
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    print(json.dumps({"benchmark": "cache.listing", "images": len(found.rows), "seconds": seconds}))
+    row("list 100,000 images of a tree", f"{seconds:.2f} s", "", "", "seconds")
+
+
+def row(what: str, found: str, baseline: str, ratio: str, bar: str) -> None:
+    print(f"{what:<42} {found:>18} {baseline:>20} {ratio:>12} {'bar ' + bar:>16}", flush=True)
+
+
+def main() -> None:
+    pieces = {"throughput": throughput, "precision": precision, "memory": memory, "kills": kills, "listing": listing, "stage": run_stage}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--what", default="listing,throughput,precision,memory,kills")
+    parser.add_argument("--images", type=int, default=2_000)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10)
+    for name in ("source", "tokenizer", "path"):
+        parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--shard", type=int, default=1024, help=argparse.SUPPRESS)
+    parser.add_argument("--encoders", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    for name in options.what.split(","):
+        pieces[name](options)
+
+
+if __name__ == "__main__":
+    main()
