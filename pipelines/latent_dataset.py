@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from pipelines.latents import LatentCache
 from pipelines.sampler import Order, SampleOrder, WindowedOrder
 
 AHEAD = 2  # batches prepared before they are asked for
+BLOCK = 8192  # positions whose rows are computed at once: a few cost nearly as much as many
 
 
 class LatentBatch(NamedTuple):
@@ -35,6 +37,7 @@ class LatentDataset:
         shard_rows = [shard["rows"] for shard in cache.manifest.shards]
         self.order: Order = WindowedOrder(seed, shard_rows, window) if window else SampleOrder(seed, len(cache))
         self.pin_memory = torch.cuda.is_available()
+        self._block = lru_cache(maxsize=4)(lambda number: self.order.indices(number * BLOCK, (number + 1) * BLOCK))
         needed = min(window + 1, len(shard_rows)) if window else len(shard_rows)
         if cache.local is not None and cache.local.capacity < needed:
             raise UserError(
@@ -49,7 +52,9 @@ class LatentDataset:
             self.cache.local.ahead(self.order.shards_from(start, 2 * self.order.window))
         dtype = getattr(torch, self.cache.manifest.dtype)
         moments = torch.empty(stop - start, *self.cache.moments_shape, dtype=dtype, pin_memory=self.pin_memory)
-        _, labels = self.cache.take(self.order.indices(start, stop), flipped, out=moments.numpy())
+        blocks = range(start // BLOCK, -(-stop // BLOCK))
+        rows = np.concatenate([np.empty(0, np.int64), *map(self._block, blocks)])[start - blocks.start * BLOCK :][: stop - start]
+        _, labels = self.cache.take(rows, flipped, out=moments.numpy())
         found = torch.from_numpy(labels)
         return moments, found.pin_memory() if self.pin_memory else found
 

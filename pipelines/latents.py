@@ -1,7 +1,6 @@
 """The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
 
 import json
-import math
 import tempfile
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
@@ -165,12 +164,13 @@ class LatentCache:
 
         `out`: where to put the moments.
         """
-        moments = np.empty((len(indices), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
-        labels = np.empty(len(indices), dtype=np.int64)
-        records = moments.reshape(len(indices), math.prod(self.moments_shape))  # copying a flat record costs half the overhead
-        for position, ((shard, row), mirror) in enumerate(zip(self._places(indices), np.asarray(flipped).tolist(), strict=True)):
-            records[position] = shard.flipped[row] if mirror else shard.moments[row]
-            labels[position] = shard.labels[row]
+        places = self._places(indices)
+        moments = np.empty((len(places), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
+        if places:  # one call for all: what a copy costs beside its bytes is the interpreter
+            mirrors = np.asarray(flipped).tolist()
+            records = [(shard.flipped if mirror else shard.moments)[row] for (shard, row), mirror in zip(places, mirrors, strict=True)]
+            np.concatenate(records, out=moments.reshape(-1))
+        labels = np.fromiter((shard.labels[row] for shard, row in places), np.int64, len(places))
         return moments, labels
 
     def labels(self) -> np.ndarray:
