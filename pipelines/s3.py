@@ -58,11 +58,21 @@ def write(path: str, data: bytes) -> None:
 
 
 def abort_uploads(path: str) -> int:
-    """Take back the parts that killed writers left below `path`, which are invisible and paid for; returns how many uploads."""
+    """Take back the parts that killed writers left below `path`, which are invisible and paid for; returns how many uploads.
+
+    None where the bucket's policy doesn't let us look: nothing depends on it.
+    """
+    from botocore.exceptions import ClientError
+
     bucket, key, options = split(path)
     client = _client(options, _environment())
     found = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
-    uploads = [one for page in found for one in page.get("Uploads", [])]
+    try:
+        uploads = [one for page in found for one in page.get("Uploads", [])]
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("AccessDenied", "NotImplemented"):
+            return 0
+        raise
     for one in uploads:
         client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
     return len(uploads)
