@@ -60,7 +60,7 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
     if "token_dim" in seen:
         values["patch_size"], values["latent_channels"] = _patch(seen["token_dim"], told)
     stride = values.pop("stride", STRIDE)
-    side = math.isqrt(seen["tokens"]) if "tokens" in seen else int(arguments.get("img_size", 256)) // stride // values["patch_size"]
+    side = math.isqrt(seen["tokens"]) if "tokens" in seen else int(float(arguments.get("img_size", 256))) // stride // values["patch_size"]
     if "tokens" in seen and side**2 != seen["tokens"]:
         raise ValueError(f"diffusion_pos_embed_learned has {seen['tokens']} positions, expected a square number of tokens")
     return MARConfig(**{**values, "latent_size": side * values["patch_size"]})
@@ -76,9 +76,12 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, (argument, kind) in {**ARGUMENTS, "stride": ("vae_stride", int)}.items():
         if arguments.get(argument) is not None:
             try:
-                told[name] = kind(arguments[argument])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"argument {argument} is {arguments[argument]!r}, expected a number") from error
+                number = float(arguments[argument])
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number) or (kind is int and not number.is_integer()):
+                raise ValueError(f"argument {argument} is {arguments[argument]!r}, expected a {'whole ' if kind is int else ''}number")
+            told[name] = kind(number)
     return told
 
 

@@ -41,6 +41,14 @@ class KLConfig:
         return 1 << (len(self.multipliers) - 1)
 
 
+def check_batch(name: str, values: Tensor, channels: int) -> None:
+    """Raises ValueError where `values` are not floating-point numbers of shape (B, channels, height, width)."""
+    if values.ndim != 4 or values.shape[1] != channels or not values.is_floating_point():
+        raise ValueError(
+            f"{name} have shape {tuple(values.shape)} and dtype {values.dtype}, expected (B, {channels}, height, width) floats"
+        )
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups, as published; of narrower or odd widths the largest number of groups below that divides them."""
     groups = next(count for count in range(min(32, channels), 0, -1) if channels % count == 0)
@@ -208,19 +216,29 @@ class KLAutoencoder(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → moments (B, 2·channels, H/stride, W/stride): mean, then unclamped log-variance.
 
-        Raises ValueError where the stride does not divide H or W.
+        Raises ValueError where the stride does not divide H or W, and for images of another shape or dtype.
         """
+        check_batch("images", images, IMAGE_CHANNELS)
         if images.shape[-2] % self.stride or images.shape[-1] % self.stride:
             raise ValueError(f"images are {images.shape[-2]}×{images.shape[-1]}, expected sides that {self.stride} divides")
         return self.quant_conv(self.encoder(images))  # type: ignore[no-any-return]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, channels, h, w) in the tokenizer's own scale → images (B, 3, stride·h, stride·w), about [-1, 1]."""
+        """Latents (B, channels, h, w) in the tokenizer's own scale → images (B, 3, stride·h, stride·w), about [-1, 1].
+
+        Raises ValueError for latents of another shape or dtype.
+        """
+        check_batch("latents", latents, self.channels)
         return self.decoder(self.post_quant_conv(latents))  # type: ignore[no-any-return]
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Moments (B, 2·C, h, w) and standard normal noise (B, C, h, w) → latents (B, C, h, w); log-variance clamped to [-30, 20]."""
+    """Moments (B, 2·C, h, w) and standard normal noise (B, C, h, w) → latents (B, C, h, w); log-variance clamped to [-30, 20].
+
+    Raises ValueError where the two don't fit each other.
+    """
+    if moments.ndim != 4 or noise.shape != (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]):
+        raise ValueError(f"moments have shape {tuple(moments.shape)}, noise {tuple(noise.shape)}, expected (B, 2·C, h, w) and (B, C, h, w)")
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)) * noise
 

@@ -82,7 +82,7 @@ def test_what_shapes_do_not_tell() -> None:
         released_config(shapes, {})
     with pytest.raises(ValueError, match="8 values, which 16 latent channels"):
         released_config(shapes, {}, encoder_heads=4, decoder_heads=6)
-    with pytest.raises(ValueError, match="patch_size is 'two'"):
+    with pytest.raises(ValueError, match="patch_size is 'two', expected a whole number"):
         released_config(shapes, {"patch_size": "two"})
 
 
