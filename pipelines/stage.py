@@ -93,7 +93,7 @@ class Stage:
         """
         seconds = round(time.monotonic() - self._began, 3)
         whole = {"format_version": FORMAT_VERSION, "stage": self.name, "seconds": seconds, **summary, "identity": identity}
-        step = int(summary.get("images_seen", summary.get("images", 0)))
+        step = int(summary.get("images_seen") or summary.get("images", 0))  # an imported model does not know what it has seen
         self.log({name: float(value) for name, value in whole.items() if _is_number(value)}, step)
         storage.write_json(storage.join(path, SUMMARY), whole)
         return whole
