@@ -175,8 +175,8 @@ def plan(
 ) -> None:
     """Print what training takes: memory, time, disk, network."""
     loaded = _load(config, preset, assignments, print_config)
-    from jobs import gpus as known
     from jobs import planning
+    from pipelines import gpus as known
 
     there, classes = planning.images_and_classes(loaded)
     kind = known.gpu(gpu, peak_tflops, memory_gb)

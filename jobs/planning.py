@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.estimate import BYTES_A_PARAMETER, cache_bytes, model_config, record_bytes
-from jobs.gpus import GPU
 from pipelines.errors import UserError
+from pipelines.gpus import GPU
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig

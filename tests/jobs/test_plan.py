@@ -9,10 +9,10 @@ from command_line import Mar
 
 from jobs.config import load
 from jobs.estimate import model_config
-from jobs.gpus import KNOWN, gpu
 from jobs.planning import Assumptions, images_and_classes, plain
 from mar_model.flops import training_flops
 from pipelines.errors import UserError
+from pipelines.gpus import KNOWN, gpu
 
 LARGE = 478_326_304  # parameters, published
 IMAGENET = 1_281_167

@@ -1,6 +1,7 @@
-"""GPUs by name: what their data sheets say, for planning."""
+"""GPUs by name: what their data sheets say, for planning a run and for its MFU."""
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from pipelines.errors import UserError
@@ -51,3 +52,10 @@ def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = N
     memory = memory_gb or (known.memory_gb if known else 0.0)
     given = peak_tflops is not None or memory_gb is not None
     return GPU(name, tflops, memory, known.source if known and not given else "as given")
+
+
+def of_device(device_name: str) -> GPU | None:
+    """The known GPU that calls itself so (`torch.cuda.get_device_name`), e.g. "NVIDIA A100-SXM4-80GB"."""
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    fitting = [one for one in KNOWN.values() if words.issuperset(one.name.split("-"))]
+    return max(fitting, key=lambda one: len(one.name), default=None)
