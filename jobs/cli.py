@@ -10,6 +10,7 @@ import typer
 
 from jobs.cache_commands import inspect_command, verify_command
 from jobs.released import export_command, import_command
+from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.errors import UserError
 
@@ -69,15 +70,26 @@ def _load(config: str | None, preset: str | None, assignments: list[str] | None,
     return loaded
 
 
+def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool) -> None:
+    loaded = _load(config, preset, assignments, print_config)
+    stage = STAGES[name]
+    for key in (*stage.reads, stage.writes):
+        print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
+    _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+
+
 def _stage_command(name: str) -> Callable[..., None]:
     def run(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-        loaded = _load(config, preset, assignments, print_config)
-        stage = STAGES[name]
-        for key in (*stage.reads, stage.writes):
-            print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
-        _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+        _run(name, config, preset, assignments, print_config)
 
-    return run
+    def run_generate(
+        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
+        config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
+    ) -> None:  # fmt: skip
+        short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
+        _run(name, config, preset, [*(assignments or []), *short], print_config)
+
+    return run_generate if name == "generate" else run
 
 
 for _name, _stage in STAGES.items():

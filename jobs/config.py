@@ -73,8 +73,8 @@ class RunConfig(BaseModel):
 
 
 LOCATIONS = (
-    "images.source", "tokenizer.path", "cache.path", "train.path", "generate.path", "generate.checkpoint", "evaluate.path",
-    "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
+    "images.source", "tokenizer.path", "cache.path", "train.path", "generate.path", "generate.checkpoint", "generate.image",
+    "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
 )  # fmt: skip
 
 
@@ -272,7 +272,9 @@ def _described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is list:
-        return "a list of whole numbers, e.g. [1, 2]"
+        return {int: "a list of whole numbers, e.g. [1, 2]", float: "a list of numbers, e.g. [0.2, 0.8]"}.get(
+            get_args(kind)[0], "a list of whole numbers or names, e.g. [3, cat]"
+        )
     if get_origin(kind) is dict:
         return "lists of values under section.key, e.g. {generate.temperature: [0.9, 1.0]}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]

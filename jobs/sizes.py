@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
+    from pipelines.generation import GenerateSettings
 
 # Numbers are above zero unless their default is zero or they are named here.
 ZERO_ALLOWED = {
@@ -16,7 +17,7 @@ ZERO_ALLOWED = {
 BELOW_ONE = {
     "images.held_out_share", "train.beta1", "train.beta2", "train.ema_decay", "model.attention_dropout", "model.projection_dropout",
 }  # fmt: skip
-AT_MOST_ONE = {"images.max_rejected", "model.label_drop", "model.mask_ratio_min"}
+AT_MOST_ONE = {"images.max_rejected", "generate.eta", "model.label_drop", "model.mask_ratio_min"}
 DIFFUSION_STEPS = 1000  # of the published schedule; generation respaces them to fewer
 
 
@@ -42,13 +43,24 @@ def _out_of_range(config: "RunConfig") -> Iterator[tuple[str, str]]:
             "tokenizer.multipliers",
             f"tokenizer.multipliers is {config.tokenizer.multipliers}, expected numbers above 0, one for each level",
         )
-    if min(config.generate.labels, default=0) < 0:
-        yield "generate.labels", f"generate.labels is {config.generate.labels}, expected classes, counted from 0"
-    if config.generate.diffusion_steps > DIFFUSION_STEPS:
-        yield (
-            "generate.diffusion_steps",
-            f"generate.diffusion_steps is {config.generate.diffusion_steps}, expected {DIFFUSION_STEPS} or fewer",
-        )
+    yield from _out_of_range_in_generation(config.generate)
+
+
+def _out_of_range_in_generation(generate: "GenerateSettings") -> Iterator[tuple[str, str]]:
+    steps, end, interval = generate.diffusion_steps, generate.diffusion_steps_end, generate.guidance_interval
+    expected = {}
+    if any(isinstance(one, int) and one < 0 for one in generate.labels):
+        expected["labels"] = "classes, counted from 0"
+    if any(one < 0 for one in generate.samples) or len(set(generate.samples)) < len(generate.samples):
+        expected["samples"] = "different sample numbers, counted from 0"
+    if steps > DIFFUSION_STEPS:
+        expected["diffusion_steps"] = f"{DIFFUSION_STEPS} or fewer"
+    elif end > steps:
+        expected["diffusion_steps_end"] = f"at most generate.diffusion_steps, which is {steps}"
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        expected["guidance_interval"] = "two shares, the lower first, e.g. [0.2, 0.8]"
+    for name, allowed in expected.items():
+        yield f"generate.{name}", f"generate.{name} is {getattr(generate, name)}, expected {allowed}"
 
 
 def _expected(key: str, value: float, zero_allowed: bool) -> str:

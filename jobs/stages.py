@@ -57,7 +57,7 @@ STAGES = {
         ("train.path", "tokenizer.path"),
         "generate.path",
         "Draw images of given classes from a checkpoint.",
-        "mar generate --preset demo --set 'generate.labels=[3, 7]'",
+        "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
         "pipelines.evaluation:evaluate",

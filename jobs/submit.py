@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from jobs.shortcuts import as_assignments
 from jobs.stages import STAGES, value_at
 from pipelines.errors import UserError
 from pipelines.tracking import without_password
@@ -68,7 +69,8 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
     source = context.get_parameter_source("preset")
     named = source is not None and source.name == "COMMANDLINE"
     preset = given["preset"] if named or preset is None else preset
-    return Job(name, arguments, given["config"] or config, preset, [*assignments, *(given["assignments"] or [])])
+    assignments = [*assignments, *(given["assignments"] or []), *(as_assignments(given) if name == "generate" else [])]
+    return Job(name, arguments, given["config"] or config, preset, assignments)
 
 
 def environment(pairs: Sequence[str]) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pipelines.stage import FORMAT_VERSION, Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
 
-NOT_USED = ("generate.images", "generate.labels")  # an evaluation draws evaluate.images, of all classes
+NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.keep_pixels")  # it draws evaluate.images, of all classes
 STATISTICS, RECORD, PICTURE = "statistics.npz", "evaluation.json", "samples.png"
 DEFINITIONS = {
     "fid": "Fréchet distance of Inception-v3's 2,048 pooled features (arXiv 1706.08500), weights of 2015, images as drawn",
@@ -94,7 +94,7 @@ def evaluate(
     first.save(statistics_path(evaluate, DrawnSamples(evaluate.path, first.count or 0, identity), digest))
     _write_picture(drawing, evaluate, stage)
     if result.out_of_range:
-        stage.say(range_warning(result.out_of_range, evaluate.images, generate))
+        stage.say(range_warning(result.out_of_range, evaluate.images, drawing))
     figures = {
         "images": evaluate.images,
         **metrics,
@@ -162,7 +162,7 @@ def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: in
         for block in scored(draw(drawing, evaluate.images), judges):
             scores.first.merge(FeatureSums.of(block["features"][: max(0, first - scores.sums.count)]))
             scores.sums.merge(FeatureSums.of(block["features"]))
-            scores.out_of_range += int((block["out_of_range"] > 0).sum())
+            scores.out_of_range += drawing.left_range(block["out_of_range"])
             scores.drawn += int((block["seconds"] > 0).sum())
             scores.seconds += float(block["seconds"].sum())
             if "predicted" in block:

@@ -1,24 +1,20 @@
 """Stage *generate*: images for given labels from a checkpoint, through an actor pool of Ray Data."""
 
-import time
-from dataclasses import dataclass
-from functools import cached_property
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mar_model.checkpoint import AVERAGE, WEIGHTS, load_model, read_state
-from mar_model.generate import generate as sample_latents
-from mar_model.noise import SampleNoise
-from mar_model.tokenizers import load_tokenizer
+from mar_model.checkpoint import AVERAGE, WEIGHTS, read_state
 from pipelines import samples, storage
 from pipelines.checkpoints import newest_checkpoint
-from pipelines.cluster import ClusterSettings, default_device, use_threads, worker_resources
+from pipelines.cluster import ClusterSettings, worker_resources
+from pipelines.completion import Completion, read_completion
 from pipelines.errors import UserError
-from pipelines.images import to_uint8
-from pipelines.precision import autocast
+from pipelines.film import film_of, film_samples
+from pipelines.generation_worker import DrawingActor
 from pipelines.released import checkpoint_directory, with_tokenizer
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
@@ -28,7 +24,8 @@ from pipelines.training import TrainSettings
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-IMAGES, PICTURE = "images", "samples.png"
+IMAGES, PICTURE, GIVEN, FILM = "images", "samples.png", "given.png", "film.webp"
+HELD_SHARE = 1 / 16  # of a sample's latents at the bounds of the data's range; trained models stay below, untrained ones go above
 
 
 @dataclass
@@ -38,19 +35,32 @@ class GenerateSettings:
     path: str = operational("runs/mar/samples", "directory of the samples: shards/, images/, samples.png")
     checkpoint: str = operational("", "checkpoint directory; empty: the newest of train.path")
     images: int = identity(64, "images to draw; sample i has the label labels[i mod len(labels)]")
-    labels: list[int] = identity(help="class labels, cycled through; empty: every class in turn", factory=list)
+    labels: list[int | str] = identity(help="class numbers or names, cycled through; empty: every class in turn", factory=list)
+    samples: list[int] = identity(help="numbers of the samples to draw; empty: 0 … images − 1", factory=list)
     ar_steps: int = identity(64, "autoregressive steps")
     diffusion_steps: int = identity(100, "denoising steps a token")
     guidance: float = identity(3.0, "classifier-free guidance scale; 1 is off")
     guidance_schedule: Literal["linear", "constant"] = identity("linear", "linear (grows as the image fills) or constant")
     temperature: float = identity(1.0, "factor on the noise added at every denoising step")
+    sampler: Literal["ancestral", "ddim"] = identity("ancestral", "ancestral (as published) or ddim")
+    eta: float = identity(0.0, "noise of ddim: 0 none, 1 as much as the posterior has")
     limit_x0: bool = identity(True, "keep each predicted clean token inside the range seen in the cache (off: the published sampler)")
+    diffusion_steps_end: int = identity(0, "fast: denoising steps at the last AR step, fewer and fewer from diffusion_steps on; 0: off")
+    reuse_steps: int = identity(0, "fast: AR steps that reuse features after each complete one; 0: off")
+    guidance_interval: list[float] = identity(
+        help="fast: shares of the noise schedule (0 clean, 1 noise) between which guidance acts; [0, 1]: off", factory=lambda: [0.0, 1.0]
+    )
+    image: str = operational("", "complete this image: draw what the mask hides, keep the rest")
+    mask: str = operational("", "of the image's size: white is drawn anew")
+    keep_pixels: bool = identity(True, "completion: the image's own pixels where the mask is black (off: all as decoded)")
     ema: bool = identity(True, "draw with the moving average of the weights")
     precision: Literal["auto", "bf16", "float32"] = identity(
         "auto", "matrix products: auto, bf16 or float32; sampler state is always float32"
     )
     batch: int = operational(64, "images a batch and a shard")
     actors: int = operational(1, "actors that hold the model")
+    cuda_graph: bool = operational(False, "on a GPU: capture the denoiser's loop as CUDA graphs")
+    film: bool = operational(False, "write film.webp, the picture as it forms")
 
 
 @dataclass(frozen=True)
@@ -66,12 +76,37 @@ class Drawing:
     seed: int
     cluster: ClusterSettings
     files: bool  # write `images/CLASS/….png` beside the shards
+    samples: Sequence[int] = ()  # their numbers; none: 0, 1, 2, …
+    completion: Completion | None = None
+
+    def numbers(self, start: int, stop: int) -> list[int]:
+        """The numbers of the samples at these places."""
+        return list(self.samples[start:stop] if self.samples else range(start, stop))
+
+    def labels_of(self, numbers: Sequence[int]) -> np.ndarray:
+        """The labels of the samples with these numbers, (N,) int64."""
+        return np.array([self.labels[number % len(self.labels)] for number in numbers], np.int64)
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether the model was trained without labels."""
+        return bool(self.state["model"].get("label_drop") == 1.0)
+
+    @property
+    def limited(self) -> bool:
+        """Whether predicted clean tokens are kept in the range of the data, which an imported checkpoint does not know."""
+        return self.settings.limit_x0 and self.state["latent_min"] is not None
+
+    def left_range(self, shares: np.ndarray) -> int:
+        """How many samples left the range of the data, by the share of latents of each that did, or were held at its bounds."""
+        return int((shares > (HELD_SHARE if self.limited else 0.0)).sum())
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the drawn images depend on, apart from the settings: the weights and the tokenizer."""
         weights = AVERAGE if self.settings.ema else WEIGHTS
-        return {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
+        drawn = {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
+        return drawn if self.completion is None else {**drawn, **self.completion.identity}
 
     def folder(self, label: int) -> str:
         """The folder of a class's PNG files, so that they are an image source again."""
@@ -80,7 +115,7 @@ class Drawing:
 
 
 def plan_drawing(
-    path: str, labels: list[int], tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int,
+    path: str, labels: Sequence[int | str], tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int,
     cluster: ClusterSettings, files: bool,
 ) -> Drawing:  # fmt: skip
     """Find the checkpoint and check it against labels (empty: every class in turn) and tokenizer.
@@ -102,17 +137,34 @@ def plan_drawing(
             f"(then at {state['tokenizer']['path']!r}); name that tokenizer"
         )
     classes = state["model"]["classes"]
-    wrong = [label for label in labels if not 0 <= label < classes]
-    if wrong:
-        raise UserError(f"generate.labels has {wrong[:5]}, the checkpoint's classes are 0 to {classes - 1}")
-    return Drawing(path, checkpoint, state, tokenizer.path, generate, labels or list(range(classes)), seed, cluster, files)
+    found_labels = [_label(label, state.get("class_names") or [], classes) for label in labels]
+    drawing = Drawing(path, checkpoint, state, tokenizer.path, generate, found_labels or list(range(classes)), seed, cluster, files)
+    if drawing.unconditional and generate.guidance != 1.0:
+        raise UserError(
+            f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1): there is no "
+            "class to be guided to; set generate.guidance=1"
+        )
+    return drawing
+
+
+def _label(label: int | str, names: list[str], classes: int) -> int:
+    """The number of a class given by number or name."""
+    if isinstance(label, int):
+        if not 0 <= label < classes:
+            raise UserError(f"generate.labels has {label}, the checkpoint's classes are 0 to {classes - 1}")
+        return label
+    if label not in names:
+        near = difflib.get_close_matches(label, names, 1, 0.0)
+        known = f"the checkpoint knows no such class; nearest: {near[0]!r}" if near else "the checkpoint's classes have numbers only"
+        raise UserError(f"generate.labels has {label!r}, {known}")
+    return names.index(label)
 
 
 def draw(drawing: Drawing, images: int) -> "Dataset":
-    """A Ray dataset of samples 0 … images − 1 in order, a block a shard.
+    """A Ray dataset of the first `images` samples in order, a block a shard.
 
-    Columns: `index`, `label` (int64), `image` (uint8 H×W×3), `out_of_range` (share of its latents, float32), `seconds` (float32,
-    what drawing it took; 0 where its shard was read). Shards that are there are read, the others drawn and written.
+    Columns: `index` (its number), `label` (int64), `image` (uint8 H×W×3), `out_of_range` (share of its latents, float32), `seconds`
+    (float32, what drawing it took; 0 where its shard was read). Shards that are there are read, the others drawn and written.
     """
     import ray.data
 
@@ -131,140 +183,74 @@ def draw(drawing: Drawing, images: int) -> "Dataset":
     )
 
 
-class DrawingActor:
-    """Holds the model and the tokenizer, and turns shards to draw into images; both are loaded when the first one comes."""
-
-    def __init__(self, drawing: Drawing) -> None:
-        self.drawing = drawing
-
-    def __call__(self, shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        start, stop = int(shard["start"][0]), int(shard["stop"][0])
-        began = time.monotonic()
-        if shard["drawn"][0]:
-            drawn, seconds = samples.read_samples(self.drawing.path, start, stop), 0.0
-        else:
-            drawn = self._draw(range(start, stop))
-            seconds = (time.monotonic() - began) / len(drawn.labels)
-            self._write(drawn)
-        return {
-            "index": np.arange(start, stop),
-            "label": drawn.labels,
-            "image": drawn.images,
-            "out_of_range": drawn.out_of_range,
-            "seconds": np.full(stop - start, seconds, np.float32),
-        }
-
-    @cached_property
-    def _loaded(self) -> "LoadedModel":
-        return LoadedModel(self.drawing)
-
-    def _draw(self, indices: range) -> samples.Samples:
-        labels = np.array([self.drawing.labels[index % len(self.drawing.labels)] for index in indices])
-        images, out_of_range = self._loaded.images(labels, indices)
-        return samples.Samples(indices.start, labels, images, out_of_range)
-
-    def _write(self, drawn: samples.Samples) -> None:
-        if self.drawing.files:  # before the shard: where that is, the files are
-            for offset, (label, image) in enumerate(zip(drawn.labels, drawn.images, strict=True)):
-                name = f"{samples.key(drawn.start + offset)}.png"
-                storage.write_bytes(storage.join(self.drawing.folder(int(label)), name), samples.encoded(image))
-        samples.write_samples(self.drawing.path, drawn)
-
-
-class LoadedModel:
-    """Model and tokenizer on their device."""
-
-    def __init__(self, drawing: Drawing) -> None:
-        use_threads(drawing.cluster)
-        self.settings, self.seed, self.device = drawing.settings, drawing.seed, default_device()
-        model, state = load_model(storage.local_directory(drawing.checkpoint), ema=drawing.settings.ema)
-        self.model = model.to(self.device)
-        self.tokenizer = load_tokenizer(storage.local_directory(drawing.tokenizer)).to(self.device)
-        widest = torch.finfo(torch.float32).max / 4  # an imported checkpoint does not know the range of its data
-        unknown = {"latent_min": [-widest] * model.config.latent_channels, "latent_max": [widest] * model.config.latent_channels}
-        self.mean, self.std, low, high = (
-            torch.tensor(unknown[name] if state[name] is None else state[name], dtype=torch.float32)
-            for name in ("latent_mean", "latent_std", "latent_min", "latent_max")
-        )
-        self.range = (low - self.mean) / self.std, (high - self.mean) / self.std  # normalised, (C,) each
-
-    @torch.inference_mode()
-    def images(self, labels: np.ndarray, indices: range) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (N, H, W, 3), and of each image the share of latents that left the range of the data, float32 (N,)."""
-        settings = self.settings
-        with autocast(settings.precision, self.device):
-            latents = sample_latents(
-                self.model,
-                torch.from_numpy(labels).to(self.device),
-                SampleNoise(self.seed, indices),
-                ar_steps=settings.ar_steps,
-                diffusion_steps=settings.diffusion_steps,
-                guidance=settings.guidance,
-                guidance_schedule=settings.guidance_schedule,
-                temperature=settings.temperature,
-                x0_range=self.range if settings.limit_x0 else None,
-            )
-        latents = latents.float()
-        shares = share_out_of_range(latents.cpu(), *self.range)
-        mean, std = (one.view(1, -1, 1, 1).to(self.device) for one in (self.mean, self.std))
-        return to_uint8(self.tokenizer.decode(latents * std + mean)), shares.numpy()
-
-
-def share_out_of_range(latents: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Share of each sample's latents (N, C, h, w) that are not finite or further outside [low, high] (C,) than half its width: (N,).
-
-    Posterior samples and honest generations stray a little from the range of the posterior means; an overflow goes far.
-    """
-    margin = (high - low) / 2
-    low, high = (bound.view(1, -1, 1, 1) for bound in (low - margin, high + margin))
-    inside = (latents >= low) & (latents <= high)  # false for NaN
-    return 1.0 - inside.flatten(1).float().mean(dim=1)
-
-
-def range_warning(left: int, images: int, settings: GenerateSettings) -> str:
-    """What to tell the person when `left` of the samples left the range of the data."""
+def range_warning(left: int, images: int, drawing: Drawing) -> str:
+    """What to tell the person when `left` of the samples left the range of the data, or were held at its bounds."""
     remedy = "train longer, or lower generate.guidance or generate.temperature"
-    if not settings.limit_x0:
-        remedy = f"set generate.limit_x0=true, or {remedy}"
-    return (
-        f"{left} of {images} samples left the range of the data (black, white or noisy images): the denoiser is undertrained "
-        f"for these settings; {remedy}"
-    )
+    if drawing.limited:
+        found = (
+            f"{left} of {images} samples were held at the bounds of the data's range in more than a sixteenth of their latents (blotches)"
+        )
+    else:
+        found = f"{left} of {images} samples left the range of the data (black, white or noisy images)"
+        remedy = remedy if drawing.state["latent_min"] is None else f"set generate.limit_x0=true, or {remedy}"
+    return f"{found}: the denoiser is undertrained for these settings; {remedy}"
 
 
 def generate(tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int, stage: Stage) -> dict[str, Any]:
-    """Draw `generate.images` images into `generate.path`: `shards/`, `images/CLASS/….png`, `samples.png`. Returns the summary.
+    """Draw `generate.images` images, or those of `generate.samples`, into `generate.path`: `shards/`, `images/CLASS/….png`, `samples.png`.
 
-    Goes on where shards are missing. Raises UserError as `plan_drawing` does.
+    With `generate.image` and `generate.mask` each sample is that image with what the mask hides drawn anew (`given.png` shows what was
+    kept); with `generate.film` there is `film.webp` too. Returns the summary. Goes on where shards are missing. Raises UserError as
+    `plan_drawing` and `read_completion` do, before any work.
     """
     drawing = plan_drawing(generate.path, generate.labels, tokenizer, train, generate, seed, stage.cluster, files=True)
+    if generate.image or generate.mask:
+        completion = read_completion(generate.image, generate.mask, generate.keep_pixels, drawing.state["image_size"])
+        drawing = replace(drawing, completion=completion)
+    drawing = replace(drawing, samples=generate.samples)
+    count = len(generate.samples) or generate.images
     identity = {**identity_of(generate=generate), **drawing.identity}
     finished = stage.begin(generate.path, identity)
-    if finished is not None:
-        return finished
+    if finished is None:
+        finished = _draw_all(drawing, count, identity, stage)
+    film = storage.join(generate.path, FILM)
+    if generate.film and not storage.exists(film):
+        shown = film_samples(drawing, samples.grid_samples(count, len(set(drawing.labels))))
+        stage.say(f"drawing the first {shown} once more, for {film}")
+        storage.write_bytes(film, film_of(drawing, shown))
+        if storage.is_local(film):
+            stage.artifact(film)
+    return finished
+
+
+def _draw_all(drawing: Drawing, count: int, identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """The samples that are missing, the picture and the summary."""
+    path = drawing.path
+    if drawing.completion is not None:
+        storage.write_bytes(storage.join(path, GIVEN), samples.encoded(drawing.completion.shown()))
     seconds, drawn, left, done = 0.0, 0, 0, 0
-    shown = samples.grid_samples(generate.images, len(set(drawing.labels)))
+    shown = samples.grid_samples(count, len(set(drawing.labels)))
     images, labels = [], []
-    with stage.progress(generate.images) as bar:
-        for block in draw(drawing, generate.images).iter_batches(batch_size=None, batch_format="numpy"):
+    with stage.progress(count) as bar:
+        for block in draw(drawing, count).iter_batches(batch_size=None, batch_format="numpy"):
             done += len(block["index"])
             drawn += int((block["seconds"] > 0).sum())
             seconds += float(block["seconds"].sum())
-            left += int((block["out_of_range"] > 0).sum())
+            left += drawing.left_range(block["out_of_range"])
             images.append(block["image"][: max(0, shown - done + len(block["index"]))])
             labels.append(block["label"][: len(images[-1])])
             bar.update(done)
-    picture = storage.join(generate.path, PICTURE)
+    picture = storage.join(path, PICTURE)
     samples.write_grid(picture, np.concatenate(images), np.concatenate(labels))
     if storage.is_local(picture):
         stage.artifact(picture)
     if left:
-        stage.say(range_warning(left, generate.images, generate))
+        stage.say(range_warning(left, count, drawing))
     return stage.complete(
-        generate.path,
+        path,
         identity,
         {
-            "images": generate.images,
+            "images": count,
             "out_of_range": left,
             "seconds_per_image": seconds / drawn if drawn else None,
             "checkpoint": drawing.checkpoint,

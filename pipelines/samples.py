@@ -23,9 +23,11 @@ SHOWN_SIDE = 64  # smaller images are enlarged in the grid
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples `start … start + N − 1`. `out_of_range`: share of each one's latents that left the range of the data."""
+    """N samples at the places from `start` on. `out_of_range`: share of each one's latents that left the range of the data, or were held
+    at its bounds."""
 
     start: int
+    numbers: np.ndarray  # (N,) int64
     labels: np.ndarray  # (N,) int64
     images: np.ndarray  # (N, H, W, 3) uint8
     out_of_range: np.ndarray  # (N,) float32
@@ -41,18 +43,18 @@ def write_samples(path: str, samples: Samples) -> None:
 
     `load_dataset("parquet", …)` shows its column `image` as pictures.
     """
-    indices = range(samples.start, samples.start + len(samples.labels))
+    stop = samples.start + len(samples.labels)
     images = [{"bytes": encoded(image), "path": None} for image in samples.images]
     features = {"image": {"_type": "Image"}, **{name: {"dtype": kind, "_type": "Value"} for name, kind in COLUMNS.items()}}
     schema = pa.schema(
         [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), *((n, pa.type_for_alias(k)) for n, k in COLUMNS.items())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
-    columns = [images, list(indices), samples.labels, [key(index) for index in indices], samples.out_of_range]
+    columns = [images, samples.numbers, samples.labels, [key(number) for number in samples.numbers], samples.out_of_range]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="none")  # PNG is compressed already
-    storage.write_bytes(storage.join(path, SHARDS, _shard_name(indices.start, indices.stop)), sink.getvalue())
+    storage.write_bytes(storage.join(path, SHARDS, _shard_name(samples.start, stop)), sink.getvalue())
 
 
 def read_samples(path: str, start: int, stop: int) -> Samples:
@@ -60,7 +62,8 @@ def read_samples(path: str, start: int, stop: int) -> Samples:
     data = storage.read_bytes(storage.join(path, SHARDS, _shard_name(start, stop)))
     table = pq.read_table(io.BytesIO(data))
     images = [np.asarray(Image.open(io.BytesIO(one["bytes"].as_py()))) for one in table.column("image")]
-    return Samples(start, table.column("label").to_numpy(), np.stack(images), table.column("out_of_range").to_numpy())
+    numbers, labels, out_of_range = (table.column(name).to_numpy() for name in ("index", "label", "out_of_range"))
+    return Samples(start, numbers, labels, np.stack(images), out_of_range)
 
 
 def shards_there(path: str) -> list[tuple[int, int]]:
@@ -91,7 +94,12 @@ def encoded(image: np.ndarray) -> bytes:
 
 
 def write_grid(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """A picture (PNG) of images (N, H, W, 3): a row a class where there are few classes, else the first ones side by side."""
+    """`grid` as a PNG file."""
+    storage.write_bytes(path, encoded(grid(images, labels)))
+
+
+def grid(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A picture of images (N, H, W, 3): a row a class where there are few classes, else the first ones side by side; (H', W', 3) uint8."""
     classes = np.unique(labels)
     if len(classes) <= GRID_CLASSES:
         rows = [images[labels == label][:GRID_COLUMNS] for label in classes]
@@ -106,7 +114,7 @@ def write_grid(path: str, images: np.ndarray, labels: np.ndarray) -> None:
         for x, image in enumerate(row):
             top, left = GRID_GAP + y * (height + GRID_GAP), GRID_GAP + x * (width + GRID_GAP)
             picture[top : top + height, left : left + width] = image
-    storage.write_bytes(path, encoded(picture))
+    return picture
 
 
 def grid_samples(total: int, classes: int) -> int:

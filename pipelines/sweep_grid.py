@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from pipelines.sweeping import SweepSettings
 
 SWEPT_SECTIONS = {"train": ("model", "train"), "generate": ("generate",)}
-NOT_SWEPT = ("train.path", "generate.path", "generate.checkpoint", "generate.images", "generate.labels")  # a trial has its own
+NOT_SWEPT = (  # a trial has its own, or none
+    "train.path", "generate.path", "generate.checkpoint", "generate.images", "generate.labels", "generate.samples", "generate.image",
+    "generate.mask", "generate.keep_pixels", "generate.film",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

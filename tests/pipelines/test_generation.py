@@ -1,4 +1,6 @@
 import io
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 
 from pipelines import samples
 from pipelines.cluster import ClusterSettings
+from pipelines.completion import read_completion
 from pipelines.errors import UserError
-from pipelines.generation import GenerateSettings, LoadedModel, generate, plan_drawing, share_out_of_range
-from pipelines.images import ImageSettings, list_images
+from pipelines.generation import GenerateSettings, generate, plan_drawing
+from pipelines.generation_worker import LoadedModel, share_at_bounds, share_out_of_range
+from pipelines.images import ImageSettings, decode, list_images
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
@@ -61,6 +65,10 @@ def stage(ray_local: ClusterSettings) -> TalkingStage:
     return TalkingStage(ray_local)
 
 
+def loaded(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Stage) -> LoadedModel:
+    return LoadedModel(plan_drawing(settings.path, settings.labels, tokenizer, TrainSettings(), settings, 7, stage.cluster, files=False))
+
+
 def drawn(path: str) -> tuple[np.ndarray, np.ndarray]:
     parts = [samples.read_samples(path, *shard) for shard in samples.shards_there(path)]
     return np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts])
@@ -74,7 +82,11 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
 ) -> None:
     summary = generate(tokenizer, TrainSettings(), settings, 7, stage)
-    assert (summary["images"], summary["out_of_range"], summary["images_seen"]) == (IMAGES, 0, 640)
+    assert (summary["images"], summary["images_seen"]) == (IMAGES, 640)
+    assert summary["out_of_range"] == IMAGES  # a random denoiser
+    warning = stage.said.pop()
+    assert warning.startswith("12 of 12 samples have more than a sixteenth of their latents at the bounds of the data's range")
+    assert "train longer, or lower generate.guidance" in warning
     whole = files(settings.path)
     images, labels = drawn(settings.path)
     assert labels.tolist() == [index % 3 for index in range(IMAGES)]
@@ -104,8 +116,7 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
 
 
 def test_samples_depend_on_neither_batch_nor_actors(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
-    at_once = LoadedModel(plan_drawing(settings.path, [], tokenizer, TrainSettings(), settings, 7, stage.cluster, files=False))
-    expected, _ = at_once.images(np.arange(IMAGES) % 3, range(IMAGES))  # one batch, in this process
+    expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))  # one batch, in this process
     generate(tokenizer, TrainSettings(), replace(settings, batch=4, actors=2), 7, stage)
     images, _ = drawn(settings.path)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
@@ -120,7 +131,7 @@ def test_a_resume_with_another_batch_draws_only_what_is_missing() -> None:
 
 def test_shards_open_elsewhere_as_pictures(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-    samples.write_samples(str(tmp_path), samples.Samples(3, np.array([1, 0]), images, np.zeros(2, np.float32)))
+    samples.write_samples(str(tmp_path), samples.Samples(3, np.array([3, 4]), np.array([1, 0]), images, np.zeros(2, np.float32)))
     table = pq.read_table(tmp_path / "shards" / "samples-00000003-00000005.parquet")
     assert table.column_names == ["image", "index", "label", "key", "out_of_range"]
     row = table.to_pylist()[1]
@@ -136,6 +147,8 @@ def test_what_counts_as_out_of_range() -> None:
     latents[3, 1] = torch.tensor([[float("nan"), 9.0], [-9.0, 0.0]])
     shares = share_out_of_range(latents, torch.tensor([-2.0, -1.0]), torch.tensor([4.0, 1.0]))
     assert shares.tolist() == [0.0, 0.0, 0.125, 0.375]
+    held = share_at_bounds(latents.clamp(-2.0, 4.0), torch.tensor([-2.0, -2.0]), torch.tensor([4.0, 4.0]))
+    assert held.tolist() == [0.0, 0.125, 0.125, 0.375]  # NaN stays NaN
 
 
 def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
@@ -147,6 +160,126 @@ def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenize
     assert drawn(wild.path)[1].tolist() == [2] * 4
 
 
+def test_samples_are_redrawn_alone(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
+    expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))
+    some = replace(settings, samples=[10, 4, 7], batch=2)
+    assert generate(tokenizer, TrainSettings(), some, 7, stage)["images"] == 3
+    images, labels = drawn(some.path)
+    assert labels.tolist() == [1, 1, 1]
+    assert np.abs(images.astype(int) - expected[[10, 4, 7]].astype(int)).max() <= 1
+    assert sorted(file.name for file in Path(some.path).rglob("bee/*.png")) == [f"sample-{number:08d}.png" for number in (4, 7, 10)]
+    assert pq.read_table(f"{some.path}/shards/samples-00000000-00000002.parquet").column("index").to_pylist() == [10, 4]
+
+
+def painted(path: Path, *, white: tuple[slice, slice] | None = None, side: int = 64) -> str:
+    """An image of random colours, or a black mask with a white area."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    if white is not None:
+        pixels[:] = 0
+        pixels[white] = 255
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def test_an_image_is_completed_where_the_mask_is_white(
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+) -> None:
+    image = painted(tmp_path / "image.png")  # twice the model's side: both are cropped alike
+    mask = painted(tmp_path / "mask.png", white=(slice(0, 20), slice(0, 64)))  # a bit more than the first of four rows of tokens
+    edit = replace(settings, image=image, mask=mask, images=4, labels=["bee"])
+    summary = generate(tokenizer, TrainSettings(), edit, 7, stage)
+    assert (summary["images"], summary["identity"].keys() >= {"image", "mask"}) == (4, True)
+    images, _ = drawn(edit.path)
+    original = decode(Path(image).read_bytes(), SIZE)
+    assert (images[:, 10:] == original[10:]).all()  # black in the mask: the image's own pixels, bit for bit
+    assert np.abs(images[:, :10].astype(int) - original[:10]).mean() > 20
+    assert np.abs(images[0, :10].astype(int) - images[1, :10]).mean() > 1  # each sample fills it in its own way
+    with Image.open(f"{edit.path}/given.png") as given:
+        shown = np.asarray(given)
+    assert (shown[:10] == 128).all()
+    assert (shown[10:] == original[10:]).all()
+
+    decoded = replace(read_completion(image, mask, True, SIZE), keep_pixels=False)
+    plan = plan_drawing(edit.path, ["bee"], tokenizer, TrainSettings(), edit, 7, stage.cluster, files=False)
+    images, _ = LoadedModel(replace(plan, completion=decoded)).images(np.ones(1, int), range(1))
+    assert (images[:, 10:] != original[10:]).any()
+    other = painted(tmp_path / "other.png", white=(slice(40, 64), slice(0, 9)))
+    with pytest.raises(UserError, match=r"different: mask \(there"):
+        generate(tokenizer, TrainSettings(), replace(edit, mask=other), 7, stage)
+
+
+def test_completions_that_cannot_be_are_named_before_any_work(
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+) -> None:
+    image, mask = painted(tmp_path / "image.png"), painted(tmp_path / "mask.png", white=(slice(0, 9), slice(0, 9)))
+    (tmp_path / "text.png").write_text("no image")
+    cases = [
+        ({"image": image}, r"generate\.image is given without generate\.mask"),
+        ({"image": image, "mask": str(tmp_path / "none.png")}, r"generate\.mask '.*none\.png' can't be read"),
+        ({"image": str(tmp_path / "text.png"), "mask": mask}, r"generate\.image '.*text\.png' is no image"),
+        (
+            {"image": image, "mask": painted(tmp_path / "small.png", white=(slice(0, 9),), side=32)},
+            r"mask .* is 32 × 32 pixels, .* 64 × 64",
+        ),
+        ({"image": image, "mask": painted(tmp_path / "black.png", white=(slice(0, 0),))}, r"generate\.mask .* hides nothing"),
+    ]
+    for change, message in cases:
+        with pytest.raises(UserError, match=message):
+            generate(tokenizer, TrainSettings(), replace(settings, **change), 0, stage)
+    assert not Path(settings.path).exists()
+
+
+def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
+) -> None:
+    filmed = replace(settings, film=True, images=6, batch=6)
+    summary = generate(tokenizer, TrainSettings(), replace(filmed, film=False), 7, stage)
+    assert generate(tokenizer, TrainSettings(), filmed, 7, stage) == summary
+    with Image.open(f"{filmed.path}/film.webp") as film, Image.open(f"{filmed.path}/samples.png") as picture:
+        assert film.n_frames == 1 + settings.ar_steps
+        assert film.size == picture.size
+        frames = []
+        for number in range(film.n_frames):
+            film.seek(number)
+            frames.append(np.asarray(film.convert("RGB"), int))
+        final = np.asarray(picture, int)
+    assert np.abs(frames[0][2:66, 2:66] - 128).max() < 16  # the first image of the grid: nothing is drawn yet (WebP is not exact)
+    grey = [np.isclose(frame, 128, atol=4).all(axis=2).mean() for frame in frames]
+    assert grey == sorted(grey, reverse=True)
+    assert np.abs(frames[-1] - final).mean() < 12
+
+
+def test_a_model_without_labels_is_drawn_without(
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+) -> None:
+    shutil.copytree(settings.checkpoint, tmp_path / "unconditional")
+    state = json.loads((tmp_path / "unconditional" / "state.json").read_text())
+    state["model"]["label_drop"] = 1.0
+    (tmp_path / "unconditional" / "state.json").write_text(json.dumps(state))
+    blind = replace(settings, checkpoint=str(tmp_path / "unconditional"), guidance=1.0, images=2)
+    model = loaded(blind, tokenizer, stage)
+    one, other = (model.images(np.full(2, label), range(2))[0] for label in (0, 2))
+    assert (one == other).all()
+    with pytest.raises(UserError, match=r"generate\.guidance is 2\.0, but .* was trained without labels"):
+        generate(tokenizer, TrainSettings(), replace(blind, guidance=2.0), 0, stage)
+
+
+def test_fast_modes_and_captured_loops_reach_the_sampler(
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
+) -> None:
+    def images(**changes: object) -> np.ndarray:
+        return loaded(replace(settings, **changes), tokenizer, stage).images(np.arange(3), range(3))[0].astype(int)
+
+    plain = images()
+    assert (images(cuda_graph=True) == plain).all()  # without a GPU: the same loop on buffers of its own
+    for change in (
+        {"diffusion_steps_end": 2}, {"guidance_interval": [0.2, 0.6]}, {"reuse_steps": 2}, {"sampler": "ddim"},
+        {"sampler": "ddim", "eta": 1.0}, {"precision": "bf16"},
+    ):  # fmt: skip
+        assert (images(**change) != plain).any(), change
+    assert (images(precision="bf16", cuda_graph=True) != plain).any()
+
+
 def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path) -> None:
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
         generate(tokenizer, TrainSettings(path=str(tmp_path / "none")), replace(settings, **change), 0, stage)
@@ -155,8 +288,10 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
         attempt({"checkpoint": ""})
     with pytest.raises(UserError, match=r"generate\.checkpoint .* is not a checkpoint: no state\.json in it"):
         attempt({"checkpoint": str(tmp_path)})
-    with pytest.raises(UserError, match=r"generate\.labels has \[3\], the checkpoint's classes are 0 to 2"):
+    with pytest.raises(UserError, match=r"generate\.labels has 3, the checkpoint's classes are 0 to 2"):
         attempt({"labels": [0, 3]})
+    with pytest.raises(UserError, match=r"generate\.labels has 'be', the checkpoint knows no such class; nearest: 'bee'"):
+        attempt({"labels": ["ant", "be"]})
     torch.manual_seed(5)
     other = tmp_path / "other"
     write_tokenizer(other)
