@@ -43,7 +43,7 @@ CLASSES = 10
 BATCH = 32
 SHARD = 256
 SMALL = KLConfig(channels=4, width=8, multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, attention=False)
-MIDDLE = KLConfig(channels=16, width=8, multipliers=(1, 1, 2, 2, 4), encoder_blocks=1, decoder_blocks=1)
+MIDDLE = KLConfig(channels=4, width=4, multipliers=(1, 2, 4, 4), encoder_blocks=1, decoder_blocks=1, attention=False)
 
 
 def write_photographs(folder: Path, images: int, size: tuple[int, int] = (500, 375)) -> str:
@@ -117,7 +117,9 @@ def throughput(options: argparse.Namespace) -> None:
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images = ImageSettings(source=write_photographs(folder / "images", options.images), size=256)
+        images = ImageSettings(
+            source=write_photographs(folder / "images", options.images), size=128
+        )  # decoding costs about what encoding does
         tokenizer = write_tokenizer(folder / "tokenizer", MIDDLE)
         began = time.perf_counter()
         with connected(ClusterSettings(cpus=threads), folder / "ray.log"):

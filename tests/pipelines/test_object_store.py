@@ -42,11 +42,11 @@ def server() -> Iterator[FaultyS3]:
 @pytest.fixture
 def impatient(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """The server, and clients that give up sooner than in production."""
-    monkeypatch.setattr(s3, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(s3, "STALL_SECONDS", 0.6)
     monkeypatch.setattr(s3, "ATTEMPTS", 3)
     for cached in (s3._filesystem, s3._client):
         cached.cache_clear()
-    server.stall = 1.5
+    server.stall = 0.9
     yield server
     server.share = 0.0
     for cached in (s3._filesystem, s3._client):
