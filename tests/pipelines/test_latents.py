@@ -3,16 +3,19 @@
 import os
 import pickle
 import resource
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
 
 SHAPE = (4, 3, 3)  # 2 latent channels
@@ -133,3 +136,30 @@ def test_std_is_that_of_posterior_samples() -> None:
     moments = np.concatenate([draw.normal(size=(4000, 1, 4, 4)) * 0.7, np.full((4000, 1, 4, 4), np.log(0.4))], axis=1)
     samples = moments[:, 0] + np.exp(0.5 * moments[:, 1]) * draw.normal(size=(4000, 4, 4))
     assert LatentStatistics.of(moments).std[0] == pytest.approx(samples.std(), rel=0.01)
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_batches_do_not_depend_on_workers_nor_on_where_a_run_goes_on(
+    written: tuple[LatentCache, np.ndarray, np.ndarray], window: int
+) -> None:
+    cache, moments, flipped = written
+    dataset = LatentDataset(cache, seed=5, window=window)
+    whole = list(islice(dataset.batches(0, 6), 9))  # 54 positions: four epochs of 13 rows and a bit
+    shared = [list(islice(dataset.batches(0, 6, worker=worker, workers=4), 9)) for worker in range(4)]
+    for number, batch in enumerate(whole):
+        assert batch.position == 6 * number
+        assert torch.equal(torch.cat([one[number].moments for one in shared]), batch.moments)
+        assert torch.equal(torch.cat([one[number].labels for one in shared]), batch.labels)
+    later = list(islice(LatentDataset(cache, seed=5, window=window).batches(30, 6), 4))
+    assert all(torch.equal(a.moments, b.moments) for a, b in zip(later, whole[5:], strict=True))
+
+    labels = torch.cat([one.labels for one in whole]).numpy()  # the label of a record is its row
+    for epoch in range(4):
+        assert sorted(labels[13 * epoch : 13 * (epoch + 1)].tolist()) == list(range(13))
+    found = torch.cat([one.moments for one in whole]).numpy()
+    mirrored = [np.array_equal(one, flipped[row]) for one, row in zip(found, labels, strict=True)]
+    assert all(mirror or np.array_equal(one, moments[row]) for mirror, one, row in zip(mirrored, found, labels, strict=True))
+    assert 10 < sum(mirrored) < 44
+    assert not any(
+        np.array_equal(one, flipped[row]) for one, row in zip(next(dataset.batches(0, 54, flip=False)).moments.numpy(), labels, strict=True)
+    )
