@@ -34,9 +34,10 @@ class ImportOptions:
     stride: int | None = None
 
 
-def import_released(file: str, out: str, options: ImportOptions | None = None) -> dict[str, Any]:
+def import_released(file: str, out: str, options: ImportOptions | None = None, renew: bool = False) -> dict[str, Any]:
     """Turn a released `checkpoint-last.pth` (or the folder that holds it) into a checkpoint directory at `out`, or a `kl16.ckpt` into
-    a tokenizer directory; which of the two it is, its names tell. Returns a summary. An `out` made of the same file is left alone.
+    a tokenizer directory; which of the two it is, its names tell. Returns a summary. An `out` made of the same file is left alone;
+    with `renew` one made of another is replaced.
 
     Raises UserError for a file that does not fit, with nothing written, and for an `out` that holds something else.
     """
@@ -51,9 +52,11 @@ def import_released(file: str, out: str, options: ImportOptions | None = None) -
             raise UserError(f"{file} holds a tokenizer; --raw and the options about sizes are for MAR checkpoints")
         stat = path.stat()
         made_of = {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **asdict(options)}
-        if _made_of(out) == made_of:
+        there = _made_of(out)
+        if there == made_of:
             return {"complete": out, **made_of}
-        if storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out)):
+        taken = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
+        if taken and not (renew and there):
             raise UserError(f"{out} is there, but was not imported from this {path.name} with these options; give another, or delete it")
         with _scratch(out) as temporary:
             directory = Path(temporary) / "imported"
@@ -126,13 +129,14 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
 
 
 def checkpoint_directory(named: str) -> str:
-    """The checkpoint directory for what a person named as a checkpoint: itself, or of a released `.pth` its import beside the file.
+    """The checkpoint directory for what a person named as a checkpoint: itself, or of a released `.pth` its import beside the file,
+    made anew when the file is.
 
     Raises UserError as `import_released` does.
     """
     if not named.endswith(".pth"):
         return named
-    import_released(named, named + IMPORTED)
+    import_released(named, named + IMPORTED, renew=True)
     return named + IMPORTED
 
 

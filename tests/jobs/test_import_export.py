@@ -17,7 +17,8 @@ from mar_model.config import Architecture
 from mar_model.released_sizes import released_config
 from mar_model.tokenizers import KLAutoencoder, KLConfig
 from pipelines.errors import UserError
-from pipelines.generation import GenerateSettings, LoadedModel, plan_drawing
+from pipelines.generation import GenerateSettings, plan_drawing
+from pipelines.generation_worker import LoadedModel
 from pipelines.images import to_uint8
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
@@ -92,6 +93,9 @@ def test_a_released_file_is_taken_where_a_checkpoint_is(mar: Mar, folder: Path, 
     before = (imported / "state.json").stat().st_mtime_ns
     assert np.array_equal(drawn(str(folder / "mine.pth"), tokenizer), images)
     assert (imported / "state.json").stat().st_mtime_ns == before  # imported once
+    torch.save({**torch.load(folder / "mine.pth", weights_only=False), "model_ema": random_weights(MAR(MODEL), 4)}, folder / "mine.pth")
+    assert not np.array_equal(drawn(str(folder / "mine.pth"), tokenizer), images)  # and anew when the file is another
+    assert torch.equal(load_model(imported)[0].mask_token, random_weights(MAR(MODEL), 4)["mask_token"])
 
     torch.save({"model": random_weights(KLAutoencoder(KLConfig(channels=5, width=8, multipliers=(1, 1))), 0)}, tmp_path / "kl.ckpt")
     assert mar("import", str(tmp_path / "kl.ckpt"), "--out", str(other)).status == 0
