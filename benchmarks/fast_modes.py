@@ -1,0 +1,101 @@
+"""What each fast mode of generation gains and costs on the demo's model: seconds an image, label agreement, Fréchet distance.
+
+    python -m benchmarks.fast_modes [RUN, a finished `mar quickstart`: runs/demo] [--images 500] [--runs 5] [--precision float32]
+
+Every mode draws the same samples with the settings that the run's evaluation used. Seconds are medians of --runs batches of 100, the modes
+by turns, on one thread; the distance (EfficientNet-Lite0) is to the held-out images.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.classifier import load_classifier
+from pipelines.cluster import ClusterSettings
+from pipelines.evaluation import distance
+from pipelines.features import load_network
+from pipelines.generation import GenerateSettings, plan_drawing
+from pipelines.generation_worker import LoadedModel
+from pipelines.images import ImageSettings, list_images
+from pipelines.metrics import FeatureStatistics, FeatureSums
+from pipelines.scoring import RealImages
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings
+
+BATCH = 100
+ANNEALED = {"diffusion_steps_end": 5}
+REUSED = {"reuse_steps": 3}
+INTERVAL = {"guidance_interval": [0.1, 0.7]}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "exact, 15 diffusion steps": {"diffusion_steps": 15},
+    "diffusion steps annealed to 5": ANNEALED,
+    "features reused for 3 steps": REUSED,
+    "guidance in 0.1 to 0.7 of the noise": INTERVAL,
+    "all three": {**ANNEALED, **REUSED, **INTERVAL},
+    "ddim": {"sampler": "ddim"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
+    options = parser.parse_args()
+    run: Path = options.run
+    known = {one.name for one in fields(GenerateSettings)} - {"path", "checkpoint"}
+    record = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    settings = GenerateSettings(**{name: value for name, value in record["generation"].items() if name in known})
+    settings = replace(settings, precision=options.precision)
+    tokenizer, train = TokenizerSettings(path=str(run / "tokenizer")), TrainSettings(path=str(run / "train"))
+    drawing = plan_drawing(str(run), [], tokenizer, train, settings, record["seed"], ClusterSettings(), files=False)
+    models = {mode: LoadedModel(replace(drawing, settings=replace(settings, **changes))) for mode, changes in MODES.items()}
+
+    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(1 + options.runs):
+        for mode, model in models.items():
+            began = time.perf_counter()
+            model.images(drawing.labels_of(range(BATCH)), range(BATCH))
+            seconds[mode].append((time.perf_counter() - began) / BATCH)
+    medians = {mode: statistics.median(values[1:]) for mode, values in seconds.items()}  # the first turn warms up
+
+    network = load_network("efficientnet-lite0", "", torch.device("cpu"))
+    classifier = load_classifier(str(run / "classifier"))
+
+    def features(images: np.ndarray) -> FeatureStatistics:
+        return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+
+    source = ImageSettings(source=str(run / "digits"), size=drawing.state["image_size"], held_out_folder="held_out")
+    rows = list_images(source).held_out()
+    held_out = features(RealImages(source, rows).read(0, len(rows)))
+    table = [f"{'mode':<40} {'ms/image':>9} {'speed':>7} {'label agreement':>16} {'Fréchet distance':>17}"]
+    for mode, model in models.items():
+        labels = drawing.labels_of(range(options.images))
+        parts = [model.images(labels[start : start + BATCH], range(start, min(start + BATCH, options.images)))[0]
+                 for start in range(0, options.images, BATCH)]  # fmt: skip
+        images = np.concatenate(parts)
+        figures = {
+            "seconds_per_image": medians[mode],
+            "speed": medians["exact"] / medians[mode],
+            "label_agreement": float(np.mean(classifier.predict(images) == labels)),
+            "frechet_distance": distance(features(images), held_out),
+        }
+        print(
+            json.dumps({"benchmark": "fast_modes", "mode": mode, "images": options.images, "settings": MODES[mode], **figures}), flush=True
+        )
+        shown = f"{1000 * medians[mode]:>9.2f} {figures['speed']:>6.2f}× {figures['label_agreement']:>16.3f}"
+        table.append(f"{mode:<40} {shown} {figures['frechet_distance']:>17.1f}")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
