@@ -187,9 +187,7 @@ def range_warning(left: int, images: int, drawing: Drawing) -> str:
     """What to tell the person when `left` of the samples left the range of the data, or were held at its bounds."""
     remedy = "train longer, or lower generate.guidance or generate.temperature"
     if drawing.limited:
-        found = (
-            f"{left} of {images} samples were held at the bounds of the data's range in more than a sixteenth of their latents (blotches)"
-        )
+        found = f"{left} of {images} samples have more than a sixteenth of their latents at the bounds of the data's range (blotchy images)"
     else:
         found = f"{left} of {images} samples left the range of the data (black, white or noisy images)"
         remedy = remedy if drawing.state["latent_min"] is None else f"set generate.limit_x0=true, or {remedy}"
