@@ -1,5 +1,10 @@
-"""Numbers of a training run for Prometheus, through Ray: each node's agent exports them under these names with `ray_` before them."""
+"""Numbers of a training run for Prometheus, through Ray: each node's agent exports them under these names with `ray_` before them.
 
+Ray forgets a gauge that is not set again within two of its reports (10 s each), and lines of metrics are further apart: what was set
+last is set again and again, until the process ends or says no more.
+"""
+
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +24,7 @@ OF_WORKER = {
     "checkpoint_share": "share of the time in which checkpoints stop the steps",
     "memory_bytes": "memory of the worker: host (resident), gpu (peak allocated)",
 }
+AGAIN_SECONDS = 1.0
 LOSS_BAND, IMAGES, VALIDATION = "loss_band", "images", "validation_frechet_distance"
 
 
@@ -42,29 +48,47 @@ class Gauges:
             for name, help in names.items()
         }
         self._images = Counter(PREFIX + IMAGES, "images trained on, those of lost and repeated steps included", tag_keys=("run", "worker"))
+        self._last: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._set_again, name="prometheus", daemon=True).start()
+
+    def close(self) -> None:
+        """Say no more: Ray forgets the gauges."""
+        self._closed.set()
+
+    def _set(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        with self._lock:
+            self._last[name, frozenset(labels.items())] = value
+            self._gauges[name].set(value, dict(labels))
+
+    def _set_again(self) -> None:
+        while not self._closed.wait(AGAIN_SECONDS):
+            with self._lock:
+                for (name, labels), value in self._last.items():
+                    self._gauges[name].set(value, dict(labels))
 
     def of_run(self, row: Mapping[str, float]) -> None:
         """A line of metrics, from the first worker."""
         run = {"run": self._labels["run"]}
         for name in OF_RUN.keys() & row.keys():
-            self._gauges[name].set(row[name], run)
+            self._set(name, row[name], run)
         for name in row:
             if name.startswith(f"{LOSS_BAND}_"):
-                self._gauges[LOSS_BAND].set(row[name], run | {"band": name.rpartition("_")[2]})
+                self._set(LOSS_BAND, row[name], run | {"band": name.rpartition("_")[2]})
 
     def of_worker(self, images: int, figures: Mapping[str, float], memory: Mapping[str, float]) -> None:
         """A worker's own: images since the last call, figures of `OF_WORKER`, and bytes by kind of memory."""
         if images:
             self._images.inc(images, self._labels)
         for name, value in figures.items():
-            self._gauges[name].set(value, self._labels)
+            self._set(name, value, self._labels)
         for kind, value in memory.items():
-            self._gauges["memory_bytes"].set(value, self._labels | {"kind": kind})
+            self._set("memory_bytes", value, self._labels | {"kind": kind})
 
     def of_validation(self, metrics: Mapping[str, Any]) -> None:
         """What a validation measured: distance by the name of its metric."""
         for name, value in metrics.items():
-            self._gauges[VALIDATION].set(value, {"run": self._labels["run"], "metric": name})
+            self._set(VALIDATION, value, {"run": self._labels["run"], "metric": name})
 
 
 def run_label(train_path: str) -> str:

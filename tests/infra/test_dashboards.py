@@ -88,7 +88,7 @@ def until(done: Any, seconds: float = 60.0) -> Any:
 def test_a_real_ray_exports_what_the_dashboard_asks_for(agent: str) -> None:
     wanted = set().union(*map(metrics_of, queries()))
     assert wanted == prometheus.exported()  # nothing is asked for that isn't told, nothing told that isn't shown
-    found = until(lambda: page if wanted <= (page := exposed(agent)).keys() else None)
+    found = until(lambda: page if wanted <= (page := exposed(agent)).keys() and len(page["ray_mar_train_images_total"]) == 2 else None)
     assert {float(line.rpartition(" ")[2]) for line in found["ray_mar_train_mfu"]} == {0.23}
     assert all('run="demo/train"' in line for lines in found.values() for line in lines)
     assert len(found["ray_mar_train_loss_band"]) == 4
