@@ -88,6 +88,21 @@ def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | None, str]:
     return data, storage.digest(data)
 
 
+def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int) -> dict[str, Any] | None:
+    """The record of shard `index`, which begins at row `start`, or None where it has to be made: it is not there, has not the recorded
+    size and checksum, or rejected images that have other bytes now."""
+    file, record_path = shard_paths(path, index)
+    if not (storage.exists(record_path) and storage.exists(file)):
+        return None
+    record: dict[str, Any] = storage.read_json(record_path)
+    if record["format_version"] != FORMAT_VERSION or storage.size(file) != record["bytes"]:
+        return None
+    if storage.digest(storage.read_bytes(file)) != record["sha256"]:
+        return None
+    mended = any(read(images, rows[start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
+    return None if mended else record
+
+
 def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
     """Read, decode and crop one image. Raises UserError when the source doesn't answer."""
     data, digest = read(images, row)
@@ -170,6 +185,9 @@ class ShardEncoder:
 
     def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
         """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""
+        made = finished_record(self.job.images, self.job.path, self.rows, index, start)
+        if made is not None:  # by an encoder that was killed before it could say so
+            return made, Seconds()
         rows = self.rows[start:stop]
         shard, seconds = _Shard([""] * len(rows), [""] * len(rows)), Seconds()
         self.done[index] = 0

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.cluster import cluster_resources
-from pipelines.encoding import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, read, shard_paths
+from pipelines.encoding import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record
 from pipelines.images import ImageSettings
-from pipelines.latents import FORMAT_VERSION, SHARDS, shard_name
+from pipelines.latents import SHARDS, shard_name
 from pipelines.sources.table import ImageRows
 
 CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
@@ -83,20 +83,8 @@ def finished(images: ImageSettings, path: str, rows: Any, shards: dict[int, Shar
 
 def _finished_records(images: ImageSettings, path: str, rows: ImageRows, shards: list[Shard]) -> list[tuple[int, dict[str, Any]]]:
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-        found = pool.map(lambda shard: (shard.index, finished_record(images, path, rows, shard)), shards)
+        found = pool.map(lambda one: (one.index, finished_record(images, path, rows, one.index, one.start)), shards)
         return [(index, record) for index, record in found if record is not None]
-
-
-def finished_record(images: ImageSettings, path: str, rows: ImageRows, shard: Shard) -> dict[str, Any] | None:
-    """The record of one shard, or None where it has to be made (again)."""
-    file, record_path = shard_paths(path, shard.index)
-    record: dict[str, Any] = storage.read_json(record_path)
-    if record["format_version"] != FORMAT_VERSION or storage.size(file) != record["bytes"]:
-        return None
-    if storage.digest(storage.read_bytes(file)) != record["sha256"]:
-        return None
-    mended = any(read(images, rows[shard.start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
-    return None if mended else record
 
 
 def make(job: EncodingJob, encoders: int, rows: Any, shards: dict[int, Shard]) -> Iterator[Progress]:

@@ -1,6 +1,5 @@
 """An S3 server on the loopback that answers a share of the requests as a bucket on a bad day does."""
 
-import random
 import socket
 import struct
 import threading
@@ -16,13 +15,15 @@ KINDS = ("500", "503", "reset", "stall")
 
 
 class FaultyS3:
-    """`share` of the requests fail, in turn as each of `kinds`; a stalled one is answered after `stall` seconds."""
+    """`share` of the requests (of these `methods`, if any are named) fail, in turn as each of `kinds`; a stalled one is answered after
+    `stall` seconds."""
 
     def __init__(self) -> None:
         self.share, self.kinds, self.stall = 0.0, KINDS, 3.0
+        self.methods: tuple[str, ...] = ()
         self.faults: Counter[str] = Counter()
         self.requests = 0
-        self._draw, self._lock = random.Random(0), threading.Lock()
+        self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -39,7 +40,9 @@ class FaultyS3:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
             self.requests += 1
-            kind = self.kinds[sum(self.faults.values()) % len(self.kinds)] if self._draw.random() < self.share else ""
+            due = int(self.requests * self.share) > int((self.requests - 1) * self.share)  # evenly, so that tests know how many
+            fails = due and (not self.methods or environ["REQUEST_METHOD"] in self.methods)
+            kind = self.kinds[sum(self.faults.values()) % len(self.kinds)] if fails else ""
             if kind:
                 self.faults[kind] += 1
         if kind in ("500", "503"):
