@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mar_model.mar import MAR
-from mar_model.transformer import Block
+from mar_model.transformer import Block, take
 
 COMPLETE_SHARE = 0.3  # of the AR steps, the first ones: there the image changes most
 
@@ -45,7 +45,7 @@ class FeatureReuse:
         buffer = self._positions[:, : self.model.config.buffer_size]
         if complete:
             z = self._complete(tokens, kept)
-            found = _at(z, positions.repeat(z.shape[0] // self.batch, 1))
+            found = take(z, positions.repeat(z.shape[0] // self.batch, 1))
         else:
             self._encode(tokens, kept, self._drawn_before)  # type: ignore[arg-type]
             rows = torch.cat([self._drawn_before, positions], dim=1) + buffer.shape[1]  # type: ignore[list-item]
@@ -53,7 +53,7 @@ class FeatureReuse:
             conditional = conditional + self.model.diffusion_pos_embed_learned[0][positions]
             found = conditional
             if self._difference is not None:
-                found = torch.cat([conditional, conditional + _at(self._difference, positions)])
+                found = torch.cat([conditional, conditional + take(self._difference, positions)])
         self._drawn_before = positions
         return found
 
@@ -72,7 +72,7 @@ class FeatureReuse:
         model = self.model
         buffer, learned = self._positions[:, : model.config.buffer_size], model.encoder_pos_embed_learned
         front = self.embedding[: self.batch, None] + learned[:, : buffer.shape[1]]
-        chosen = model.z_proj(_at(tokens, computed)) + learned[0, buffer.shape[1] :][computed]
+        chosen = model.z_proj(take(tokens, computed)) + learned[0, buffer.shape[1] :][computed]
         x = model.z_proj_ln(torch.cat([front.to(chosen.dtype), chosen], dim=1))
         rows, seen = (torch.cat([buffer, one + buffer.shape[1]], dim=1) for one in (computed, kept))
         for layer in self._encoder:
@@ -84,7 +84,7 @@ class FeatureReuse:
 
     def _decode(self, rows: Tensor) -> Tensor:
         """The decoder's output at `rows` (B, M) of buffer and tokens: (B, M, W)."""
-        x = _at(self._decoder_input, rows) + self.model.decoder_pos_embed_learned[0][rows]  # type: ignore[arg-type]
+        x = take(self._decoder_input, rows) + self.model.decoder_pos_embed_learned[0][rows]  # type: ignore[arg-type]
         for layer in self._decoder:
             x = layer.advance(x, rows, self._positions.shape[1])
         return self.model.decoder_norm(x)  # type: ignore[no-any-return]
@@ -104,14 +104,9 @@ class _Layer:
         if self._keys_values is None:
             self._keys_values = torch.zeros(batch, positions, 2 * width, dtype=keys_values.dtype, device=x.device)
         self._keys_values.scatter_(1, rows[:, :, None].expand_as(keys_values), keys_values)
-        attended_to = self._keys_values if seen is None else _at(self._keys_values, seen)
+        attended_to = self._keys_values if seen is None else take(self._keys_values, seen)
         heads = block.attn.heads
         q, k, v = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, *attended_to.chunk(2, dim=2)))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, width)
         x = x + block.attn.proj(attended)
         return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
-
-
-def _at(values: Tensor, positions: Tensor) -> Tensor:
-    """Values (B, N, W) at positions (B, M): (B, M, W)."""
-    return values.gather(1, positions[:, :, None].expand(-1, -1, values.shape[2]))

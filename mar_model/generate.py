@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -69,52 +70,57 @@ def generate(
     _check_labels(labels, batch, config.classes)
     _check_guidance(guidance, guidance_schedule, labels)
     _check_range(x0_range, config.latent_channels)
-    tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
-    drawn_in_all = config.tokens
-    if known is not None or fill is not None:
-        fill = _checked_fill(known, fill, model, batch)
-        tokens = model.patchify(known.to(device)).masked_fill(to_device(fill, device)[:, :, None], 0.0)  # type: ignore[union-attr]
-        orders, drawn_in_all = filled_first(orders, fill)
-    lengths = mask_schedule(drawn_in_all, ar_steps)
+    fill = _checked_fill(known, fill, model, batch)
+    if reuse_steps < 0:
+        raise ValueError(f"reuse_steps is {reuse_steps}, expected 0 or more")
     respaced_timesteps(diffusion_steps)  # raises for a number of steps that is not possible
     steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
+
+    tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
+    to_draw = config.tokens
+    if known is not None and fill is not None:
+        tokens = model.patchify(known.to(device)).masked_fill(to_device(fill, device)[:, :, None], 0.0)
+        orders, to_draw = filled_first(orders, fill)
+    lengths = mask_schedule(to_draw, ar_steps)
     draw = TokenSampler(model.diffloss.net) if token_sampler is None else token_sampler
+    schedules = [draw.schedule(count, device) for count in set(steps)]
+    guided = guidance != 1.0 and any(sampling.guides(timestep) for schedule in schedules for timestep in schedule.visited)
+    embedding = _embedding(model, labels, batch, guided)
+    reuse = FeatureReuse(model, embedding, batch, ar_steps, reuse_steps) if reuse_steps else None
     token_range = None
     if x0_range is not None:
         low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
         token_range = (low, high)
-    if reuse_steps < 0:
-        raise ValueError(f"reuse_steps is {reuse_steps}, expected 0 or more")
-    guided = guidance != 1.0 and any(sampling.guides(one) for count in set(steps) for one in respaced_timesteps(count))
-    embedding = _embedding(model, labels, batch, guided)
-    reuse = FeatureReuse(model, embedding, batch, ar_steps, reuse_steps) if reuse_steps else None
+    orders_there = to_device(orders, device)
 
-    on_device = to_device(orders, device)
+    with _evaluating(model):
+        for step, (before, after) in enumerate(itertools.pairwise(lengths)):
+            if before == after:  # more steps than tokens: nothing leaves the mask
+                continue
+            kept = orders_there[:, before:].sort(dim=1).values
+            positions = orders_there[:, after:before].sort(dim=1).values
+            if reuse is None:
+                z = _conditions(model, tokens, kept, positions, embedding)
+            else:
+                z = reuse.conditions(step, tokens, kept, positions)
+            predicted = torch.zeros(batch, config.tokens, dtype=torch.bool).scatter_(1, orders[:, after:before], True)
+            step_noise = noise.tokens(step, predicted, diffusion_steps, config.token_dim)[: 1 + steps[step]]
+            scale = _scale(guidance, guidance_schedule, max(after, 1), config.tokens) if guided else None
+            drawn = draw(z.flatten(0, 1), to_device(step_noise, device), sampling, scale, token_range)
+            tokens.scatter_(1, positions[:, :, None].expand(-1, -1, config.token_dim), drawn.view(batch, -1, config.token_dim))
+            if after_step is not None:
+                after_step(step, model.unpatchify(tokens).clone())
+    return model.unpatchify(tokens)
+
+
+@contextmanager
+def _evaluating(model: MAR) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    for step, (before, after) in enumerate(itertools.pairwise(lengths)):
-        if before == after:  # more steps than tokens: nothing leaves the mask
-            continue
-        kept = on_device[:, before:].sort(dim=1).values
-        positions = on_device[:, after:before].sort(dim=1).values
-        predicted = torch.zeros(batch, config.tokens, dtype=torch.bool).scatter_(1, orders[:, after:before], True)
-        if reuse is None:
-            z = _conditions(model, tokens, kept, positions, embedding)
-        else:
-            z = reuse.conditions(step, tokens, kept, positions)
-        scale = None if not guided else _scale(guidance, guidance_schedule, max(after, 1), config.tokens)
-        drawn = draw(
-            z.flatten(0, 1),
-            to_device(noise.tokens(step, predicted, diffusion_steps, config.token_dim)[: 1 + steps[step]], device),
-            sampling,
-            scale,
-            token_range,
-        )
-        tokens.scatter_(1, positions[:, :, None].expand(-1, -1, config.token_dim), drawn.view(batch, -1, config.token_dim))
-        if after_step is not None:
-            after_step(step, model.unpatchify(tokens).clone())
-    model.train(was_training)
-    return model.unpatchify(tokens)
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _embedding(model: MAR, labels: Tensor | None, batch: int, unconditional_half: bool) -> Tensor:
@@ -180,9 +186,11 @@ def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
         raise ValueError(f"x0_range goes from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
 
 
-def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: int) -> Tensor:
-    """`fill` on the CPU, (B, L); raises ValueError where it and `known` are no completion."""
+def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: int) -> Tensor | None:
+    """`fill` on the CPU, (B, L), or None without a completion; raises ValueError where it and `known` are none."""
     config = model.config
+    if known is None and fill is None:
+        return None
     if known is None or fill is None:
         raise ValueError(f"{'known' if known is None else 'fill'} is missing: a completion takes both, known latents and what to fill")
     shape = (batch, config.latent_channels, config.latent_size, config.latent_size)

@@ -50,10 +50,10 @@ class SampleNoise:
     def tokens(self, step: int, predicted: Tensor, diffusion_steps: int, dim: int) -> Tensor:
         shape = (*predicted.shape, 1 + diffusion_steps, dim)
         if self._drawn is None or self._drawn.shape != shape:
-            drawn = torch.empty(shape)
+            drawn = torch.empty(shape, pin_memory=self.device.type == "cuda")
             for one, noise in zip(self.samples, drawn, strict=True):
                 noise.normal_(generator=stream(self.seed, "token", one))
-            self._drawn = drawn.to(self.device)
+            self._drawn = drawn.to(self.device, non_blocking=True)
         rows = to_device(predicted.flatten().nonzero().flatten(), self.device)
         return self._drawn.flatten(0, 1).index_select(0, rows).transpose(0, 1).contiguous()
 

@@ -133,12 +133,17 @@ class TokenSampler:
             self._loops[key] = _StaticLoop(self._draw, z, noise, sampling, guidance, x0_range, self._memory)
         return self._loops[key](z, noise, guidance, x0_range)
 
+    def schedule(self, steps: int, device: torch.device) -> Diffusion:
+        """The schedule of so many steps, on the device. Made beforehand, no call has to bring it there. Raises ValueError as
+        `respaced_timesteps` does."""
+        if (steps, device) not in self._schedules:
+            self._schedules[steps, device] = Diffusion(respaced_timesteps(steps)).to(device)
+        return self._schedules[steps, device]
+
     def _draw(self, z: Tensor, noise: Tensor, sampling: Sampling, guidance: float | Tensor | None, x0_range: Range | None) -> Tensor:
-        steps = noise.shape[0] - 1
-        if (steps, z.device) not in self._schedules:
-            self._schedules[steps, z.device] = Diffusion(respaced_timesteps(steps)).to(z.device)
+        schedule = self.schedule(noise.shape[0] - 1, z.device)
         with self._precision(z.device):
-            return draw_tokens(self.denoiser, self._schedules[steps, z.device], z, noise, sampling, guidance, x0_range)
+            return draw_tokens(self.denoiser, schedule, z, noise, sampling, guidance, x0_range)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.dtype is None:
