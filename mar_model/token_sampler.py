@@ -112,7 +112,12 @@ class TokenSampler:
     """
 
     def __init__(self, denoiser: Denoiser, *, dtype: torch.dtype | None = None, cuda_graph: bool = False) -> None:
-        self.denoiser = denoiser if dtype is None else copy.deepcopy(denoiser).to(dtype)
+        self.denoiser = denoiser
+        if dtype is not None:
+            self.denoiser = copy.deepcopy(denoiser).to(dtype)
+            for block, own in zip(denoiser.res_blocks, self.denoiser.res_blocks, strict=True):
+                if block._compiled_call_impl is not None:  # a copy is not compiled
+                    own.compile(dynamic=True)
         self.dtype, self.cuda_graph = dtype, cuda_graph
         self._schedules: dict[tuple[int, torch.device], Diffusion] = {}
         self._loops: dict[Any, _StaticLoop] = {}

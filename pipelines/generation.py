@@ -57,6 +57,7 @@ class GenerateSettings:
     precision: Literal["auto", "bf16", "float32"] = identity(
         "auto", "matrix products: auto, bf16 or float32; sampler state is always float32"
     )
+    compile: bool = identity(False, "torch.compile the model's blocks: minutes at first, then faster")
     batch: int = operational(64, "images a batch and a shard")
     actors: int = operational(1, "actors that hold the model")
     cuda_graph: bool = operational(False, "on a GPU: capture the denoiser's loop as CUDA graphs")

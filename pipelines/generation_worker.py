@@ -85,6 +85,8 @@ class LoadedModel:
             self.range = (low - self.mean) / self.std, (high - self.mean) / self.std
         with autocast(self.settings.precision, self.device):
             bf16 = self.settings.cuda_graph and torch.is_autocast_enabled(self.device.type)
+        if self.settings.compile:
+            self.model.compile_blocks()
         self.token_sampler = TokenSampler(
             self.model.diffloss.net, dtype=torch.bfloat16 if bf16 else None, cuda_graph=self.settings.cuda_graph
         )

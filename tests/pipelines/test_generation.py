@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 
+from mar_model import MAR
 from pipelines import samples
 from pipelines.cluster import ClusterSettings
 from pipelines.completion import read_completion
@@ -265,7 +266,7 @@ def test_a_model_without_labels_is_drawn_without(
 
 
 def test_fast_modes_and_captured_loops_reach_the_sampler(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def images(**changes: object) -> np.ndarray:
         return loaded(replace(settings, **changes), tokenizer, stage).images(np.arange(3), range(3))[0].astype(int)
@@ -278,6 +279,11 @@ def test_fast_modes_and_captured_loops_reach_the_sampler(
     ):  # fmt: skip
         assert (images(**change) != plain).any(), change
     assert (images(precision="bf16", cuda_graph=True) != plain).any()
+    backends = []
+    compile_blocks = MAR.compile_blocks
+    monkeypatch.setattr(MAR, "compile_blocks", lambda model: backends.append(compile_blocks(model, backend="eager")))  # no C++ compiler
+    assert np.abs(images(compile=True) - plain).max() <= 1
+    assert len(backends) == 1
 
 
 def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path) -> None:
