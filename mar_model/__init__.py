@@ -4,7 +4,8 @@ from mar_model.config import Architecture, MARConfig
 from mar_model.generate import generate
 from mar_model.mar import MAR, TrainingDraws
 from mar_model.noise import SampleNoise, stream
+from mar_model.token_sampler import TokenSampler
 
 __version__ = "0.1.0"
 
-__all__ = ["MAR", "Architecture", "MARConfig", "SampleNoise", "TrainingDraws", "generate", "stream"]
+__all__ = ["MAR", "Architecture", "MARConfig", "SampleNoise", "TokenSampler", "TrainingDraws", "generate", "stream"]
