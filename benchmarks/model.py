@@ -6,18 +6,20 @@
 Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
 A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
 that have to be done (`mar_model.flops`), for the release too, so MFU is what the work takes against what the device could do.
-With both precisions, the deviation of bf16 from float32 on the same draws is printed.
+MFU on a CPU is against the best measured product. With both precisions, the deviation of bf16 from float32 on the same draws is printed.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import platform
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,11 @@ from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, training_flops
 from mar_model.linear import Linear
 from mar_model.masking import masked_tokens
-from mar_model.memory import keep_freed_memory
 from mar_model.noise import to_device
 from mar_model.recipe import initial_weights, micro_batch_draws, parameter_groups
+from pipelines.gpus import of_device
 
 LEARNING_RATE = 1e-4
-
-# Dense bf16 TFLOP/s of the vendor's data sheets, by a part of the device's name.
-PEAKS = {
-    "H200": 989.0,  # NVIDIA H200 data sheet: 1,979 with sparsity
-    "H100 PCIe": 756.0,  # NVIDIA H100 data sheet: 1,513 with sparsity
-    "H100": 989.0,  # the same, SXM: 1,979 with sparsity
-    "A100": 312.0,  # NVIDIA A100 data sheet
-    "L40S": 362.0,  # NVIDIA L40S data sheet: 733 with sparsity
-    "RTX 4090": 165.2,  # NVIDIA Ada GPU architecture, float32 accumulation
-    "RTX 3090": 71.0,  # NVIDIA Ampere GA102 architecture, float32 accumulation
-}
 
 
 class OurModel:
@@ -111,12 +102,12 @@ class OurModel:
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
-    """TFLOP/s of the best of ten 4096³ products (2048³ on a CPU)."""
-    side = 2048 if device.type == "cpu" else 4096
+    """TFLOP/s of the best of forty 2048³ products."""
+    side = 2048
     layer, x = Linear(side, side, bias=False).to(device), torch.randn(side, side, device=device)
     best = float("inf")
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        for _ in range(10):
+        for _ in range(40):
             best = min(best, timed(lambda: layer(x), device))
     return 2 * side**3 / best / 1e12
 
@@ -192,7 +183,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
-    parser.add_argument("--keep-memory", action="store_true", help="the process keeps freed memory, as training workers on a CPU do")
     parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to run beside")
     parser.add_argument("--peak-tflops", type=float, help="of the device; by default its data sheet's, or on a CPU a measured product's")
     parser.add_argument("--warmup", type=int, default=3)
@@ -205,16 +195,20 @@ def contestants(
     drawn: dict[str, Tensor],
 ) -> dict[str, Callable[[], object]]:  # fmt: skip
     """What takes turns, by `code precision`; generations are kept in `drawn`."""
+
+    def keep(precision: str) -> None:
+        drawn[precision] = ours.generate(precision, labels)
+
     found: dict[str, Callable[[], object]] = {}
     for precision in options.precision:
         if what == "train":
-            found[f"ours {precision}"] = lambda name=precision: ours.train_step(name, latents, labels, masked)
+            found[f"ours {precision}"] = partial(ours.train_step, precision, latents, labels, masked)
         else:
-            found[f"ours {precision}"] = lambda name=precision: drawn.update({name: ours.generate(name, labels)})
+            found[f"ours {precision}"] = partial(keep, precision)
     if release is not None:
-        theirs = {
-            "train": lambda: release.train_step(latents, labels, masked),
-            "generate": lambda: release.generate(labels, options.ar_steps, options.guidance),
+        theirs: dict[str, Callable[[], object]] = {
+            "train": partial(release.train_step, latents, labels, masked),
+            "generate": partial(release.generate, labels, options.ar_steps, options.guidance),
         }
         found[f"release {release.precision}"] = theirs[what]
     return found
@@ -223,8 +217,7 @@ def contestants(
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
-    if options.keep_memory:
-        keep_freed_memory()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all that run here, as the workers have it (pipelines.cluster.use_threads)
     architecture = PUBLISHED[f"mar_{options.preset}"]
     if options.denoiser:
         depth, width = (int(part) for part in options.denoiser.split("/"))
@@ -237,13 +230,14 @@ def main() -> None:
     ours = OurModel(config, device, options)
     release = ReleasedModel(options.release, config, device, LEARNING_RATE, options.diffusion_steps) if options.release else None
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    data_sheet = next((peak for part, peak in PEAKS.items() if part in device_name), None)
+    known = of_device(device_name)
     steps = {"ar_steps": options.ar_steps, "diffusion_steps": options.diffusion_steps}
     work: dict[str, dict[str, Any]] = {"train": {"masked": masked}, "generate": {**steps, "guidance": options.guidance}}
     tflop = {
         "train": training_flops(config, options.batch, masked) / 1e12,
         "generate": generation_flops(config, options.batch, **steps, guided=options.guidance != 1.0) / 1e12,
     }
+    measured = {name: measured_peak(device, name) for name in ("float32", "bf16") if device.type == "cpu"}
     rows: list[dict[str, Any]] = []
     drawn: dict[str, Tensor] = {}
     for what in ("train", "generate") if options.what == "both" else (options.what,):
@@ -251,14 +245,12 @@ def main() -> None:
         for name, found in by_turns(takes_turns, device, options.warmup, options.runs).items():
             code, precision = name.split()
             seconds = statistics.median(found["seconds"])
-            peak = options.peak_tflops or (data_sheet if precision != "float32" else None)
-            if peak is None and device.type == "cpu":
-                peak = measured_peak(device, precision)
+            peak = options.peak_tflops or (known.tflops if known and precision != "float32" else None) or measured.get(precision)
             row = {
                 "benchmark": "model", "what": what, "code": code, "precision": precision, "preset": options.preset,
                 "denoiser": f"{config.denoiser_depth}/{config.denoiser_width}", "device": device_name,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": options.batch, **work[what],
-                "compile": options.compile, "recompute": options.recompute, "keep_memory": options.keep_memory,
+                "compile": options.compile, "recompute": options.recompute,
                 "seconds": seconds, "runs": [round(one, 4) for one in found["seconds"]], "images_per_second": options.batch / seconds,
                 "tflop": tflop[what], "tflops": tflop[what] / seconds, "peak_tflops": peak,
                 "mfu": None if peak is None else tflop[what] / seconds / peak, "peak_memory_gib": found["peak_memory_gib"],

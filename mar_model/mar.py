@@ -82,6 +82,11 @@ class MAR(nn.Module):
 
         Lengths are symbols, so that other masks, batches and AR steps need no new code.
         """
+        import torch._dynamo  # seconds that only those who compile should wait
+
+        # All blocks of a kind share their code. Its variants: training or not, autocast or not, the encoder's or the decoder's width, the
+        # last decoder block, one image or more, one token or more
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks):
             block.compile(dynamic=True, backend=backend)
 

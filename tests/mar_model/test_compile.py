@@ -1,0 +1,92 @@
+"""`torch.compile` on the blocks: the same numbers, and no new code for other masks, AR steps and batches.
+
+What is counted is what the compiler is given to compile; the backend that runs it as it stands needs no C++ compiler and
+is quick.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model.recipe import micro_batch_draws
+
+TINY = MARConfig(
+    encoder_depth=3, encoder_width=32, encoder_heads=2, decoder_depth=3, decoder_width=32, decoder_heads=2, buffer_size=3,
+    denoiser_depth=3, denoiser_width=40, latent_size=8, latent_channels=2, patch_size=2, classes=5, attention_dropout=0.0,
+    projection_dropout=0.0,
+)  # fmt: skip
+
+
+def model() -> MAR:
+    torch.manual_seed(0)
+    made = MAR(TINY)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+@pytest.fixture
+def compiled() -> Iterator[MAR]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = model()
+    made.compile_blocks(backend="eager")
+    yield made
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def losses(made: MAR, masked: int, images: int = 3) -> Tensor:
+    draws, _ = micro_batch_draws(TINY, images, masked, seed=0, images_seen=masked, micro_batch=0)
+    latents = torch.linspace(-1, 1, images * 128).view(images, 2, 8, 8)
+    return made(latents, torch.arange(images), masked, draws)[0].total
+
+
+def test_training_compiles_once_for_all_masks(compiled: MAR) -> None:
+    plain = model()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for masked in (11, 12, 16, 9):
+        for made in (plain, compiled):
+            made.zero_grad()
+            losses(made, masked).mean().backward()
+        torch.testing.assert_close(losses(compiled, masked), losses(plain, masked))
+        for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+        assert graphs() == 3  # a block, the last decoder block, a denoiser's block
+    losses(compiled, 10, images=5)
+    assert graphs() == 3
+
+
+def test_generation_compiles_nothing_after_its_first_step(compiled: MAR) -> None:
+    labels, after_each = torch.tensor([0, 3, 4]), []
+
+    def draw(made: MAR, seed: int, **options: float) -> Tensor:
+        return generate(
+            made, labels, SampleNoise(seed, [0, 1, 2]), ar_steps=6, diffusion_steps=4, guidance=2.0, **options,
+            after_step=lambda step, latents: after_each.append(graphs()),
+        )  # fmt: skip
+
+    found = draw(compiled.eval(), 0)
+    assert after_each[-1] <= 4  # the three of training, and one of them anew for steps that draw a single token
+    assert after_each[1] == after_each[-1]
+    first = after_each[-1]
+    torch.testing.assert_close(found, draw(model().eval(), 0), rtol=1e-3, atol=1e-3)
+    draw(compiled, 1)
+    draw(compiled, 2, temperature=0.9)
+    assert graphs() == first
+
+
+def test_activations_can_be_recomputed_in_compiled_blocks(compiled: MAR) -> None:
+    plain = model()
+    compiled.recompute_activations()
+    for made in (plain, compiled):
+        losses(made, 11).mean().backward()
+    for one, other in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
