@@ -104,11 +104,10 @@ def through_ray(images: ImageSettings, tokenizer: str, path: str, threads: int) 
     rows = list_images(images).train()
     job = EncodingJob(images, tokenizer, path, BATCH, "float16", "float32", threads, ClusterSettings(threads=threads))
     done, seconds, began = 0, None, 0.0
-    for progress in make(job, 1, ray.put(rows), shards_of(len(rows), SHARD)):
-        if progress.record is not None:
-            done += progress.record["rows"]
-            began = began or time.perf_counter()
-            seconds = progress.seconds if seconds is None else seconds + progress.seconds
+    for _, record, took in make(job, 1, ray.put(rows), shards_of(len(rows), SHARD)):
+        done += record["rows"]
+        began = began or time.perf_counter()
+        seconds = took if seconds is None else seconds + took
     assert seconds is not None
     return (done - SHARD) / (time.perf_counter() - began), seconds.shares()
 

@@ -1,4 +1,4 @@
-"""Stage *cache*: encoders, actors that decode with threads and encode with a tokenizer, write the latent cache.
+"""Stage *cache*: Ray Data streams shards through a pool of encoders, which decode with threads and encode with a tokenizer.
 
     source ──▶ listing, sorted by key ──▶ ranges of rows ──▶ encoders: decode │ encode │ write ──▶ one record a shard ──▶ manifest
 
@@ -142,19 +142,19 @@ def _make(
     records = finished(images, cache.path, shared, shards)
     if records:
         stage.say(f"{len(records)} of {len(shards)} shards are already there")
-    done = sum(shards[index].images for index in records)
     rejected = sum(len(record["rejected"]) for record in records.values())
     seconds = Seconds()
-    with stage.progress(len(rows), done=done) as bar:
-        for progress in make(job, encoders, shared, {index: shards[index] for index in shards if index not in records}):
-            if progress.record is not None:
-                records[progress.index] = progress.record
-                done, rejected = done + shards[progress.index].images, rejected + len(progress.record["rejected"])
-                seconds = seconds + progress.seconds
-            shares = {f"{name}_%": 100 * share for name, share in seconds.shares().items()}
-            bar.update(done + progress.begun, rejected=rejected, **shares)
-            if progress.record is not None:
-                stage.log({"images_per_second": bar.rate, "rejected": rejected}, step=done)
+
+    def done() -> int:
+        return sum(shards[index].images for index in records)
+
+    with stage.progress(len(rows), done=done()) as bar:
+        left = {index: shards[index] for index in shards if index not in records}
+        for index, record, took in make(job, encoders, shared, left, begun=lambda images: bar.update(done() + images)):
+            records[index] = record
+            rejected, seconds = rejected + len(record["rejected"]), seconds + took
+            bar.update(done(), rejected=rejected, **{f"{name}_%": 100 * share for name, share in seconds.shares().items()})
+            stage.log({"images_per_second": bar.rate, "rejected": rejected}, step=done())
             if rejected > images.max_rejected * len(rows):
                 break  # the limit is passed, whatever the other shards hold
         rate = bar.rate

@@ -1,5 +1,6 @@
 """The work of stage *cache* on its workers: one shard of the latent cache, from the names of its images to its file."""
 
+import json
 import threading
 import time
 from collections import deque
@@ -17,9 +18,11 @@ from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.images import ImageError, ImageSettings, decode, read_bytes
 from pipelines.latents import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
 from pipelines.precision import autocast
+from pipelines.progress import MetricsChannel
 from pipelines.sources.table import ImageRow, ImageRows
 
 AHEAD = 2  # batches whose images are decoded before they are asked for
+SAY_SECONDS = 2.0  # between words about how far it is
 CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
 
 
@@ -167,21 +170,32 @@ def _float32_products(tf32: bool) -> None:
 
 
 class ShardEncoder:
-    """An actor that makes shards. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded ahead and
-    the shard before is written."""
+    """Makes shards, as an actor of Ray Data. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded
+    ahead and the shard before is written."""
 
-    def __init__(self, job: EncodingJob, rows: ImageRows) -> None:
+    def __init__(self, job: EncodingJob, rows: Any, channel: MetricsChannel | None = None) -> None:
+        """`rows`: ImageRows, or a reference to them. `channel` is told how far the shards in work are."""
+        import ray
+
         use_threads(job.cluster)
-        self.job, self.rows = job, rows
+        self.job, self.channel = job, channel
+        self.rows: ImageRows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
         self.encoder = Encoder(job.tokenizer, job.precision, job.dtype, default_device())
         self.threads = ThreadPoolExecutor(job.decoders, thread_name_prefix="decode")
         self.buffers = [self.encoder.buffer(job.batch, job.images.size) for _ in range(2)]  # one is filled while the other is encoded
         self.encoding = threading.Lock()
-        self.done: dict[int, int] = {}  # images of the shards in work that are encoded or rejected
+        self.said = time.monotonic()
 
-    def progress(self) -> dict[int, int]:
-        """Images done of each shard in work."""
-        return dict(self.done)
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns `index`, `start`, `stop` of shards → `index`, `record` (JSON) and `seconds` (decoding, encoding, writing)."""
+        made = [self.make(int(index), int(start), int(stop)) for index, start, stop in zip(*block.values(), strict=True)]
+        seconds = np.array([[took.decoding, took.encoding, took.writing] for _, took in made])
+        return {"index": block["index"], "record": np.array([json.dumps(record) for record, _ in made], object), "seconds": seconds}
+
+    def _say(self, index: int, images: int) -> None:
+        if self.channel is not None and time.monotonic() - self.said > SAY_SECONDS:
+            self.said = time.monotonic()
+            self.channel.send({"shard": index, "images": images})
 
     def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
         """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""
@@ -190,7 +204,6 @@ class ShardEncoder:
             return made, Seconds()
         rows = self.rows[start:stop]
         shard, seconds = _Shard([""] * len(rows), [""] * len(rows)), Seconds()
-        self.done[index] = 0
         images = iter(rows)
         ahead: deque[Future[Decoded]] = deque()
         for _ in range(AHEAD * self.job.batch):
@@ -202,7 +215,6 @@ class ShardEncoder:
             record = self._write(index, rows, shard)
             seconds.writing = time.perf_counter() - began
         finally:
-            del self.done[index]
             for one in ahead:
                 one.cancel()
         return record, seconds
@@ -239,7 +251,7 @@ class ShardEncoder:
                     shard.moments.append(self._fetched(launched.popleft()))
             seconds.decoding += filled - began
             seconds.encoding += time.perf_counter() - filled
-            self.done[index] = place
+            self._say(index, place)
         shard.moments += [self._fetched(one) for one in launched]
 
     def _fetched(self, moments: torch.Tensor) -> np.ndarray:
