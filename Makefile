@@ -16,7 +16,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: .venv/installed  ## every benchmark, one after the other
-	@set -e; for script in cache loader model; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
+	@set -e; for script in cache loader model training; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
 
 lock:  ## pin every dependency anew (versions and hashes)
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q uv; }

@@ -73,8 +73,8 @@ class RunConfig(BaseModel):
 
 
 LOCATIONS = (
-    "images.source", "tokenizer.path", "cache.path", "train.path", "generate.path", "generate.checkpoint", "generate.image",
-    "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
+    "images.source", "tokenizer.path", "cache.path", "train.path", "train.init_from", "generate.path", "generate.checkpoint",
+    "generate.image", "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
 )  # fmt: skip
 
 

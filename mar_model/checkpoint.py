@@ -6,7 +6,7 @@ so that a damaged or half-copied checkpoint is known as such.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
 
 FORMAT_VERSION = 1
 WEIGHTS, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
+
+
+def average_file(decay: float) -> str:
+    """The file of a further moving average, e.g. `ema-0.999.safetensors`; that of `train.ema_decay` is `ema.safetensors`."""
+    return f"ema-{decay:g}.safetensors"
 
 
 def save_checkpoint(
@@ -44,7 +49,7 @@ def save_checkpoint(
 
 def write_state(directory: Path, config: MARConfig, state: dict[str, Any]) -> None:
     """Write `state.json` over the weights that are in `directory`: `state`, the model's configuration and the files' digests."""
-    digests = {name: file_digest(directory / name) for name in (WEIGHTS, AVERAGE, OPTIMIZER) if (directory / name).is_file()}
+    digests = {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))}
     whole = {"format_version": FORMAT_VERSION, "model": asdict(config), **state, "files": digests}
     (directory / STATE).write_text(json.dumps(whole, indent=2) + "\n")
 
@@ -67,16 +72,32 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state
 
 
-def load_model(directory: Path, ema: bool = True) -> tuple[MAR, dict[str, Any]]:
-    """The model of a checkpoint, in evaluation mode, with the averaged weights or the raw ones; and its state.
+def weights_file(state: Mapping[str, Any], ema: bool = True, decay: float = 0.0) -> str:
+    """The file of a checkpoint with this state that holds the raw weights, their average, or that of a further `decay` (0: the first).
 
-    Takes the memory of one copy of the weights. Raises ValueError for a damaged checkpoint and for weights that do not fit the
-    configuration.
+    Raises ValueError naming the averages that are there when that of `decay` is not.
+    """
+    if not ema:
+        return WEIGHTS
+    train = state.get("train", {})
+    if not decay or decay == train.get("ema_decay"):
+        return AVERAGE
+    if average_file(decay) not in state["files"]:
+        there = [train.get("ema_decay"), *train.get("ema_decays", [])]
+        raise ValueError(f"the checkpoint holds no average of decay {decay:g}, only of {', '.join(map(str, there))}")
+    return average_file(decay)
+
+
+def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[MAR, dict[str, Any]]:
+    """The model of a checkpoint, in evaluation mode, with the averaged weights (see `weights_file`) or the raw ones; and its state.
+
+    Takes the memory of one copy of the weights. Raises ValueError for a damaged checkpoint, for an average that it does not hold and
+    for weights that do not fit the configuration.
     """
     state = read_state(directory)
     known = {one.name for one in fields(MARConfig)}
     model = model_without_weights(MARConfig(**{name: value for name, value in state["model"].items() if name in known}))
-    path = directory / (AVERAGE if ema else WEIGHTS)
+    path = directory / weights_file(state, ema, decay)
     with safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     misfit = describe_misfit(shapes_of(model.state_dict()), shapes)
@@ -132,18 +153,29 @@ def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
     )
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """AdamW's state as named tensors: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` for each parameter NAME."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for kind, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{kind}.{name}"] = torch.as_tensor(value).detach().contiguous().cpu()
+            tensors[f"{kind}.{name}"] = torch.as_tensor(value).detach()
     return tensors
 
 
-def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`optimizer_state` in host memory, as files take it."""
+    return {name: value.contiguous().cpu() for name, value in optimizer_state(model, optimizer).items()}
+
+
+def load_optimizer(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    place: Callable[[Tensor, Tensor], Tensor] = lambda value, parameter: value.to(parameter.device),
+) -> None:
     """Put the saved state back, `step` where torch.optim keeps it: with the parameter if its group is fused or capturable, else
-    on the CPU. Raises ValueError naming a parameter without state, or one whose state has another shape."""
+    on the CPU. `place(value, parameter)` gives the state of a parameter as it is kept beside it (in parts, if that is sharded).
+    Raises ValueError naming a parameter without state, or one whose state has another shape."""
     tensors = load_file(directory / OPTIMIZER)
     with_parameter = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
@@ -158,7 +190,10 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: torch.optim.Opt
             value = tensors[f"{kind}.{name}"]
             if kind != "step" and value.shape != parameter.shape:
                 raise ValueError(f"{directory / OPTIMIZER}: {kind} of {name} is {list(value.shape)}, expected {list(parameter.shape)}")
-            state[kind] = value if kind == "step" and not with_parameter[id(parameter)] else value.to(parameter.device)
+            if kind == "step":
+                state[kind] = value.to(parameter.device) if with_parameter[id(parameter)] else value
+            else:
+                state[kind] = place(value, parameter)
         optimizer.state[parameter] = state
 
 

@@ -1,5 +1,7 @@
 """The exponential moving average of the weights, with a warm-up of its decay so that short runs are not averaged with noise."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +23,17 @@ class WeightAverage:
         for name, value in self.weights.items():
             value.copy_(weights[name])
 
-    @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model's weights after optimizer step `step` (0-based)."""
-        current: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(list(self.weights.values()), current, 1 - decay_at(step, self.decay, self.warmup))
+        update_averages([self], model, step)
+
+
+@torch.no_grad()
+def update_averages(averages: Sequence[WeightAverage], model: nn.Module, step: int) -> None:
+    """`update` of several averages of one model, each with its own decay, in one fused call."""
+    current: list[Tensor] = list(model.parameters())
+    torch._foreach_lerp_(
+        [value for average in averages for value in average.weights.values()],
+        [value for _ in averages for value in current],
+        [1 - decay_at(step, average.decay, average.warmup) for average in averages for _ in current],
+    )

@@ -1,19 +1,19 @@
-"""The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there, the newest that verifies, the oldest dropped."""
+"""The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there; which are kept, and the newest that verifies."""
 
+import contextlib
 import logging
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mar_model import __version__
-from mar_model.checkpoint import STATE, read_state, save_checkpoint
-from mar_model.ema import WeightAverage
-from mar_model.mar import MAR
+from mar_model.checkpoint import STATE, read_state, write_state
 from pipelines import storage
-from pipelines.latents import LatentCache
 
 if TYPE_CHECKING:
     from pipelines.training_worker import TrainingJob
@@ -24,46 +24,83 @@ PREFIX = "images-"
 UNFINISHED = ".writing-"
 
 
-def write_checkpoint(
-    job: "TrainingJob",
-    cache: LatentCache,
-    model: MAR,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-    progress: dict[str, Any],
-) -> str:
-    """Publish `checkpoints/images-…` whole or not at all, then drop the oldest beyond `train.checkpoints_kept`. Returns its path.
+def checkpoint_path(train_path: str, images_seen: int) -> str:
+    return storage.join(train_path, "checkpoints", f"{PREFIX}{images_seen:012d}")
 
-    `progress` is what the loop goes on from: `images_seen`, `step`, and `intervals`, the newest lines of metrics.
-    """
-    train, manifest = job.train, cache.manifest
-    state = {
+
+def checkpoint_state(job: "TrainingJob", progress: Mapping[str, Any]) -> dict[str, Any]:
+    """What `state.json` holds beside the model's configuration: `progress`, which the loop goes on from (`images_seen`, `step`, and
+    `intervals`, the newest lines of metrics), and all that says what the weights are."""
+    manifest = job.cache.manifest
+    return {
         **progress,
         "seed": job.seed,
         "code_version": __version__,
-        "train": asdict(train),
-        "cache_digest": cache.digest,
+        "train": asdict(job.train),
+        "cache_digest": job.cache.digest,
         "tokenizer": {"path": job.tokenizer_path, "digest": manifest.tokenizer["digest"]},
         "class_names": manifest.class_names,
         "image_size": manifest.image_size,
         **{name: getattr(manifest, name) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")},
     }
-    folder = storage.join(train.path, "checkpoints")
-    path = storage.join(folder, f"{PREFIX}{progress['images_seen']:012d}")
-    scratch = str(Path(folder)) if storage.is_local(folder) else None
+
+
+def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
+    """Write `tensors` (file → name → values in host memory) and `state` as `checkpoints/images-…`, whole or not at all; its path.
+
+    Raises OSError where the disk is full or the bucket is out of reach; what was written is removed then.
+    """
+    path = checkpoint_path(job.train.path, state["images_seen"])
+    folder = storage.join(job.train.path, "checkpoints")
+    scratch = storage.filesystem(folder)[1] if storage.is_local(folder) else None
     if scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=UNFINISHED) as temporary:
-        save_checkpoint(Path(temporary) / "checkpoint", model, average.weights, state, optimizer)
-        storage.publish_directory(Path(temporary) / "checkpoint", path, last=STATE)
-    for name in _checkpoint_names(train.path)[: -train.checkpoints_kept]:
-        storage.delete(storage.join(folder, name))
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=UNFINISHED, ignore_cleanup_errors=True) as temporary:
+        directory = Path(temporary) / "checkpoint"
+        directory.mkdir()
+        try:
+            for file, values in tensors.items():
+                save_file(values, directory / file)
+            write_state(directory, job.model, state)
+            storage.publish_directory(directory, path, last=STATE)
+        except Exception as error:
+            with contextlib.suppress(Exception):  # the first error is the one to tell
+                if not storage.exists(storage.join(path, STATE)):
+                    storage.delete(path)
+            raise OSError(f"{path}: {error}") from error
     return path
 
 
-def _checkpoint_names(train_path: str) -> list[str]:
+def drop_old_checkpoints(train_path: str, kept: int, scores: Mapping[str, float]) -> None:
+    """Delete all but the newest `kept` checkpoints and the one with the lowest of `scores` (name → value)."""
+    names = checkpoint_names(train_path)
+    best = min((name for name in names if name in scores), key=lambda name: scores[name], default=None)
+    for name in names[:-kept]:
+        if name != best:
+            storage.delete(storage.join(train_path, "checkpoints", name))
+
+
+def score_of(state: Mapping[str, Any], metric: str) -> float | None:
+    """The metric's value in the newest line of metrics that a checkpoint holds; None where there is none."""
+    lines = [line[metric] for line in state.get("intervals", []) if metric in line]
+    return float(lines[-1]) if lines else None
+
+
+def scores_of(train_path: str, metric: str) -> dict[str, float]:
+    """The checkpoints of a run that have a value of `metric`: name → value."""
+    scores: dict[str, float] = {}
+    for name in checkpoint_names(train_path) if metric else ():
+        file = storage.join(train_path, "checkpoints", name, STATE)
+        score = score_of(storage.read_json(file), metric) if storage.exists(file) else None
+        if score is not None:
+            scores[name] = score
+    return scores
+
+
+def checkpoint_names(train_path: str) -> list[str]:
+    """Names of the checkpoints on disk, the oldest first."""
     names = storage.list_directory(storage.join(train_path, "checkpoints"))
-    return [name for name in names if name.startswith(PREFIX) and not name.endswith(".partial")]
+    return [name for name in names if name.startswith(PREFIX) and not name.endswith(storage.PARTIAL)]
 
 
 def forget_lost_attempts(train_path: str) -> None:
@@ -71,18 +108,20 @@ def forget_lost_attempts(train_path: str) -> None:
     behind, so we go by what is on disk and verifies."""
     folder = storage.join(train_path, "checkpoints")
     for name in storage.list_directory(folder):
-        if name.startswith(UNFINISHED) or name.endswith(".partial") or name == "checkpoint_manager_snapshot.json":
+        half = name.startswith(UNFINISHED) or name.endswith(storage.PARTIAL)
+        cut = name.startswith(PREFIX) and not storage.exists(storage.join(folder, name, STATE))  # `state.json` comes last
+        if half or cut or name == "checkpoint_manager_snapshot.json":
             storage.delete(storage.join(folder, name))
 
 
-def newest_checkpoint(train_path: str) -> str | None:
-    """The newest checkpoint of a run whose files all match their digests; damaged ones are named in a warning and passed over."""
-    for name in reversed(_checkpoint_names(train_path)):
+def newest_checkpoint(train_path: str, say: Callable[[str], None] = logger.warning) -> str | None:
+    """The newest checkpoint of a run whose files all match their digests; `say` is told of each damaged one that is passed over."""
+    for name in reversed(checkpoint_names(train_path)):
         path = storage.join(train_path, "checkpoints", name)
         try:
             read_state(storage.local_directory(path))
         except ValueError as error:
-            logger.warning("checkpoint passed over: %s", error)
+            say(f"checkpoint {name} passed over: {error}")
             continue
         return path
     return None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mar_model.checkpoint import AVERAGE, WEIGHTS, read_state
+from mar_model.checkpoint import read_state, weights_file
 from pipelines import samples, storage
 from pipelines.checkpoints import newest_checkpoint
 from pipelines.cluster import ClusterSettings, worker_resources
@@ -54,6 +54,7 @@ class GenerateSettings:
     mask: str = operational("", "of the image's size: white is drawn anew")
     keep_pixels: bool = identity(True, "completion: the image's own pixels where the mask is black (off: all as decoded)")
     ema: bool = identity(True, "draw with the moving average of the weights")
+    ema_decay: float = identity(0.0, "with which, where train.ema_decays made several; 0: that of train.ema_decay")
     precision: Literal["auto", "bf16", "float32"] = identity(
         "auto", "matrix products: auto, bf16 or float32; sampler state is always float32"
     )
@@ -105,7 +106,7 @@ class Drawing:
     @property
     def identity(self) -> dict[str, Any]:
         """What the drawn images depend on, apart from the settings: the weights and the tokenizer."""
-        weights = AVERAGE if self.settings.ema else WEIGHTS
+        weights = weights_file(self.state, self.settings.ema, self.settings.ema_decay)
         drawn = {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
         return drawn if self.completion is None else {**drawn, **self.completion.identity}
 
@@ -128,6 +129,7 @@ def plan_drawing(
         raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
     try:
         state = read_state(storage.local_directory(checkpoint))
+        weights_file(state, generate.ema, generate.ema_decay)
     except ValueError as error:
         raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
     state = with_tokenizer(state, tokenizer.path)

@@ -74,7 +74,8 @@ class LoadedModel:
     def __init__(self, drawing: "Drawing") -> None:
         use_threads(drawing.cluster)
         self.drawing, self.settings, self.device = drawing, drawing.settings, default_device()
-        model, state = load_model(storage.local_directory(drawing.checkpoint), ema=drawing.settings.ema)
+        settings = drawing.settings
+        model, state = load_model(storage.local_directory(drawing.checkpoint), ema=settings.ema, decay=settings.ema_decay)
         self.model = model.to(self.device)
         self.tokenizer = load_tokenizer(storage.local_directory(drawing.tokenizer)).to(self.device)
         self.mean, self.std = (torch.tensor(state[name], dtype=torch.float32) for name in ("latent_mean", "latent_std"))

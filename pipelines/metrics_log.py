@@ -1,12 +1,14 @@
 """The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval."""
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from pipelines import storage
 
 CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
+OBJECT_SECONDS = 30.0  # between writes to a bucket, where a line can't be appended: the whole object is written
 
 
 class MetricsLog:
@@ -18,19 +20,40 @@ class MetricsLog:
 
     def __init__(self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = ()) -> None:
         self.path = path
-        written = [json.loads(line) for line in storage.read_bytes(path).decode().splitlines()] if storage.exists(path) else []
+        written = _whole_lines(storage.read_bytes(path)) if storage.exists(path) else []
         known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
         self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
         there = {row["images_seen"] for row in written}
         self.recovered = [row for row in self.rows if row["images_seen"] not in there]
+        self._on_disk = -1  # rows that the file is known to hold, and nothing else
+        self._written = float("-inf")
         if self.recovered or len(self.rows) < len(written):
             self.write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a row; one that a restarted worker group repeats replaces that of the lost one."""
-        self.rows = [one for one in self.rows if one["images_seen"] < row["images_seen"]]
+        """Take in a row; one that a restarted worker group repeats replaces that of the lost one, and those after it."""
+        while self.rows and self.rows[-1]["images_seen"] >= row["images_seen"]:
+            self.rows.pop()
+            self._on_disk = -1
         self.rows.append(row)
-        self.write()
+        if storage.is_local(self.path) and self._on_disk == len(self.rows) - 1:
+            with open(storage.filesystem(self.path)[1], "ab") as stream:
+                stream.write(_line(row))
+            self._on_disk += 1
+        elif storage.is_local(self.path) or time.monotonic() - self._written >= OBJECT_SECONDS:
+            self.write()
 
     def write(self) -> None:
-        storage.write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+        """Write the whole file, if it does not hold all rows yet."""
+        if self._on_disk != len(self.rows):
+            storage.write_bytes(self.path, b"".join(_line(row) for row in self.rows))
+            self._on_disk, self._written = len(self.rows), time.monotonic()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def _whole_lines(data: bytes) -> list[dict[str, Any]]:
+    """The rows of a file; what comes after the last line's end is of a writer that was killed."""
+    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]

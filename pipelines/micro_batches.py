@@ -41,6 +41,11 @@ def share_of(worker: int, workers: int, micro_batches: int) -> range:
     return range(worker * micro_batches // workers, (worker + 1) * micro_batches // workers)
 
 
+def owner_of(micro_batch: int, workers: int, micro_batches: int) -> int:
+    """The worker that runs this micro-batch."""
+    return next(worker for worker in range(workers) if micro_batch in share_of(worker, workers, micro_batches))
+
+
 class MicroBatches:
     """Global batches from `images_seen` on, without end. What they hold depends on (seed, images seen) alone, never on who asks."""
 

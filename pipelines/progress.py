@@ -7,10 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 LINE_SECONDS = 15.0  # between lines where no terminal shows a bar
 
@@ -115,17 +118,29 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
+def on_this_node() -> "NodeAffinitySchedulingStrategy":
+    """Where actors belong that must live as long as the driver: Ray puts one that takes no CPU on any node, also one that is lost."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 class MetricsChannel:
     """Carries metrics from Ray workers to the driver, which alone writes them down. Made in the driver, sent to the workers."""
 
     def __init__(self) -> None:
         from ray.util.queue import Queue
 
-        self._queue = Queue(actor_options={"num_cpus": 0})
+        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node()})
 
     def send(self, metrics: dict[str, Any]) -> None:
         """From a worker; does not wait for the driver."""
         self._queue.actor.put_nowait.remote(metrics)
+
+    def say(self, text: str) -> None:
+        """A line for the person, as the message {"say": text}."""
+        self.send({"say": text})
 
     @contextmanager
     def listening(self, callback: Callable[[dict[str, Any]], None]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from mar_model.checkpoint import AVERAGE, STATE, WEIGHTS
+from mar_model.checkpoint import STATE, weights_file
 from mar_model.config import Architecture
 from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
@@ -138,7 +138,7 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster:
         if not storage.exists(state_file):
             raise UserError(f"generate.checkpoint {sections.generate.checkpoint!r} is no checkpoint: it holds no {STATE}")
         state = storage.read_json(state_file)
-        found = {"checkpoint": state["files"][AVERAGE if sections.generate.ema else WEIGHTS], "seed": seed}
+        found = {"checkpoint": state["files"][weights_file(state, sections.generate.ema, sections.generate.ema_decay)], "seed": seed}
     if _is_scored(sweep):
         digest = network_digest(sections.evaluate.features, sections.evaluate.weights)
         reference = find_reference(sections.images, sections.tokenizer, sections.evaluate, digest)

@@ -13,13 +13,16 @@ from pipelines.caching import CacheSettings
 from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.errors import UserError
+from pipelines.fine_tuning import Start, start_from
 from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
 from pipelines.precision import resolved
 from pipelines.progress import MetricsChannel
+from pipelines.requests import STOP, Requests
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
+from pipelines.supervision import Supervision, finish_when_asked, ray_train_waits
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training_worker import TrainingJob, train_worker
 
@@ -29,6 +32,7 @@ class TrainSettings:
     """Section `train`. Progress is counted in images seen; the defaults are the published recipe (batch 2048)."""
 
     path: str = operational("runs/mar/train", "directory of the run: checkpoints/, metrics.jsonl, summary.json")
+    init_from: str = operational("", "fine-tuning: a checkpoint directory, or a released .pth, to begin with; empty: random weights")
     images: int = operational(1_281_167 * 400, "images seen when training ends")
     batch: int = identity(2048, "images a step, over all workers")
     micro_batch: int = identity(128, "images a forward pass: the unit of randomness, dealt out to the workers")
@@ -43,18 +47,29 @@ class TrainSettings:
     beta2: float = identity(0.95, "AdamW beta 2")
     gradient_clip: float = identity(3.0, "largest gradient norm")
     ema_decay: float = identity(0.9999, "decay of the weights' moving average, a step")
+    ema_decays: list[float] = identity(help="decays of further averages, kept beside the first as ema-DECAY.safetensors", factory=list)
     ema_warmup: bool = identity(True, "start the average with a short memory: decay min(ema_decay, (1 + step) / (10 + step))")
     flip: bool = identity(True, "use the mirror image half of the time (off for digits and text)")
     shuffle_window: int = identity(0, "shards shuffled together, for a cache larger than cache.local_gb; 0: the whole cache")
     workers: int = operational(2, "Ray Train workers")
+    workers_min: int = operational(0, "fewest workers to go on with where the cluster has no room for more; 0: train.workers")
+    strategy: Literal["ddp", "fsdp"] = operational("ddp", "ddp (every worker holds the model) or fsdp (each a part of every tensor)")
     precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
+    compile: bool = operational(False, "torch.compile on the blocks: minutes once, then quicker on a GPU")
+    activation_checkpointing: bool = operational(
+        False, "compute activations anew in the backward pass: a third more arithmetic, a fraction of the memory"
+    )
     checkpoint_images: int = operational(1_281_167, "images between checkpoints")
     checkpoints_kept: int = operational(3, "newest checkpoints kept")
+    keep_best: str = operational("", "a metric, e.g. loss: the checkpoint where it was lowest is kept too")
     log_images: int = operational(51_200, "images between lines of metrics")
-    failures: int = operational(8, "restarts after failed workers before the run gives up")
+    failures: int = operational(8, "restarts after failed workers before the run gives up (lost nodes that gave notice not counted)")
+    hang_seconds: int = operational(600, "a worker that the others wait for this long counts as hung: the group starts again")
+    nonfinite_limit: int = operational(20, "steps in a row skipped for a loss or gradient that is not finite, before the run stops")
 
 
 LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
+METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name
 FIGURES = (*LOSS_COLUMNS, "images_per_second", "data_wait_share", "parameters")  # of the last interval, kept in the summary
 
 
@@ -67,14 +82,18 @@ def train(
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
     train = replace(train, precision=resolved(train.precision, stage.cluster))
-    identity = training_identity(cache, model, train, seed)
+    latents = LatentCache(cache.path)
+    start = start_from(train.init_from, model_config(model, latents), latents.manifest.class_names) if train.init_from else None
+    identity = training_identity(cache, model, train, seed) | ({"train.init_from": start.digest} if start else {})
     summary = stage.begin(train.path, identity, enough=lambda found: found["images_seen"] >= train.images)
     if summary is not None:
         return summary
-    resumed = newest_checkpoint(train.path)
+    resumed = newest_checkpoint(train.path, stage.say)
     state: dict[str, Any] = read_state(storage.local_directory(resumed)) if resumed else {"images_seen": 0, "intervals": []}
     first = int(state["images_seen"])
     stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
+    for line in start.describe(latents.manifest.class_names) if start and not resumed else ():
+        stage.say(line)
     log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"])
     with stage.progress(train.images, done=first) as bar:
 
@@ -89,7 +108,8 @@ def train(
         for row in log.recovered:
             track(row)
 
-        summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics)
+        summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start)
+    log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
     return stage.complete(train.path, identity, {**summary, "resumed_from": first})
@@ -108,9 +128,14 @@ def fit(
     seed: int,
     cluster: ClusterSettings,
     on_metrics: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+    start: Start | None = None,
 ) -> dict[str, Any]:
-    """The Ray Train run itself, untracked: `on_metrics` gets a row an interval (images_seen, loss, …). Returns a summary."""
+    """The Ray Train run itself, untracked: `on_metrics` gets a row an interval (images_seen, loss, …), `say` what happens to workers
+    and checkpoints. Returns a summary. On Ctrl-C and SIGTERM the workers write a checkpoint before those are raised again.
+    """
     import ray.train
+    from ray.train import ControllerError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     if storage.is_local(train.path):
@@ -119,31 +144,55 @@ def fit(
     config = model_config(model, latents)
     LatentDataset(latents, seed, train.shuffle_window)  # whether the local disk holds what that order reads, said before any work
     _check_batches(train, cluster)
-    channel = MetricsChannel()
+    channel, requests = MetricsChannel(), Requests()
     last: dict[str, Any] = {}
+    broke: list[float] = []
 
-    def keep_last(row: dict[str, Any]) -> None:
-        last.update(row)
-        on_metrics(row)
+    def receive(message: dict[str, Any]) -> None:
+        if "say" in message:
+            say(message["say"])
+            if "broke" in message:
+                broke.append(message["broke"])
+        elif "started" in message:
+            if broke or message["workers"] != train.workers:
+                say(f"{message['workers']} workers at work again, {message['started']:,} images seen{_seconds(message, broke)}")
+        else:
+            last.update(message)
+            on_metrics(message)
 
     forget_lost_attempts(train.path)
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel)},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel, requests, start)},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
+            num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name="checkpoints",
-            storage_path=train.path,
+            storage_path=train.path if storage.is_local(train.path) else storage.filesystem(train.path)[1],
+            storage_filesystem=None if storage.is_local(train.path) else storage.filesystem(train.path)[0],
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
+            callbacks=[Supervision(channel, requests)],
         ),
     )
-    with channel.listening(keep_last):
-        trainer.fit()
-    checkpoint = newest_checkpoint(train.path)
+
+    def stop() -> None:
+        say("ending: the workers write a checkpoint (once more, and it ends without)")
+        requests.ask(STOP)
+
+    try:
+        with ray_train_waits(train.hang_seconds), channel.listening(receive):
+            interruption = finish_when_asked(trainer.fit, stop)
+    except ControllerError as error:
+        raise error.controller_failure from error
+    checkpoint = newest_checkpoint(train.path, say)
+    if interruption is not None:
+        say(f"ended with {checkpoint}; the same command goes on from there")
+        raise interruption
     if checkpoint is None:
         raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
     return {
@@ -152,6 +201,17 @@ def fit(
         "workers": train.workers,
         "checkpoint": checkpoint,
     }
+
+
+def _seconds(started: dict[str, Any], broke: list[float]) -> str:
+    """What a new start took, of which a group of workers tells when its first step is done."""
+    if not broke:
+        return ""
+    began, resumed, stepped = (started[one] for one in ("began", "resumed", "stepped"))
+    return (
+        f" ({stepped - broke[-1]:.1f} s later: {began - broke[-1]:.1f} s to start them, {resumed - began:.1f} s to load, "
+        f"{stepped - resumed:.1f} s for a step)"
+    )
 
 
 def model_config(model: Architecture, cache: LatentCache) -> MARConfig:
@@ -177,4 +237,10 @@ def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
             f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
             f"{train.micro_batch}: expected at least one a worker; lower train.workers or train.micro_batch"
         )
-    require_workers({"train.workers": train.workers}, cluster)
+    if train.keep_best and train.keep_best not in METRICS:
+        raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {', '.join(METRICS)}")
+    decays = [train.ema_decay, *train.ema_decays]
+    if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
+        raise UserError(f"train.ema_decays is {train.ema_decays}, expected shares below 1, none twice and none train.ema_decay's")
+    fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
+    require_workers(fewest, cluster)

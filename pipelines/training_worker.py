@@ -1,6 +1,6 @@
 """What each Ray Train worker runs: its micro-batches of every global batch, the optimizer step, metrics and checkpoints."""
 
-import contextlib
+import posixpath
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -10,21 +10,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mar_model.checkpoint import AVERAGE, WEIGHTS, load_optimizer, load_weights, read_state
+from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, average_file, load_optimizer, optimizer_state
 from mar_model.config import MARConfig
-from mar_model.diffusion import TokenLoss
 from mar_model.ema import WeightAverage
 from mar_model.mar import MAR, TrainingDraws
-from mar_model.recipe import BANDS, band_sums, initial_weights, learning_rate, parameter_groups
+from mar_model.noise import to_device
+from mar_model.recipe import initial_weights, learning_rate, parameter_groups
 from mar_model.tokenizers import sample_posterior
 from pipelines import storage
-from pipelines.checkpoints import newest_checkpoint, write_checkpoint
+from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
+from pipelines.checkpoints import newest_checkpoint
 from pipelines.cluster import ClusterSettings, default_device, use_threads
+from pipelines.errors import UserError
+from pipelines.fine_tuning import Start
+from pipelines.intervals import Interval
 from pipelines.latents import LatentCache, Manifest
 from pipelines.metrics_log import CHECKPOINTED
-from pipelines.micro_batches import MicroBatches
+from pipelines.micro_batches import GlobalBatch, MicroBatch, MicroBatches, owner_of
 from pipelines.precision import autocast
 from pipelines.progress import MetricsChannel
+from pipelines.requests import PREEMPTED, RESIZED, Requests
+from pipelines.strategies import load_whole, strategy_of
+from pipelines.training_step import OptimizerStep, Outcome
 
 if TYPE_CHECKING:
     from pipelines.training import TrainSettings
@@ -41,89 +48,261 @@ class TrainingJob:
     seed: int
     cluster: ClusterSettings
     channel: MetricsChannel
+    requests: Requests
+    start: Start | None  # of a run that is fine-tuning
 
 
 def train_worker(loop_config: dict[str, TrainingJob]) -> None:
-    """The training loop of one worker, from the newest checkpoint that verifies to `train.images`."""
+    """The training loop of one worker, from the newest checkpoint that verifies to `train.images`, or until asked to end."""
     import ray.train
 
     job = loop_config["job"]
-    train, config, seed = job.train, job.model, job.seed
     context = ray.train.get_context()
-    worker, workers = context.get_world_rank(), context.get_world_size()
     use_threads(job.cluster)
-    device = default_device()
-    cache = job.cache
-    normalise = Normalisation(cache.manifest, device)
+    Training(job, context.get_world_rank(), context.get_world_size()).run()
 
+
+class Training:
+    """One worker's part of a run."""
+
+    def __init__(self, job: TrainingJob, worker: int, workers: int) -> None:
+        self.job, self.train, self.worker, self.workers = job, job.train, worker, workers
+        self.began = {"began": time.time()}
+        train, config, seed = job.train, job.model, job.seed
+        device = self.device = default_device()
+        self.normalise = Normalisation(job.cache.manifest, device)
+
+        model = made_model(config, train, seed).to(device)
+        if job.start is not None:
+            model.load_state_dict(job.start.weights(model))
+        self.model, self.strategy = model, strategy_of(train.strategy, model, workers, device, train.precision)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
+        )
+        self.averages = [WeightAverage(model, decay, train.ema_warmup) for decay in (train.ema_decay, *train.ema_decays)]
+        self.images_seen = self.steps = 0  # steps that were taken, not skipped
+        self.intervals: deque[dict[str, float]] = deque(maxlen=CHECKPOINTED)
+        self.interval = Interval(device)
+        self.resume()
+        self.resumed_at = self.images_seen
+        self.began["resumed"] = time.time()
+
+        self.micro_batches = MicroBatches(
+            job.cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
+            shuffle_window=train.shuffle_window,
+        )  # fmt: skip
+        self.writer = CheckpointWriter(job, job.channel.say) if worker == 0 else None
+        self.memory, self.seconds_saving = HostMemory(), 0.0
+        self.asked = job.requests.watched() if worker == 0 else lambda: ""
+        self.ending = False  # a request to end has reached all workers
+        self.skipped = 0  # steps in a row
+        self.step = OptimizerStep(
+            model, self.optimizer, self.averages, self.strategy, train.gradient_clip, train.batch // train.micro_batch, workers, requests=2
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint that verifies; the first worker looks for it."""
+        from ray.train import collective
+
+        newest = collective.broadcast_from_rank_zero(newest_checkpoint(self.train.path, self.job.channel.say) if self.worker == 0 else None)
+        if newest is None:
+            return
+        directory = storage.local_directory(newest)
+        state = storage.read_json(str(directory / STATE))
+        load_whole(self.strategy, self.model.state_dict(), load_file(directory / WEIGHTS))
+        for file, average in zip(self._average_files(), self.averages, strict=True):
+            load_whole(self.strategy, average.weights, load_file(directory / file))
+        load_optimizer(directory, self.model, self.optimizer, self.strategy.place)
+        self.images_seen, self.steps = state["images_seen"], state["step"]
+        self.intervals.extend(state["intervals"])
+        self.interval.go_on(state["interval"], self.worker)
+
+    def run(self) -> None:
+        """Steps until `train.images` are seen or the workers are asked to end; then the last checkpoint."""
+        train, first = self.train, True
+        self.model.train()
+        for share in self.micro_batches.from_images(self.images_seen):
+            if self.images_seen >= train.images or self.ending:
+                break
+            if first:
+                self._warm_up(share)
+            self._step(share)
+            if first and self.worker == 0:
+                self.job.channel.send({"started": self.images_seen, "workers": self.workers, **self.began, "stepped": time.time()})
+            first = False
+            ended = self.images_seen >= train.images
+            if ended or _crosses(self.images_seen, train.batch, train.log_images):
+                self._log()
+            if not ended and _crosses(self.images_seen, train.batch, train.checkpoint_images):
+                self._checkpoint()
+        self._end()
+
+    def _warm_up(self, share: GlobalBatch) -> None:
+        """A pass of which nothing stays: DDP lays out its buckets anew after the first, and the order of its sums with them, so that
+        without this a resumed run's first step would not be bit by bit that of the run that was never interrupted."""
+        if self.workers > 1 and not self.strategy.sharded:
+            self._backward(share, share.micro_batches[0], last=True)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, share: GlobalBatch) -> None:
+        train = self.train
+        rate = learning_rate(self.images_seen, train.learning_rate, train.warmup_images, train.schedule, train.schedule_images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        unsound = torch.zeros(train.batch // train.micro_batch, device=self.device)
+        for index, micro_batch in zip(self.micro_batches.share, share.micro_batches, strict=True):
+            unsound[index] = self._backward(share, micro_batch, last=index == self.micro_batches.share[-1], counted=True)
+        self._settle()
+        self.step(unsound, [bool(self.asked()), bool(self.writer and self.writer.written)])
+        self.images_seen += train.batch
+        self.interval.steps(train.batch, self.step.norm, self.step.stepped, rate)
+
+    def _backward(self, share: GlobalBatch, micro_batch: MicroBatch, last: bool, counted: bool = False) -> Tensor:
+        """Forward and backward of one micro-batch; whether its loss was not finite, 1 or 0 on the device."""
+        tokens = self.train.batch * share.masked * self.job.model.diffusion_repeats  # losses are summed, then divided once
+        with self.strategy.micro_batch(last):
+            latents = self.normalise(micro_batch.moments, micro_batch.posterior_noise)
+            draws = TrainingDraws(*(to_device(one, self.device) for one in micro_batch.draws))
+            torch.manual_seed(micro_batch.dropout_seed)
+            with autocast(self.train.precision, self.device):
+                loss, timesteps = self.strategy.module(latents, to_device(micro_batch.labels, self.device), share.masked, draws)
+            total = loss.total.sum()
+            (total * (self.workers / tokens)).backward()  # gradients are averaged over the workers
+        finite = torch.isfinite(total.detach())
+        if counted:
+            self.interval.add(loss, timesteps, finite)
+        return finite.logical_not().float()
+
+    def _settle(self) -> None:
+        """Learn what became of the step before, and of the requests that travelled with it."""
+        outcome = self.step.settle(self.steps)
+        if outcome is None:
+            return
+        self.steps += outcome.stepped
+        self.skipped = 0 if outcome.stepped else self.skipped + 1
+        self.ending |= outcome.requests[0]
+        if not outcome.stepped:
+            self._tell_skipped(outcome)
+        if outcome.requests[1]:
+            self._report()
+
+    def _tell_skipped(self, outcome: Outcome) -> None:
+        """Say where the non-finite value came from. Raises UserError after `train.nonfinite_limit` in a row, with a checkpoint of
+        before the first of them."""
+        train, before = self.train, self.images_seen - self.train.batch
+        if outcome.losses:
+            index = outcome.losses[0]
+            worker = owner_of(index, self.workers, train.batch // train.micro_batch)
+            where = f"the loss of micro-batch {index} (worker {worker}, images {before + index * train.micro_batch:,} and on in the order)"
+        else:
+            where = f"the gradient of {outcome.gradient}" if outcome.gradient else "the gradient's norm"
+        text = f"{where} is not finite in the step at {before:,} images: skipped ({self.skipped} in a row)"
+        if self.worker == 0:
+            self.job.channel.say(text)
+        if self.skipped < train.nonfinite_limit:
+            return
+        sound = self.images_seen - self.skipped * train.batch
+        self._save_last(sound)
+        if self.workers > 1:
+            torch.distributed.barrier()  # the others' error would end the group while the first worker still writes
+        raise UserError(
+            f"{text}, which is train.nonfinite_limit; the checkpoint at {sound:,} images is from before. Lower train.learning_rate in a "
+            "run of another train.path that begins with train.init_from there, or set train.precision=float32"
+        )
+
+    def _log(self) -> None:
+        row = self.interval.close(self.workers, self.micro_batches.seconds_waited, self.seconds_saving)
+        self.micro_batches.seconds_waited = self.seconds_saving = 0.0
+        if self.worker == 0:
+            parameters = sum(one.numel() for one in self.model.parameters())
+            self.intervals.append({"images_seen": self.images_seen, **row, "parameters": parameters})
+            self.job.channel.send(self.intervals[-1])
+
+    def _checkpoint(self) -> None:
+        """Begin to write a checkpoint; the writer waits for the one before. While steps are skipped there is nothing new to keep."""
+        self._settle()
+        if self.skipped:
+            return
+        tensors, sums = self._copies(), self.interval.sums(self.workers)
+        if self.writer is not None:
+            self.writer.begin(tensors, self._progress(self.images_seen, sums))
+
+    def _save_last(self, images_seen: int) -> None:
+        """Write the checkpoint that a run ends with, unless it is on disk; this waits until it is."""
+        if images_seen == self.resumed_at:
+            return
+        tensors, sums = self._copies(), self.interval.sums(self.workers)
+        if self.writer is not None and self.writer.newest != images_seen:
+            self.writer.finish(tensors, self._progress(images_seen, sums))
+
+    def _end(self) -> None:
+        """The last checkpoint, and the end that was asked for: Ray restarts a group that reports a pre-emption."""
+        from ray.exceptions import RayActorError
+        from ray.train import collective
+
+        self._settle()
+        self._save_last(self.images_seen)
+        reason = collective.broadcast_from_rank_zero(self.asked() if self.ending else "")  # after the first worker has written
+        self._report()
+        if reason == RESIZED and self.worker == 0:
+            self.job.requests.answer()
+        if reason == PREEMPTED:
+            raise RayActorError(error_msg=f"pre-empted, with a checkpoint at {self.images_seen:,} images", preempted=True)
+
+    def _report(self) -> None:
+        """Tell Ray Train of the newest checkpoint that is written; all workers do at the same step."""
+        import ray.train
+
+        written = None
+        if self.writer is not None and self.writer.written:
+            name = posixpath.basename(self.writer.written.pop())
+            self.writer.written.clear()
+            store = ray.train.get_context().get_storage()
+            written = ray.train.Checkpoint(posixpath.join(store.experiment_fs_path, name), store.storage_filesystem)
+        ray.train.report(
+            {"images_seen": self.images_seen}, checkpoint=written, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+        )
+
+    def _progress(self, images_seen: int, sums: list[float]) -> dict[str, object]:
+        lines = [line for line in self.intervals if line["images_seen"] <= images_seen]
+        return {"images_seen": images_seen, "step": self.steps, "intervals": lines, "interval": sums}
+
+    def _average_files(self) -> list[str]:
+        return [AVERAGE, *(average_file(decay) for decay in self.train.ema_decays)]
+
+    def _copies(self) -> dict[str, dict[str, Tensor]]:
+        """file → name → whole tensor in host memory, on the first worker; a sharded model is gathered from all of them."""
+        if self.worker > 0 and not self.strategy.sharded:
+            return {}
+        began = time.perf_counter()
+        files = {
+            WEIGHTS: dict(self.model.state_dict()),
+            **{file: average.weights for file, average in zip(self._average_files(), self.averages, strict=True)},
+            OPTIMIZER: optimizer_state(self.model, self.optimizer),
+        }
+        if self.writer is not None:
+            self.writer.wait()  # what it still writes lies in the same memory
+        copies: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+        for file, tensors in files.items():
+            for name, tensor in tensors.items():
+                whole = self.strategy.whole(tensor.detach())
+                if self.writer is not None:
+                    copies[file][name] = self.memory.copy(f"{file} {name}", whole)
+        self.memory.arrived()
+        self.seconds_saving += time.perf_counter() - began
+        return copies
+
+
+def made_model(config: MARConfig, train: "TrainSettings", seed: int) -> MAR:
+    """The model that every worker makes, with the same weights, to be run as `train` says."""
     with torch.random.fork_rng():
         torch.manual_seed(initial_weights(seed))
-        model = MAR(config).to(device)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
-    )
-    average = WeightAverage(model, train.ema_decay, train.ema_warmup)
-    images_seen = step = 0
-    intervals: deque[dict[str, float]] = deque(maxlen=CHECKPOINTED)
-    newest = newest_checkpoint(train.path)
-    if newest is not None:
-        directory = storage.local_directory(newest)
-        state = read_state(directory)
-        load_weights(model, load_file(directory / WEIGHTS))
-        average.load(load_file(directory / AVERAGE))
-        load_optimizer(directory, model, optimizer)
-        images_seen, step = state["images_seen"], state["step"]
-        intervals.extend(state["intervals"])
-
-    distributed = torch.nn.parallel.DistributedDataParallel(model) if workers > 1 else model
-    micro_batches = MicroBatches(
-        cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
-        shuffle_window=train.shuffle_window,
-    )  # fmt: skip
-    interval = Interval(device)
-    model.train()
-    for share in micro_batches.from_images(images_seen):
-        if images_seen >= train.images:
-            break
-        rate = learning_rate(images_seen, train.learning_rate, train.warmup_images, train.schedule, train.schedule_images)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        tokens = train.batch * share.masked * config.diffusion_repeats  # of the global batch: losses are summed, then divided once
-        for index, micro_batch in enumerate(share.micro_batches):
-            last = index == len(share.micro_batches) - 1
-            with contextlib.nullcontext() if last or workers == 1 else distributed.no_sync():  # type: ignore[operator]
-                latents = normalise(micro_batch.moments, micro_batch.posterior_noise)
-                draws = TrainingDraws(*(one.to(device, non_blocking=True) for one in micro_batch.draws))
-                torch.manual_seed(micro_batch.dropout_seed)
-                with autocast(train.precision, device):
-                    loss, timesteps = distributed(latents, micro_batch.labels.to(device), share.masked, draws)
-                (loss.total.sum() * (workers / tokens)).backward()  # DDP divides the summed gradients by the workers
-                interval.add(loss, timesteps)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update(model, step)
-        images_seen, step = images_seen + train.batch, step + 1
-        interval.steps(train.batch, norm)
-
-        ended = images_seen >= train.images
-        if ended or _crosses(images_seen, train.batch, train.log_images):
-            row = interval.close(workers, micro_batches.seconds_waited)
-            micro_batches.seconds_waited = 0.0
-            if worker == 0:
-                parameters = sum(one.numel() for one in model.parameters())
-                intervals.append({"images_seen": images_seen, **row, "learning_rate": rate, "parameters": parameters})
-                job.channel.send(intervals[-1])
-        if ended or _crosses(images_seen, train.batch, train.checkpoint_images):
-            saved = None
-            if worker == 0:
-                progress = {"images_seen": images_seen, "step": step, "intervals": list(intervals)}
-                saved = write_checkpoint(job, cache, model, average, optimizer, progress)
-            ray.train.report(
-                {"images_seen": images_seen},
-                checkpoint=ray.train.Checkpoint(saved) if saved else None,
-                checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-            )
+        model = MAR(config)
+    if train.compile:
+        model.compile_blocks()
+    if train.activation_checkpointing:
+        model.recompute_activations()
+    return model
 
 
 def _crosses(images_seen: int, batch: int, every: int) -> bool:
@@ -140,48 +319,5 @@ class Normalisation:
         self.std = torch.tensor(manifest.latent_std, device=device)[None, :, None, None]
 
     def __call__(self, moments: Tensor, noise: Tensor) -> Tensor:
-        latents = sample_posterior(moments.to(self.device, torch.float32), noise.to(self.device))
+        latents = sample_posterior(to_device(moments, self.device).float(), to_device(noise, self.device))
         return (latents - self.mean) / self.std
-
-
-class Interval:
-    """Sums over the steps between two lines of metrics; nothing is read from the device until the line is made."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss = torch.zeros(2, device=self.device)
-        self._bands = torch.zeros(2, BANDS, device=self.device)
-        self._norm = torch.zeros(1, device=self.device)
-        self._images = self._steps = 0
-        self._began = time.perf_counter()
-
-    def add(self, loss: TokenLoss, timesteps: Tensor) -> None:
-        """One micro-batch."""
-        self._loss[0] += loss.total.detach().sum()
-        self._loss[1] += loss.total.numel()
-        self._bands += band_sums(loss.mse, timesteps)
-
-    def steps(self, images: int, gradient_norm: Tensor) -> None:
-        """One optimizer step over `images` images of the global batch."""
-        self._images += images
-        self._steps += 1
-        self._norm += gradient_norm.detach()
-
-    def close(self, workers: int, seconds_waited: float) -> dict[str, float]:
-        """The interval's line, summed over all workers (every worker must call it), and a new interval."""
-        totals = torch.cat([self._loss, self._bands.flatten()])
-        if workers > 1:
-            torch.distributed.all_reduce(totals)
-        values = totals.tolist()
-        seconds = time.perf_counter() - self._began
-        row = {"loss": values[0] / values[1]}
-        for band in range(BANDS):
-            row[f"loss_band_{band}"] = values[2 + band] / max(values[2 + BANDS + band], 1.0)
-        row["gradient_norm"] = float(self._norm) / self._steps
-        row["images_per_second"] = self._images / seconds
-        row["data_wait_share"] = seconds_waited / seconds
-        self._reset()
-        return row

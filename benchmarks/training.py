@@ -1,0 +1,322 @@
+"""The bars of training: each figure beside its baseline, measured in the same run.
+
+    python -m benchmarks.training [--what throughput workers checkpoint restart node resume scale] [--steps 24]
+
+One torch thread a worker, a small model on a cache of random latents; prints a JSON line a part, then a table.
+"""
+
+import argparse
+import json
+import logging
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, optimizer_state
+from mar_model.config import Architecture
+from mar_model.ema import WeightAverage
+from mar_model.mar import MAR, TrainingDraws
+from mar_model.recipe import parameter_groups
+from pipelines import storage
+from pipelines.caching import CacheSettings
+from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
+from pipelines.checkpoints import checkpoint_path, checkpoint_state, publish_checkpoint
+from pipelines.cluster import ClusterSettings, connected
+from pipelines.latents import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.metrics_log import MetricsLog
+from pipelines.micro_batches import GlobalBatch, MicroBatches, share_of
+from pipelines.sampler import SampleOrder
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings, model_config, train
+from pipelines.training_worker import Normalisation, TrainingJob
+
+MODEL = Architecture(
+    encoder_depth=4, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, buffer_size=8,
+    denoiser_depth=3, denoiser_width=512,
+)  # fmt: skip
+SMALL = replace(MODEL, encoder_depth=1, decoder_depth=1, encoder_width=64, decoder_width=64, denoiser_depth=1, denoiser_width=64)
+RECIPE = TrainSettings(
+    batch=32, micro_batch=16, learning_rate=1e-3, warmup_images=64, precision="float32", workers=1, checkpoint_images=10**9, failures=3
+)
+TOKENIZER = TokenizerSettings(path="tokenizer")
+
+
+def write_cache(path: Path, rows: int = 2048, size: int = 8, channels: int = 8) -> LatentCache:
+    draw = np.random.default_rng(0)
+    moments, flipped = draw.normal(size=(2, rows, 2 * channels, size, size)).astype(np.float16)
+    data = shard_bytes([f"{row:06d}" for row in range(rows)], [row % 10 for row in range(rows)], moments, flipped)
+    storage.write_bytes(str(path / "shards" / shard_name(0)), data)
+    statistics_ = LatentStatistics.of(moments)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION, rows=rows, class_names=[str(one) for one in range(10)], image_size=8 * size, latent_size=size,
+        latent_channels=channels, shards=[{"name": shard_name(0), "rows": rows, "sha256": storage.digest(data), "bytes": len(data)}],
+        dtype="float16", latent_mean=statistics_.mean, latent_std=statistics_.std, latent_min=statistics_.min,
+        latent_max=statistics_.max, tokenizer={"path": "tokenizer", "digest": "0"}, images={}, rejected=0,
+    )  # fmt: skip
+    storage.write_json(str(path / "manifest.json"), manifest.as_dict())
+    return LatentCache(str(path))
+
+
+class Recorded(Stage):
+    """A stage whose lines and metrics are kept, with the time at which they came."""
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        super().__init__("train", cluster)
+        self.said: list[tuple[float, str]] = []
+        self.rows: list[dict[str, float]] = []
+
+    def say(self, text: str) -> None:
+        self.said.append((time.time(), text))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.rows.append(metrics)
+
+
+class BareStep:
+    """The step of `mar_model` in a loop, and nothing around it: forward, backward, clip, AdamW, average, on batches in memory."""
+
+    def __init__(self, cache: LatentCache, batches: int = 8, architecture: Architecture = MODEL) -> None:
+        torch.set_num_threads(1)
+        self.config = model_config(architecture, cache)
+        self.model = MAR(self.config).train()
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=1e-3, fused=True)
+        self.average = WeightAverage(self.model, 0.9999, True)
+        self.normalise = Normalisation(cache.manifest, torch.device("cpu"))
+        source = MicroBatches(
+            cache, self.config, batch=RECIPE.batch, micro_batch=RECIPE.micro_batch, flip=True, seed=0, worker=0, workers=1
+        )
+        self.batches: list[GlobalBatch] = [source.prepare(RECIPE.batch * index) for index in range(batches)]
+        self.steps = 0
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        share = self.batches[self.steps % len(self.batches)]
+        for one in share.micro_batches:
+            latents = self.normalise(one.moments, one.posterior_noise)
+            loss, _ = self.model(latents, one.labels, share.masked, TrainingDraws(*one.draws))
+            (loss.total.sum() / (RECIPE.batch * share.masked * self.config.diffusion_repeats)).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model, self.steps)
+        self.steps += 1
+        return time.perf_counter() - began
+
+
+def stage_rows(cache: LatentCache, folder: Path, workers: int, steps: int) -> list[dict[str, float]]:
+    """The lines of metrics of a run through Ray Train, without the first, in which workers warm up."""
+    with connected(ClusterSettings(), folder / "ray.log"):
+        stage = Recorded(ClusterSettings())
+        settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers)
+        settings = replace(settings, images=RECIPE.batch * (steps + 4), log_images=RECIPE.batch * 4)
+        train(TOKENIZER, CacheSettings(path=cache.path), MODEL, settings, 0, stage)
+    return stage.rows[1:]
+
+
+def throughput(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache")
+    bare = BareStep(cache)
+    alone = [bare() for _ in range(steps)][2:]
+    rows = stage_rows(cache, folder, 1, steps)
+    alone += [bare() for _ in range(steps)]
+    stage, baseline = statistics.median(row["images_per_second"] for row in rows), RECIPE.batch / statistics.median(alone)
+    waiting = sum(row["data_wait_share"] for row in rows) / len(rows)
+    return {
+        "stage": stage,
+        "bare loop": baseline,
+        "share": stage / baseline,
+        "bar": 0.95,
+        "data_wait_share": waiting,
+        "data_wait_bar": 0.01,
+    }
+
+
+def workers(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache")
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    for count in (1, 2, 1, 2):
+        speeds[count] += [row["images_per_second"] for row in stage_rows(cache, folder, count, steps // 2)]
+    one, two = statistics.median(speeds[1]), statistics.median(speeds[2])
+    return {"1 worker": one, "2 workers": two, "ratio": two / one, "bar": 1.8}
+
+
+def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) -> TrainingJob:
+    nobody: Any = SimpleNamespace()
+    settings = replace(RECIPE, path=str(path), checkpoints_kept=1)
+    return TrainingJob(model_config(architecture, cache), settings, cache, "tokenizer", 0, nobody, nobody, nobody, None)
+
+
+def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache")
+    bare = BareStep(cache, architecture=replace(MODEL, encoder_width=512, decoder_width=512, denoiser_width=768))
+    writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config), print), HostMemory()
+    for _ in range(3):
+        bare()
+    times: dict[bool, list[float]] = {True: [], False: []}
+    copies, written = [], []
+    for number in range(4):
+        began = time.perf_counter()
+        files = {
+            WEIGHTS: bare.model.state_dict(), AVERAGE: bare.average.weights, OPTIMIZER: optimizer_state(bare.model, bare.optimizer),
+        }  # fmt: skip
+        tensors = {file: {name: memory.copy(file + name, one.detach()) for name, one in named.items()} for file, named in files.items()}
+        copies.append(time.perf_counter() - began)
+        writer.begin(tensors, {"images_seen": number, "step": number, "intervals": []})
+        began = time.perf_counter()
+        while writer._writing is not None and not writer._writing.done():
+            seconds = bare()
+            if not writer._writing.done():  # a step that the write ended in counts for neither
+                times[True].append(seconds)
+        written.append(time.perf_counter() - began)
+        times[False] += [bare() for _ in range(max(steps // 4, 3))]
+    size = sum(one.numel() * one.element_size() for named in tensors.values() for one in named.values())
+    busy, free = statistics.median(times[True]), statistics.median(times[False])
+    return {
+        "step while writing": busy, "step without": free, "more": busy / free - 1, "bar": 0.10,
+        "steps": [len(times[True]), len(times[False])], "copy_s": statistics.median(copies[1:]),
+        "write_s": statistics.median(written), "checkpoint_mb": size / 1e6,
+    }  # fmt: skip
+
+
+def after(run: Path, images: int, event: Callable[[], None]) -> threading.Thread:
+    """`event` as soon as the run has the checkpoint at so many images."""
+
+    def act() -> None:
+        while not Path(checkpoint_path(str(run), images)).exists():
+            time.sleep(0.01)
+        event()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
+def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: Callable[[], None], **changed: Any) -> dict[str, Any]:
+    """A run in which `event` happens after the second checkpoint: seconds from then to the next step, by stage."""
+    happened: list[float] = []
+
+    def happen() -> None:
+        happened.append(time.time())
+        event()
+
+    stage = Recorded(cluster)
+    settings = replace(RECIPE, path=str(run), workers=2, images=1280, log_images=32, checkpoint_images=320)
+    after(run, 640, happen)
+    train(TOKENIZER, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), 0, stage)
+    noticed, cause = next((at, text) for at, text in stage.said if "starting again" in text)
+    again = next(text for _, text in stage.said if "at work again" in text)
+    later = float(again.split("(")[1].split(" s later")[0])
+    return {"noticed_s": noticed - happened[0], "to the next step_s": noticed - happened[0] + later, "cause": cause, "told": again}
+
+
+def kill_worker() -> None:
+    found = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+    found[-1].kill()
+
+
+def restart(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache")
+    with connected(ClusterSettings(), folder / "ray.log"):
+        return {"bar_s": 30, **interrupted(cache, folder / "run", ClusterSettings(), kill_worker)}
+
+
+def node(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        lose = lambda: cluster.remove_node(other, allow_graceful=False)  # noqa: E731
+        return {"bar_s": 45, **interrupted(cache, folder / "run", ClusterSettings(), lose, workers_min=1)}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def resume(folder: Path, steps: int) -> dict[str, Any]:
+    cache = write_cache(folder / "cache", rows=200)
+    settings = replace(RECIPE, workers=2, images=960, log_images=32, checkpoint_images=480)
+    with connected(ClusterSettings(cpus=2), folder / "ray.log"):
+        for name, parts in (("whole", (960,)), ("parts", (480, 960))):
+            for images in parts:
+                run = replace(settings, path=str(folder / name), images=images)
+                train(TOKENIZER, CacheSettings(path=cache.path), SMALL, run, 0, Recorded(ClusterSettings()))
+    same = {}
+    for file in (WEIGHTS, AVERAGE, OPTIMIZER):
+        whole, parts_ = (load_file(Path(checkpoint_path(str(folder / name), 960)) / file) for name in ("whole", "parts"))
+        same[file] = all(torch.equal(whole[one], parts_[one]) for one in whole)
+    order = SampleOrder(0, len(cache))
+    keys = cache.keys(order.indices(0, 800))
+    epochs = [sorted(keys[start : start + 200]) for start in range(0, 800, 200)]
+    return {"bitwise": same, "each key once an epoch": all(one == sorted(set(keys)) and len(set(one)) == 200 for one in epochs)}
+
+
+def scale(folder: Path, steps: int) -> dict[str, Any]:
+    """512 workers and 1.28 million records in this process, and a quarter of that: time and memory of each part."""
+    parts: dict[str, list[float]] = {}
+    for size, workers_ in ((320_000, 128), (1_280_000, 512)):
+        began = time.perf_counter()
+        order = SampleOrder(0, size)
+        drawn = sum(len(order.indices(start, min(start + 2048, size))) for start in range(0, size, 2048))
+        assert drawn == size
+        parts.setdefault("sampler, an epoch (s)", []).append(time.perf_counter() - began)
+        began = time.perf_counter()
+        dealt = [share_of(worker, workers_, 2 * workers_) for worker in range(workers_)]
+        assert sum(len(one) for one in dealt) == 2 * workers_
+        parts.setdefault("micro-batches dealt to all workers (s)", []).append(time.perf_counter() - began)
+        began = time.perf_counter()
+        log = MetricsLog(str(folder / f"metrics-{size}.jsonl"), 0)
+        lines = size * 400 // 51_200
+        row = {f"metric_{index}": 0.123456789 for index in range(14)}
+        for index in range(lines):
+            log.add({"images_seen": index + 1, **row})
+        parts.setdefault("metrics.jsonl, 400 epochs (s)", []).append(time.perf_counter() - began)
+        began = time.perf_counter()
+        cache = write_cache(folder / f"cache-{size}", rows=64)
+        job = job_for(cache, folder / f"run-{size}", SMALL)
+        state = checkpoint_state(job, {"images_seen": size, "step": 1, "intervals": [dict(row, images_seen=index) for index in range(100)]})
+        path = publish_checkpoint(job, {}, state)
+        parts.setdefault("state.json (bytes)", []).append(Path(path, "state.json").stat().st_size)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    rows = {name: {"a quarter": values[0], "whole": values[1], "growth": values[1] / values[0]} for name, values in parts.items()}
+    return {"bar": "growth of 4 or less", **rows, "peak_mb": peak}
+
+
+PARTS = {one.__name__: one for one in (throughput, workers, checkpoint, restart, node, resume, scale)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--what", nargs="+", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--steps", type=int, default=24)
+    options = parser.parse_args()
+    found: dict[str, dict[str, Any]] = {}
+    for name in options.what:
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = PARTS[name](Path(folder), options.steps)
+        print(json.dumps({"benchmark": "training", "what": name, "model": asdict(MODEL)["encoder_width"], **found[name]}), flush=True)
+    for name, figures in found.items():
+        print(f"\n{name}")
+        for key, value in figures.items():
+            print(f"  {key:<40} {value:.4g}" if isinstance(value, float) else f"  {key:<40} {value}")
+
+
+if __name__ == "__main__":
+    main()

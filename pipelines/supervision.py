@@ -1,0 +1,150 @@
+"""What surrounds a worker group: how long Ray waits for what, why a group started again, and what no new start would mend."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from pipelines.errors import UserError
+from pipelines.progress import MetricsChannel
+from pipelines.requests import PREEMPTED, RESIZED, Requests
+
+# Errors that the next attempt would meet again: settings, files and code are what they were.
+MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
+GROUP_START_SECONDS = 20  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
+POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
+PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
+SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
+LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
+
+
+@contextmanager
+def ray_train_waits(hang_seconds: int) -> Iterator[None]:
+    """The environment variables by which Ray Train is told how long to wait; those that the person has set stay."""
+    wanted = {
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_SECONDS,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_SECONDS,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_SECONDS,
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": hang_seconds,
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": hang_seconds,
+    }
+    ours = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: str(wanted[name]) for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+class Supervision(ControllerCallback, WorkerGroupCallback):
+    """Runs in Ray Train's controller, which calls it at every turn of a worker group."""
+
+    def __init__(self, channel: MetricsChannel, requests: Requests) -> None:
+        self.channel, self.requests = channel, requests
+        self._running = self._noticed = False
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(SHUTDOWN_SECONDS))
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        self._running = self._noticed = False
+        self.requests.new_group()
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._running = True
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Raises what no restart would mend, which ends the run."""
+        errors = worker_group_status.errors
+        notice = worker_group_status.get_preemption_info()
+        if notice is not None and not self._noticed and not errors:
+            self._noticed = True
+            self.channel.say(f"{_nodes(notice)} will be taken away: writing a checkpoint, to go on without")
+            self.requests.ask(PREEMPTED)
+        if not errors or not self._running:
+            return
+        self._running = False
+        mistake = next((one for one in errors.values() if isinstance(one, MISTAKES)), None)
+        if mistake is not None:
+            raise mistake
+        text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
+        self.channel.send({"say": text, "broke": time.time()})
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """A running group that is to change its size writes a checkpoint first, so that nothing is computed twice."""
+        if not self._running:
+            return
+        self._running = False
+        self.channel.say(f"the cluster has room for {resize_decision.num_workers} workers: writing a checkpoint, to go on with them")
+        self.requests.ask(RESIZED)
+        deadline = time.monotonic() + LEAVING_SECONDS
+        while not self.requests.has_answer() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def _nodes(notice: Any) -> str:
+    names = ", ".join(one[:8] for one in notice.preempted_node_ids)
+    seconds = f" in {max(notice.deadline_ms / 1000 - time.time(), 0):.0f} s" if notice.deadline_ms else ""
+    return f"node {names} (workers {', '.join(map(str, notice.preempted_ranks))}){seconds}"
+
+
+def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
+    """Why a group of `workers` broke, from the errors of its workers: a lost one first, for the others only miss it."""
+    for worker, error in errors.items():
+        failure = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
+        if isinstance(failure, RayActorError):
+            return f"worker {worker} was lost ({_reason(str(failure))})"
+    for worker, error in errors.items():
+        if isinstance(error, WorkerHealthCheckTimeoutError):
+            return f"worker {worker} hangs: it has not answered since {_seconds()} s"
+    for worker, error in errors.items():
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            silent = sorted(set(range(workers)) - set(errors))
+            hanging = f"worker {', '.join(map(str, silent))} hangs: " if silent else ""
+            return f"{hanging}worker {worker} has waited {_seconds()} s for the others (train.hang_seconds)"
+    worker, error = next(iter(errors.items()))
+    return f"worker {worker} failed ({type(error).__name__}: {_reason(str(error))})"
+
+
+def _seconds() -> str:
+    return os.environ.get("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "?")
+
+
+def _reason(text: str) -> str:
+    """The line of Ray's report that says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    telling = [line for line in lines if "because" in line or "SIG" in line or "exit" in line.lower()]
+    return (telling or lines)[-1][:300]
+
+
+def finish_when_asked(work: Callable[[], object], ask: Callable[[], None]) -> BaseException | None:
+    """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord; a second one
+    leaves at once. Returns the first (KeyboardInterrupt, SystemExit), None if there was none; raises what the work raised."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+        ended.set()
+
+    ended = Event()  # a join that a signal interrupts takes the thread for ended from then on
+    Thread(target=run, name="training", daemon=True).start()
+    interruption: BaseException | None = None
+    try:
+        ended.wait()
+    except (KeyboardInterrupt, SystemExit) as signal:
+        interruption = signal
+        ask()
+        ended.wait()
+    if errors:
+        raise errors[0]
+    return interruption

@@ -1,0 +1,146 @@
+"""Checkpoints: written on a thread, whole or not at all, the newest and the best kept, damage told."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from faulty_s3 import FaultyS3
+from tiny_cache import ARCHITECTURE, write_latents
+
+from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimizer_state
+from mar_model.mar import MAR
+from pipelines import s3
+from pipelines.checkpoint_writing import CheckpointWriter
+from pipelines.checkpoints import checkpoint_names, forget_lost_attempts, newest_checkpoint
+from pipelines.errors import UserError
+from pipelines.latents import LatentCache
+from pipelines.training import TrainSettings, model_config
+from pipelines.training_worker import TrainingJob
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> TrainingJob:
+    """What a writer needs of a job; there are no workers in these tests, and so no channels to them."""
+    cache = LatentCache(write_latents(tmp_path / "cache").path)
+    train = TrainSettings(path=str(tmp_path / "train"), checkpoints_kept=2, keep_best="loss")
+    nobody: Any = SimpleNamespace()
+    return TrainingJob(model_config(ARCHITECTURE, cache), train, cache, "tokenizer", 0, nobody, nobody, nobody, None)
+
+
+@pytest.fixture
+def tensors(job: TrainingJob) -> dict[str, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = MAR(job.model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    return {WEIGHTS: weights, AVERAGE: weights, OPTIMIZER: optimizer_state(model, optimizer)}
+
+
+def progress(images_seen: int, loss: float = 1.0) -> dict[str, Any]:
+    return {"images_seen": images_seen, "step": images_seen, "intervals": [{"images_seen": images_seen, "loss": loss}]}
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files beyond this many bytes fail as on a full disk, with OSError."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    said: list[str] = []
+    writer = CheckpointWriter(job, said.append)
+    for images, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0)):
+        writer.begin(tensors, progress(images, loss))
+    writer.wait()
+    assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 30, 40)]
+    again = CheckpointWriter(job, said.append)  # after a kill: what was best is read from the disk
+    again.finish(tensors, progress(50, 2.0))
+    assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 40, 50)]
+    assert (again.newest, said) == (50, [])
+    model, state = load_model(Path(newest_checkpoint(job.train.path) or ""))
+    assert state["step"] == 50
+    assert all(torch.equal(value, tensors[WEIGHTS][name]) for name, value in model.named_parameters())
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.checkpoint_writing.PAUSE_SECONDS", 0.01)
+    said: list[str] = []
+    writer = CheckpointWriter(job, said.append)
+    writer.begin(tensors, progress(10))
+    writer.wait()
+    with largest_file(20_000):
+        writer.begin(tensors, progress(20))
+        writer.wait()
+        assert len(said) == 1
+        assert "checkpoint at 20 images failed, training goes on without it" in said[0]
+        with pytest.raises(UserError, match="the last checkpoint can't be written, in 3 attempts"):
+            writer.finish(tensors, progress(30))
+    assert [one.name for one in Path(job.train.path, "checkpoints").iterdir()] == ["images-000000000010"]
+    writer.finish(tensors, progress(40))  # there is room again
+    assert checkpoint_names(job.train.path) == ["images-000000000010", "images-000000000040"]
+
+
+def test_damage_is_told_and_the_one_before_is_used(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    said: list[str] = []
+    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_best="")), said.append)
+    for images in (10, 20, 30):
+        writer.begin(tensors, progress(images))
+    writer.wait()
+    folder = Path(job.train.path, "checkpoints")
+    assert checkpoint_names(job.train.path) == ["images-000000000020", "images-000000000030"]
+    damaged = folder / "images-000000000030" / OPTIMIZER
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
+    assert newest_checkpoint(job.train.path, said.append) == str(folder / "images-000000000020")
+    assert len(said) == 1
+    assert said[0].startswith(f"checkpoint images-000000000030 passed over: {damaged} is damaged: SHA-256")
+    (folder / "images-000000000040").mkdir()  # as a bucket holds one whose writer was cut: `state.json` comes last
+    forget_lost_attempts(job.train.path)
+    assert checkpoint_names(job.train.path) == ["images-000000000020", "images-000000000030"]
+
+
+def test_a_bucket_out_of_reach_during_a_checkpoint(
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+
+    said: list[str] = []
+    with FaultyS3() as server:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": server.url,
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(s3, "ATTEMPTS", 2)
+        monkeypatch.setattr(s3, "STALL_SECONDS", 1.0)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        job = replace(job, train=replace(job.train, path="s3://runs/one"))
+        writer = CheckpointWriter(job, said.append)
+        writer.begin(tensors, progress(10))
+        writer.wait()
+        server.kinds = ("reset",)
+        server.share = 1.0
+        writer.begin(tensors, progress(20))
+        writer.wait()
+        assert len(said) == 1
+        assert "checkpoint at 20 images failed" in said[0]
+        server.share = 0.0
+        assert newest_checkpoint(job.train.path) == "s3://runs/one/checkpoints/images-000000000010"
+        writer.finish(tensors, progress(30))
+        assert checkpoint_names(job.train.path) == ["images-000000000010", "images-000000000030"]
+        assert newest_checkpoint(job.train.path) == "s3://runs/one/checkpoints/images-000000000030"

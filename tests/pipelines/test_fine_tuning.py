@@ -1,0 +1,63 @@
+"""What a run keeps of the checkpoint it begins with: by shape, and classes by name."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_cache import ARCHITECTURE
+
+from mar_model.checkpoint import save_checkpoint
+from mar_model.config import MARConfig
+from mar_model.mar import MAR
+from pipelines.errors import UserError
+from pipelines.fine_tuning import CLASSES, start_from
+
+CONFIG = MARConfig(**vars(ARCHITECTURE), latent_size=4, latent_channels=4, classes=3)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """A checkpoint of classes ant, bee, cat, and its averaged weights."""
+    torch.manual_seed(0)
+    model = MAR(CONFIG)
+    average = {name: value.detach() + 1 for name, value in model.named_parameters()}
+    save_checkpoint(tmp_path / "checkpoint", model, average, {"images_seen": 9, "class_names": ["ant", "bee", "cat"]})
+    return str(tmp_path / "checkpoint"), average
+
+
+def test_all_is_kept_where_the_classes_are_the_same(checkpoint: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, average = checkpoint
+    start = start_from(path, CONFIG, ["ant", "bee", "cat"])
+    weights = start.weights(MAR(CONFIG))
+    assert all(torch.equal(weights[name], average[name]) for name in average)
+    assert start.anew == ()
+
+
+def test_classes_are_found_by_name_and_others_start_anew(checkpoint: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path, average = checkpoint
+    names = ["cat", "dog", "ant", "eel", "fox"]
+    config = replace(CONFIG, classes=5)
+    start = start_from(path, config, names)
+    torch.manual_seed(1)
+    model = MAR(config)
+    weights = start.weights(model)
+    assert torch.equal(weights[CLASSES][[0, 2]], average[CLASSES][[2, 0]])
+    assert torch.equal(weights[CLASSES][[1, 3, 4]], model.class_emb.weight[[1, 3, 4]])
+    assert all(torch.equal(weights[name], average[name]) for name in average if name != CLASSES)
+    assert start.describe(names)[1] == "classes: 2 known there by name: cat, ant, 3 start anew"
+    reordered = start_from(path, CONFIG, ["bee", "ant", "cat"]).weights(MAR(CONFIG))  # as many classes, but in another order
+    assert torch.equal(reordered[CLASSES], average[CLASSES][[1, 0, 2]])
+
+
+def test_what_has_another_shape_starts_anew_and_is_named(checkpoint: tuple[str, dict[str, torch.Tensor]]) -> None:
+    path = checkpoint[0]
+    config = replace(CONFIG, latent_size=8)
+    start = start_from(path, config, ["ant", "bee", "cat"])
+    assert set(start.anew) == {"encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
+    assert "encoder_pos_embed_learned" in "\n".join(start.describe(["ant", "bee", "cat"]))
+    with pytest.raises(UserError, match="1 encoder blocks of width 64, there 1 encoder blocks of width 32"):
+        start_from(path, replace(CONFIG, encoder_width=64, decoder_width=64), ["ant"])
+    (Path(path) / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train\.init_from: .*ema\.safetensors is damaged"):
+        start_from(path, CONFIG, ["ant"])

@@ -1,0 +1,194 @@
+"""Training on several workers: the same step on 1, 2 and 4, sharded or not; killed, hung and interrupted, it ends as if nothing was."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
+
+from mar_model.checkpoint import load_model, save_checkpoint
+from mar_model.mar import MAR
+from pipelines.caching import CacheSettings
+from pipelines.checkpoints import checkpoint_names, checkpoint_path, newest_checkpoint
+from pipelines.cluster import ClusterSettings, connected
+from pipelines.errors import UserError
+from pipelines.latents import LatentCache
+from pipelines.sampler import SampleOrder
+from pipelines.stage import Stage
+from pipelines.training import TrainSettings, model_config, train
+
+STEPS, BATCH = 50, 16
+RECIPE = TrainSettings(
+    images=STEPS * BATCH, batch=BATCH, micro_batch=4, learning_rate=1e-3, warmup_images=32, ema_decay=0.99, ema_decays=[0.9], workers=2,
+    precision="float32", checkpoint_images=160, checkpoints_kept=2, log_images=160, failures=2, hang_seconds=60,
+)  # fmt: skip
+FILES = ("model.safetensors", "ema.safetensors", "ema-0.9.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSettings]:
+    settings = ClusterSettings(cpus=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connected(settings, Path(tmp_path_factory.mktemp("ray")) / "ray.log"):
+            yield settings
+
+
+class Listening(Stage):
+    """A stage whose lines a test can read."""
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        super().__init__("train", cluster)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def stage(ray_local: ClusterSettings) -> Listening:
+    return Listening(ray_local)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheSettings:
+    return write_latents(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local: ClusterSettings, cache: CacheSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two workers that nothing happened to."""
+    path = Path(tmp_path_factory.mktemp("undisturbed"))
+    train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(path)), 3, Listening(ray_local))
+    return path
+
+
+def tensors(run: Path, file: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(checkpoint_path(str(run), STEPS * BATCH)) / file)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_bitwise(run: Path, expected: Path) -> None:
+    for file in FILES:
+        found, wanted = tensors(run, file), tensors(expected, file)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in found), file
+    np.testing.assert_allclose(losses(run), losses(expected), rtol=1e-12)  # an interval may have been left in its midst
+
+
+def assert_same_up_to_summation_order(run: Path, expected: Path) -> None:
+    for file in FILES[:3]:
+        found, wanted = tensors(run, file), tensors(expected, file)
+        difference = sum(float((found[name] - wanted[name]).double().square().sum()) for name in wanted)
+        assert (difference / sum(float(value.double().square().sum()) for value in wanted.values())) ** 0.5 < 1e-5, file
+        for name, value in wanted.items():  # an attention's key bias changes nothing: its gradient is rounding alone, and Adam scales it up
+            if not name.endswith("qkv.bias"):
+                assert float((found[name] - value).norm() / value.norm().clamp(min=1e-3)) < 1e-5, name
+    np.testing.assert_allclose(losses(run), losses(expected), rtol=1e-5)
+
+
+def test_the_same_50_steps_on_1_2_and_4_workers_sharded_or_not(
+    undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
+) -> None:
+    alone, others = tmp_path / "alone", replace(RECIPE, path=str(tmp_path / "others"))
+    train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(alone), workers=1), 3, stage)
+    assert_same_up_to_summation_order(undisturbed, alone)
+    train(TOKENIZER, cache, ARCHITECTURE, replace(others, strategy="fsdp", images=30 * BATCH), 3, stage)
+    train(TOKENIZER, cache, ARCHITECTURE, replace(others, workers=4), 3, stage)  # goes on with the checkpoint of the sharded run
+    assert_same_up_to_summation_order(tmp_path / "others", alone)
+    last = Path(checkpoint_path(str(alone), STEPS * BATCH))
+    quick = load_model(last, decay=0.9)[0].mask_token
+    assert torch.equal(quick, load_file(last / "ema-0.9.safetensors")["mask_token"])
+    assert torch.equal(load_model(last, decay=0.99)[0].mask_token, load_file(last / "ema.safetensors")["mask_token"])
+    with pytest.raises(ValueError, match=r"no average of decay 0\.5, only of 0\.99, 0\.9"):
+        load_model(last, decay=0.5)
+
+
+def workers() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
+
+
+@contextlib.contextmanager
+def meanwhile(run: Path, events: list[tuple[int, Callable[[], None]]]) -> Iterator[None]:
+    """Each event happens as soon as the run has the checkpoint at so many images."""
+
+    def act() -> None:
+        for images, event in events:
+            while not Path(checkpoint_path(str(run), images)).exists():
+                time.sleep(0.005)
+            event()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "the run never got there"
+
+
+def test_a_killed_and_a_hung_worker_change_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
+    def send(kind: signal.Signals) -> Callable[[], None]:
+        return lambda: workers()[-1].send_signal(kind)
+
+    with meanwhile(tmp_path, [(160, send(signal.SIGKILL)), (480, send(signal.SIGSTOP))]):
+        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+    assert_bitwise(tmp_path, undisturbed)
+    text = "\n".join(stage.said)
+    assert "was lost" in text
+    assert "hangs" in text
+    assert text.count("2 workers at work again") == 2
+
+
+def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
+    undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
+) -> None:
+    settings = replace(RECIPE, path=str(tmp_path), checkpoint_images=320)
+    with meanwhile(tmp_path, [(320, lambda: os.kill(os.getpid(), signal.SIGINT))]), pytest.raises(KeyboardInterrupt):
+        train(TOKENIZER, cache, ARCHITECTURE, settings, 3, stage)
+    ended = newest_checkpoint(str(tmp_path))
+    assert ended is not None
+    assert int(ended[-12:]) not in (320, 640, 800)
+    assert stage.said[-1] == f"ended with {ended}; the same command goes on from there"
+    train(TOKENIZER, cache, ARCHITECTURE, settings, 3, stage)
+    assert_bitwise(tmp_path, undisturbed)
+
+
+def test_a_mistake_is_not_tried_again(cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
+    other = MAR(replace(model_config(ARCHITECTURE, LatentCache(cache.path)), encoder_depth=2))
+    path = Path(checkpoint_path(str(tmp_path), 160))
+    state = {"images_seen": 160, "step": 10, "intervals": []}
+    save_checkpoint(path, other, dict(other.named_parameters()), state)
+    with pytest.raises(ValueError, match=r"weights don't fit the model: unexpected \(12\): encoder_blocks.1"):
+        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
+    assert not any("starting again" in line for line in stage.said)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_they_go_on(stage: Listening, tmp_path: Path) -> None:
+    order = SampleOrder(3, 160)
+    unsound = [int(order.indices(image, image + 1)[0]) for image in (16, 50, 70)]  # of the steps at 16, 48 and 64 images
+    cache = write_latents(tmp_path / "cache", rows=160, unsound=unsound)
+    run = replace(RECIPE, path=str(tmp_path / "run"), images=160, workers=1, checkpoint_images=16, checkpoints_kept=9, nonfinite_limit=2)
+    with pytest.raises(UserError, match=r"\(2 in a row\), which is train\.nonfinite_limit; the checkpoint at 48 images is from before"):
+        train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+    skipped = [line for line in stage.said if "is not finite" in line]
+    assert [line.partition(" is not")[0] for line in skipped] == [
+        f"the loss of micro-batch {micro_batch} (worker 0, images {first} and on in the order)"
+        for micro_batch, first in ((0, 16), (0, 48), (1, 68))
+    ]
+    assert newest_checkpoint(run.path) == checkpoint_path(run.path, 48)
+    assert checkpoint_names(run.path) == ["images-000000000016", "images-000000000048"]  # none while a step is skipped
+    for file in FILES:
+        assert all(bool(torch.isfinite(value).all()) for value in load_file(Path(checkpoint_path(run.path, 48)) / file).values())
