@@ -1,9 +1,9 @@
 """What each fast mode of generation gains and costs on the demo's model: seconds an image, label agreement, Fréchet distance.
 
-    python -m benchmarks.fast_modes [RUN, a finished `mar quickstart`: runs/demo] [--images 500] [--runs 5] [--precision float32]
+    python -m benchmarks.fast_modes [RUN, a finished `mar quickstart`: runs/demo] [--images 500] [--precision float32]
 
-Every mode draws the same samples with the settings that the run's evaluation used. Seconds are medians of --runs batches of 100, the modes
-by turns, on one thread; the distance (EfficientNet-Lite0) is to the held-out images.
+Every mode draws the same samples with the settings that the run's evaluation used, in batches of 100, the modes by turns, on one thread;
+seconds are medians of the batches. The distance (EfficientNet-Lite0) is to the held-out images.
 """
 
 import argparse
@@ -48,7 +48,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, default=Path("runs/demo"))
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     options = parser.parse_args()
     run: Path = options.run
@@ -60,13 +59,18 @@ def main() -> None:
     drawing = plan_drawing(str(run), [], tokenizer, train, settings, record["seed"], ClusterSettings(), files=False)
     models = {mode: LoadedModel(replace(drawing, settings=replace(settings, **changes))) for mode, changes in MODES.items()}
 
+    labels = drawing.labels_of(range(options.images))
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for _ in range(1 + options.runs):
+    drawn: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
+    for model in models.values():
+        model.images(labels[:2], range(2))  # warms up
+    for start in range(0, options.images, BATCH):
+        numbers = range(start, min(start + BATCH, options.images))
         for mode, model in models.items():
             began = time.perf_counter()
-            model.images(drawing.labels_of(range(BATCH)), range(BATCH))
-            seconds[mode].append((time.perf_counter() - began) / BATCH)
-    medians = {mode: statistics.median(values[1:]) for mode, values in seconds.items()}  # the first turn warms up
+            drawn[mode].append(model.images(labels[start : start + BATCH], numbers)[0])
+            seconds[mode].append((time.perf_counter() - began) / len(numbers))
+    medians = {mode: statistics.median(values) for mode, values in seconds.items()}
 
     network = load_network("efficientnet-lite0", "", torch.device("cpu"))
     classifier = load_classifier(str(run / "classifier"))
@@ -78,10 +82,7 @@ def main() -> None:
     rows = list_images(source).held_out()
     held_out = features(RealImages(source, rows).read(0, len(rows)))
     table = [f"{'mode':<40} {'ms/image':>9} {'speed':>7} {'label agreement':>16} {'Fréchet distance':>17}"]
-    for mode, model in models.items():
-        labels = drawing.labels_of(range(options.images))
-        parts = [model.images(labels[start : start + BATCH], range(start, min(start + BATCH, options.images)))[0]
-                 for start in range(0, options.images, BATCH)]  # fmt: skip
+    for mode, parts in drawn.items():
         images = np.concatenate(parts)
         figures = {
             "seconds_per_image": medians[mode],
