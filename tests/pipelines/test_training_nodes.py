@@ -1,0 +1,63 @@
+"""Training on a cluster whose nodes go: one without a word, one with a notice; it goes on with those that are left."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from test_training_workers import RECIPE, Listening, losses, meanwhile
+from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
+
+from pipelines.caching import CacheSettings
+from pipelines.cluster import ClusterSettings
+from pipelines.training import train
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head node with one CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_health_check_period_ms", "1000")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            yield cluster
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheSettings:
+    return write_latents(tmp_path_factory.mktemp("cache"))
+
+
+def drain(node_id: str, seconds: float) -> None:
+    """The notice that a cloud gives before it takes a machine away."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    accepted, reason = client.drain_node(
+        node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", int((time.time() + seconds) * 1000)
+    )
+    assert accepted, reason
+
+
+def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSettings, tmp_path: Path) -> None:
+    first, second = nodes.add_node(num_cpus=1), nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+    stage = Listening(ClusterSettings())
+    run = replace(RECIPE, path=str(tmp_path), images=3200, workers=3, workers_min=1)
+    with meanwhile(tmp_path, [(160, lambda: nodes.remove_node(first, allow_graceful=False)), (320, lambda: drain(second.node_id, 60))]):
+        summary = train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+    assert summary["images_seen"] == 3200
+    text = "\n".join(stage.said)
+    assert "was lost" in text
+    assert "will be taken away" in text
+    assert [line[0] for line in stage.said if "workers at work again" in line] == ["2", "1"]
+    assert len(losses(tmp_path)) == 20
