@@ -84,23 +84,26 @@ def _check(config: "RunConfig", given: Assumptions) -> None:
 
 
 def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]:
-    from mar_model.footprint import activation_bytes, parameter_count
+    from mar_model.footprint import activation_bytes, gathered_parameters, parameter_count
 
     sizes = model_config(config, given.classes)
     parameters, micro_batch = parameter_count(sizes), config.train.micro_batch
-    bf16 = config.train.precision != "float32"
+    sharded, averages = _sharded(config, given), 1 + len(config.train.ema_decays)
+    value_bytes = 4 if config.train.precision == "float32" else 2
+    own, of = (parameters / given.gpus, f" / {given.gpus} GPUs (fsdp)") if sharded else (parameters, "")
     held = {
-        "weights": (4 * parameters, f"{parameters:,} parameters × 4 bytes"),
-        "moving average (EMA)": (4 * parameters, "the same, float32"),
-        "Adam's moments": (8 * parameters, "two, float32"),
-        "gradients": (4 * parameters, "float32"),
+        "weights": (4 * own, f"{parameters:,} parameters × 4 bytes{of}"),
+        "moving averages (EMA)": (4 * own * averages, f"{averages}, float32{of}"),
+        "Adam's moments": (8 * own, f"two, float32{of}"),
+        "gradients": (4 * own, f"float32{of}"),
     }
-    if given.gpus > 1:
-        held["gradient buckets"] = (4 * parameters, "what the all-reduce works on")
-    if bf16:
+    if sharded:
+        largest, outside = gathered_parameters(sizes)
+        gathered = 2 * largest * value_bytes + 4 * outside
+        held["gathered weights"] = (gathered, f"two blocks of {largest:,} parameters, and {outside:,} that are in none")
+    elif value_bytes == 2:
         held["bf16 weights"] = (2 * parameters, "copies that matrix products take, for one forward and backward pass")
     held["CUDA"] = (CONTEXT_BYTES, "context, kernels and communication buffers, about")
-    value_bytes = 2 if bf16 else 4
     kept, again = (
         micro_batch * activation_bytes(sizes, sizes.tokens, value_bytes=value_bytes, recompute=recompute) for recompute in (False, True)
     )
@@ -121,6 +124,10 @@ def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]
         figure("in all", fixed + kept, room(fixed + kept)),
         figure("in all, checkpointed", fixed + again, room(fixed + again)),
     ]
+
+
+def _sharded(config: "RunConfig", given: Assumptions) -> bool:
+    return config.train.strategy == "fsdp" and given.gpus > 1
 
 
 def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float]:
@@ -175,10 +182,16 @@ def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_pe
 
 
 def _network(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
-    sent = 2 * (given.gpus - 1) / given.gpus * 4 * parameters
+    others = (given.gpus - 1) / given.gpus
+    sent, made_of = 2 * others * 4 * parameters, "all-reduce: 2(n − 1)/n of the float32 gradients sent, as much received"
+    if _sharded(config, given):
+        turns = math.ceil(config.train.batch // config.train.micro_batch / given.gpus)
+        value_bytes = 4 if config.train.precision == "float32" else 2
+        sent = others * (4 + 2 * turns * value_bytes) * parameters
+        made_of = f"(n − 1)/n of the float32 gradients, and of the weights {turns} × 2 times, {value_bytes} bytes each"
     steps = images_per_second / config.train.batch
     return [
-        Figure("network a GPU", "a step", sent / GB, "GB", "all-reduce: 2(n − 1)/n of the float32 gradients sent, as much received"),
+        Figure("network a GPU", "a step", sent / GB, "GB", made_of),
         Figure("network a GPU", "a second", sent * steps / GB, "GB/s", "each way, if it is spread over the whole step"),
     ]
 

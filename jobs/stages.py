@@ -44,8 +44,8 @@ STAGES = {
         "mar cache --preset demo --set cache.encoders=2",
     ),
     "train": StageCommand(
-        "pipelines.training:train",
-        ("tokenizer", "cache", "model", "train", "seed"),
+        "pipelines.validating:train",
+        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed"),
         ("cache.path", "tokenizer.path"),
         "train.path",
         "Train a MAR model on the cache, or go on with it.",

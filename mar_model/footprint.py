@@ -15,6 +15,15 @@ def parameter_count(config: MARConfig) -> int:
         return sum(one.numel() for one in MAR(config).parameters())
 
 
+def gathered_parameters(config: MARConfig) -> tuple[int, int]:
+    """Parameters of the largest block, and of all that is in no block: what a model whose blocks are sharded gathers at a time."""
+    with torch.device("meta"):
+        model = MAR(config)
+    blocks = [*model.encoder_blocks, *model.decoder_blocks, *model.diffloss.net.res_blocks]
+    sizes = [sum(one.numel() for one in block.parameters()) for block in blocks]
+    return max(sizes), sum(one.numel() for one in model.parameters()) - sum(sizes)
+
+
 def activation_bytes(config: MARConfig, masked: int, *, value_bytes: int = 2, recompute: bool = False) -> int:
     """Bytes that one image's forward pass keeps for its backward pass, with `masked` of the L tokens masked; eager, on a GPU.
 

@@ -49,11 +49,8 @@ class Interval:
             self._bands += torch.tensor(sums[2:-2], device=self.device, dtype=torch.float64).view(2, BANDS)
         self._norm += torch.tensor(sums[-2:], device=self.device, dtype=torch.float64)
 
-    def close(self, workers: int, seconds_waited: float, seconds_saving: float) -> dict[str, float]:
-        """The interval's line, summed over all workers (every worker must call it), and a new interval.
-
-        `seconds_waited` for data and `seconds_saving` in checkpoints are of this worker.
-        """
+    def close(self, workers: int) -> dict[str, float]:
+        """The interval's line, summed over all workers (every worker must call it), and a new interval."""
         *values, norm, stepped = self.sums(workers)
         seconds = time.perf_counter() - self._began
         row = {"loss": values[0] / values[1] if values[1] else float("nan")}
@@ -61,8 +58,6 @@ class Interval:
             row[f"loss_band_{band}"] = values[2 + band] / max(values[2 + BANDS + band], 1.0)
         row["gradient_norm"] = norm / max(stepped, 1.0)
         row["images_per_second"] = self._images / seconds
-        row["data_wait_share"] = seconds_waited / seconds
-        row["checkpoint_share"] = seconds_saving / seconds
         row["learning_rate"] = self._rate
         self._reset()
         return row

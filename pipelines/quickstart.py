@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mar_model.config import Architecture
-from pipelines import caching, evaluation, storage, sweeping, tokenizing, training
+from pipelines import caching, evaluation, storage, sweeping, tokenizing, validating
 from pipelines.attempts import Attempts
 from pipelines.caching import CacheSettings
 from pipelines.classifier import train_classifier
@@ -92,7 +92,7 @@ def quickstart(
         with stage("cache", cache.path) as child:
             note("cache", caching.cache(images, tokenizer, cache, child))
         with stage("train", train.path) as child:
-            note("train", training.train(tokenizer, cache, model, train, seed, child))
+            note("train", validating.train(images, tokenizer, cache, model, train, generate, evaluate, seed, child))
         classifier = storage.join(root, "classifier")
         with stage("classifier", classifier) as child:
             real = note("classifier", train_classifier(images, classifier, seed, child))

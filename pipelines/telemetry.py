@@ -34,6 +34,7 @@ class ExposedCommunication:
         self._full: float | torch.cuda.Event | None = None
         self._seconds = 0.0
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.measured = isinstance(module, DistributedDataParallel)
         if isinstance(module, DistributedDataParallel):
             module.register_comm_hook(None, self._reduce)
 
@@ -114,6 +115,8 @@ class Telemetry:
         row = row | dict(zip(GATHERED, most, strict=True))
         if self.device.type != "cuda":
             del row["gpu_memory_gb"]
+        if self.workers > 1 and not self.communication.measured:  # sharded models communicate all along
+            del row["communication_share"], shares["communication_share"]
         row["images_per_second_per_worker"] = row["images_per_second"] / self.workers
         if self.peak:
             row["mfu"] = float(of_all[:, -1].sum()) / (seconds * self.workers * self.peak)

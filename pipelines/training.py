@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mar_model.checkpoint import read_state
 from mar_model.config import Architecture, MARConfig
@@ -23,8 +23,12 @@ from pipelines.requests import STOP, Requests
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.supervision import Supervision, finish_when_asked, ray_train_waits
+from pipelines.telemetry import in_short
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training_worker import TrainingJob, train_worker
+
+if TYPE_CHECKING:
+    from pipelines.validating import Validation
 
 
 @dataclass
@@ -63,6 +67,9 @@ class TrainSettings:
     checkpoints_kept: int = operational(3, "newest checkpoints kept")
     keep_best: str = operational("", "a metric, e.g. loss: the checkpoint where it was lowest is kept too")
     log_images: int = operational(51_200, "images between lines of metrics")
+    peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
+    validation_images: int = operational(0, "images between validations, which begin with a checkpoint; 0: none")
+    validation_samples: int = operational(1000, "samples that a validation draws and judges")
     failures: int = operational(8, "restarts after failed workers before the run gives up (lost nodes that gave notice not counted)")
     hang_seconds: int = operational(600, "a worker that the others wait for this long counts as hung: the group starts again")
     nonfinite_limit: int = operational(20, "steps in a row skipped for a loss or gradient that is not finite, before the run stops")
@@ -70,13 +77,17 @@ class TrainSettings:
 
 LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
 METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name
-FIGURES = (*LOSS_COLUMNS, "images_per_second", "data_wait_share", "parameters")  # of the last interval, kept in the summary
+FIGURES = (  # of the last interval, kept in the summary
+    *LOSS_COLUMNS, "images_per_second", "mfu", "data_wait_share", "communication_share", "checkpoint_share", "parameters",
+)  # fmt: skip
 
 
 def train(
-    tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int, stage: Stage
-) -> dict[str, Any]:
+    tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int, stage: Stage,
+    validation: "Validation | None" = None, on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:  # fmt: skip
     """Train `model` on the cache at `cache.path` until `train.images` are seen, going on from the newest checkpoint that verifies.
+    `on_validation` gets what each `validation` has found; without, none takes place (see `validating.train`).
 
     Returns the summary: images_seen, loss and its bands over the last interval, images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
@@ -102,13 +113,13 @@ def train(
 
         def on_metrics(row: dict[str, Any]) -> None:
             log.add(row)
-            bar.update(row["images_seen"], loss=row["loss"], waiting_for_data=row["data_wait_share"])
+            bar.update(row["images_seen"], **in_short(row))
             track(row)
 
         for row in log.recovered:
             track(row)
 
-        summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start)
+        summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation)
     log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
@@ -130,6 +141,8 @@ def fit(
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
     start: Start | None = None,
+    validation: "Validation | None" = None,
+    on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """The Ray Train run itself, untracked: `on_metrics` gets a row an interval (images_seen, loss, …), `say` what happens to workers
     and checkpoints. Returns a summary. On Ctrl-C and SIGTERM the workers write a checkpoint before those are raised again.
@@ -140,6 +153,8 @@ def fit(
 
     if storage.is_local(train.path):
         train = replace(train, path=str(Path(train.path).resolve()))
+    if validation is None:
+        train = replace(train, validation_images=0)
     latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
     config = model_config(model, latents)
     LatentDataset(latents, seed, train.shuffle_window)  # whether the local disk holds what that order reads, said before any work
@@ -156,6 +171,8 @@ def fit(
         elif "started" in message:
             if broke or message["workers"] != train.workers:
                 say(f"{message['workers']} workers at work again, {message['started']:,} images seen{_seconds(message, broke)}")
+        elif "validated" in message:
+            on_validation(message)
         else:
             last.update(message)
             on_metrics(message)
@@ -165,6 +182,7 @@ def fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel, requests, start)},
+        validation_config=validation.config(channel) if validation else None,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,

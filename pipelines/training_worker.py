@@ -29,11 +29,15 @@ from pipelines.metrics_log import CHECKPOINTED
 from pipelines.micro_batches import GlobalBatch, MicroBatch, MicroBatches, owner_of
 from pipelines.precision import autocast
 from pipelines.progress import MetricsChannel
+from pipelines.prometheus import run_label
 from pipelines.requests import PREEMPTED, RESIZED, Requests
 from pipelines.strategies import load_whole, strategy_of
+from pipelines.telemetry import Telemetry
 from pipelines.training_step import OptimizerStep, Outcome
 
 if TYPE_CHECKING:
+    from ray.train import ValidationTaskConfig
+
     from pipelines.training import TrainSettings
 
 
@@ -83,8 +87,11 @@ class Training:
         self.images_seen = self.steps = 0  # steps that were taken, not skipped
         self.intervals: deque[dict[str, float]] = deque(maxlen=CHECKPOINTED)
         self.interval = Interval(device)
+        self.telemetry = Telemetry(
+            config, train.micro_batch, self.strategy.module, device, worker, workers, train.peak_tflops, run_label(train.path)
+        )
         self.resume()
-        self.resumed_at = self.images_seen
+        self.resumed_at = self.validated = self.images_seen
         self.began["resumed"] = time.time()
 
         self.micro_batches = MicroBatches(
@@ -152,6 +159,7 @@ class Training:
         unsound = torch.zeros(train.batch // train.micro_batch, device=self.device)
         for index, micro_batch in zip(self.micro_batches.share, share.micro_batches, strict=True):
             unsound[index] = self._backward(share, micro_batch, last=index == self.micro_batches.share[-1], counted=True)
+        self.telemetry.stepped(len(share.micro_batches), share.masked)
         self._settle()
         self.step(unsound, [bool(self.asked()), bool(self.writer and self.writer.written)])
         self.images_seen += train.batch
@@ -211,11 +219,12 @@ class Training:
         )
 
     def _log(self) -> None:
-        row = self.interval.close(self.workers, self.micro_batches.seconds_waited, self.seconds_saving)
+        row = {"images_seen": float(self.images_seen), **self.interval.close(self.workers)}
+        row = self.telemetry.close(row, self.micro_batches.seconds_waited, self.seconds_saving)
         self.micro_batches.seconds_waited = self.seconds_saving = 0.0
         if self.worker == 0:
             parameters = sum(one.numel() for one in self.model.parameters())
-            self.intervals.append({"images_seen": self.images_seen, **row, "parameters": parameters})
+            self.intervals.append({**row, "images_seen": self.images_seen, "parameters": parameters})
             self.job.channel.send(self.intervals[-1])
 
     def _checkpoint(self) -> None:
@@ -253,15 +262,29 @@ class Training:
         """Tell Ray Train of the newest checkpoint that is written; all workers do at the same step."""
         import ray.train
 
-        written = None
+        written, validation = None, None
         if self.writer is not None and self.writer.written:
             name = posixpath.basename(self.writer.written.pop())
             self.writer.written.clear()
             store = ray.train.get_context().get_storage()
             written = ray.train.Checkpoint(posixpath.join(store.experiment_fs_path, name), store.storage_filesystem)
+            validation = self._due_validation(name)
         ray.train.report(
-            {"images_seen": self.images_seen}, checkpoint=written, checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD
+            {"images_seen": self.images_seen},
+            checkpoint=written,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+            validation=validation or False,
         )
+
+    def _due_validation(self, name: str) -> "ValidationTaskConfig | None":
+        """What Ray Train is to do with the checkpoint of that name, where `train.validation_images` have gone by."""
+        from ray.train import ValidationTaskConfig
+
+        every, seen = self.train.validation_images, int(name.rpartition("-")[2])
+        if not every or seen // every <= self.validated // every:
+            return None
+        self.validated = seen
+        return ValidationTaskConfig(fn_kwargs={"path": storage.join(self.train.path, "checkpoints", name)})
 
     def _progress(self, images_seen: int, sums: list[float]) -> dict[str, object]:
         lines = [line for line in self.intervals if line["images_seen"] <= images_seen]

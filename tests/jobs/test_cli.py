@@ -108,7 +108,7 @@ def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatc
     calls = stand_in(monkeypatch, lambda: {"format_version": 1, "images_seen": 1280, "loss": 0.123456, "rows": {"noise": 297.5}})
     result = mar("train", "--preset", "demo", "--set", "seed=5")
     assert result.status == 0
-    assert set(calls[0]) == {"tokenizer", "cache", "model", "train", "seed", "stage"}
+    assert set(calls[0]) == {"images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed", "stage"}
     assert calls[0]["seed"] == 5
     name, path, configuration, cluster, tracking = calls[0]["stage"].arguments
     assert (name, path) == ("train", str(Path("runs/demo/train").absolute()))

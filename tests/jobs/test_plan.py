@@ -49,9 +49,9 @@ def test_speed_comes_from_the_arithmetic_and_the_peak() -> None:
 
 def test_memory_in_closed_form() -> None:
     found = {name.removeprefix("memory a GPU: "): value * 1e9 for name, value in planned().items()}
-    assert found["weights"] == found["moving average (EMA)"] == found["gradients"] == found["gradient buckets"] == 4 * LARGE
+    assert found["weights"] == found["moving averages (EMA)"] == found["gradients"] == 4 * LARGE
     assert (found["Adam's moments"], found["bf16 weights"]) == (8 * LARGE, 2 * LARGE)
-    held = (6 * 4 + 2) * LARGE + 1.5e9
+    held = (5 * 4 + 2) * LARGE + 1.5e9
     assert found["in all"] == pytest.approx(held + found["activations"])
     assert found["in all, checkpointed"] == pytest.approx(held + found["activations, checkpointed"])
     deeper = planned(assignments=("model.decoder_depth=17",))["memory a GPU: activations"] * 1e9
@@ -62,7 +62,8 @@ def test_memory_in_closed_form() -> None:
         128 * (64 + 256) * (8 + 24 + 32 + 6) * 1024
     )
     alone = planned(gpus=1)
-    assert "memory a GPU: gradient buckets" not in alone
+    two_more = planned(assignments=("train.ema_decays=[0.999, 0.99995]",))
+    assert two_more["memory a GPU: moving averages (EMA)"] == 3 * planned()["memory a GPU: moving averages (EMA)"]
     assert alone["network a GPU: a step"] == 0
 
 
@@ -74,6 +75,17 @@ def test_disk_and_network_in_closed_form() -> None:
     assert found["storage: checkpoints"] * 1e9 == pytest.approx(4 * 16 * LARGE)
     assert found["network a GPU: a step"] * 1e9 == pytest.approx(2 * 15 / 16 * 4 * LARGE)
     assert found["network a GPU: a second"] * 1e9 == pytest.approx(2 * 15 / 16 * 4 * LARGE * 16 * 254 / 2048)
+
+
+def test_sharded_models_divide_what_they_hold_and_gather_blocks() -> None:
+    found = planned(gpus=8, assignments=("train.strategy=fsdp",))
+    assert found["memory a GPU: Adam's moments"] * 1e9 == pytest.approx(8 * LARGE / 8)
+    block = 12 * 1024**2 + 13 * 1024  # qkv, projection, MLP; their biases and two norms
+    in_residual_block = 5 * 1280**2 + 7 * 1280
+    outside = LARGE - 32 * block - 8 * in_residual_block
+    assert found["memory a GPU: gathered weights"] * 1e9 == pytest.approx(2 * block * 2 + 4 * outside)
+    assert found["network a GPU: a step"] * 1e9 == pytest.approx(7 / 8 * LARGE * (4 + 2 * 2 * 2))  # two micro-batches a GPU
+    assert found["memory a GPU: activations"] == planned()["memory a GPU: activations"]
 
 
 def test_micro_batches_that_the_gpus_do_not_divide_cost_time() -> None:

@@ -96,5 +96,5 @@ def test_an_interval_leaves_out_what_is_not_finite() -> None:
         interval.add(TokenLoss(loss, loss, loss), timesteps, torch.tensor(value == value))
     interval.steps(8, torch.tensor(2.0), torch.tensor(1.0), 0.1)
     interval.steps(8, torch.tensor(0.0), torch.tensor(0.0), 0.2)
-    row = interval.close(1, 0.0, 0.0)
+    row = interval.close(1)
     assert (row["loss"], row["loss_band_0"], row["loss_band_3"], row["gradient_norm"], row["learning_rate"]) == (2.0, 2.0, 2.0, 2.0, 0.2)

@@ -1,0 +1,145 @@
+"""Validation while training: now and then a few samples of the newest checkpoint's averaged weights, drawn and judged beside the
+training workers, on resources of their own, by Ray Train's asynchronous validation. Training does not wait."""
+
+import functools
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mar_model.config import Architecture
+from pipelines import samples, storage, training
+from pipelines.caching import CacheSettings
+from pipelines.cluster import ClusterSettings, default_device, require_workers, worker_resources
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings, distance, metric_name
+from pipelines.features import DIMENSIONS, load_network, network_digest
+from pipelines.generation import GenerateSettings, plan_drawing
+from pipelines.generation_worker import LoadedModel
+from pipelines.images import ImageSettings
+from pipelines.metrics import FeatureStatistics, FeatureSums
+from pipelines.precision import resolved
+from pipelines.progress import MetricsChannel
+from pipelines.prometheus import Gauges, run_label
+from pipelines.references import find_reference, source_statistics
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings
+from pipelines.training import TrainSettings
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint, ValidationConfig
+
+FOLDER = "validation"
+
+
+def train(
+    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings,
+    generate: GenerateSettings, evaluate: EvaluateSettings, seed: int, stage: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Stage *train* with the validations that `train.validation_images` asks for; else `training.train` alone."""
+    if not train.validation_images:
+        return training.train(tokenizer, cache, model, train, seed, stage)
+    validation = plan_validation(images, tokenizer, train, generate, evaluate, seed, stage)
+    with closing(Gauges(run_label(train.path))) as gauges:
+        return training.train(tokenizer, cache, model, train, seed, stage, validation, lambda found: validation.tell(found, stage, gauges))
+
+
+def plan_validation(
+    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, evaluate: EvaluateSettings,
+    seed: int, stage: Stage,
+) -> "Validation":  # fmt: skip
+    """Everything a validation needs but the checkpoint; the reference's statistics are computed now, where they are not there yet.
+
+    Raises UserError for a reference or weights that are missing, and for a cluster without room beside the training workers.
+    """
+    cluster = stage.cluster
+    if train.validation_samples < 2:
+        raise UserError(f"train.validation_samples is {train.validation_samples}, expected 2 or more: one image has no covariance")
+    require_workers({"train.workers": train.workers, "validations at once (train.validation_images)": 1}, cluster)
+    digest = network_digest(evaluate.features, evaluate.weights)
+    reference = find_reference(images, tokenizer, evaluate, digest)
+    if not isinstance(reference, FeatureStatistics):
+        [reference] = source_statistics([reference], evaluate, digest, stage)
+    drawn = replace(generate, precision=resolved(generate.precision, cluster), ema=True)
+    return Validation(tokenizer, train, drawn, evaluate.features, evaluate.weights, digest, reference, seed, cluster)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What Ray Train's validation task is given."""
+
+    tokenizer: TokenizerSettings
+    train: TrainSettings
+    generate: GenerateSettings
+    features: str
+    weights: str
+    digest: str  # of the feature network
+    reference: FeatureStatistics
+    seed: int
+    cluster: ClusterSettings
+
+    def config(self, channel: MetricsChannel) -> "ValidationConfig":
+        """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
+        from ray.train import ValidationConfig
+
+        run = functools.partial(validate, validation=self, channel=channel)
+        return ValidationConfig(run, ray_remote_kwargs=worker_resources(self.cluster))
+
+    def tell(self, found: dict[str, Any], stage: Stage, gauges: Gauges) -> None:
+        """In the driver, what a validation has found: to the person, MLflow and Prometheus."""
+        metrics = found["metrics"]
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s"
+        stage.say(f"validation at {found['validated']:,} images: {shown} ({effort})")
+        stage.log({f"validation_{name}": value for name, value in metrics.items()}, step=found["validated"])
+        gauges.of_validation(metrics)
+        if storage.is_local(found["picture"]):
+            stage.artifact(found["picture"])
+
+
+def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: MetricsChannel) -> dict[str, float]:
+    """Validate the checkpoint at `path`: `validation/images-….json` and the samples as `.png` beside. Returns the metrics by name.
+
+    Sample i is the same function of the weights every time. What goes wrong here is told, and training goes on.
+    """
+    if not storage.exists(path):
+        channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
+        return {}
+    try:
+        found = _measured(path, validation)
+    except Exception as error:
+        channel.send({"say": f"validation of {path} failed, training goes on: {type(error).__name__}: {error}"})
+        raise  # Ray Train writes the traceback into its log
+    channel.send(found)
+    return dict(found["metrics"])
+
+
+def _measured(path: str, validation: Validation) -> dict[str, Any]:
+    began = time.monotonic()
+    count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
+    target = storage.join(validation.train.path, FOLDER, path.rstrip("/").rpartition("/")[2])
+    drawing = plan_drawing(target, [], validation.tokenizer, validation.train, generate, validation.seed, validation.cluster, files=False)
+    model = LoadedModel(drawing)
+    network = load_network(validation.features, validation.weights, default_device())
+    sums = FeatureSums(DIMENSIONS[validation.features])
+    shown = samples.grid_samples(count, len(drawing.labels))
+    kept = []
+    for start in range(0, count, generate.batch):
+        numbers = range(start, min(start + generate.batch, count))
+        images, _ = model.images(_labels(drawing.labels, numbers), numbers)
+        sums.merge(FeatureSums.of(network(images)))
+        kept.append(images[: max(0, shown - start)])
+    metrics = {metric_name(validation.features): distance(sums.statistics(validation.features, validation.digest), validation.reference)}
+    picture = f"{target}.png"
+    samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
+    found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
+    about = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
+    storage.write_json(f"{target}.json", {**found, **about})
+    return found
+
+
+def _labels(classes: list[int], numbers: range) -> np.ndarray:
+    """(N,) int64: every class in turn."""
+    return np.array([classes[number % len(classes)] for number in numbers])

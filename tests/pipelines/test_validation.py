@@ -1,0 +1,102 @@
+"""Validation while training, through a real Ray Train: what it measures, where it is told, what it does not stop."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from tiny_cache import ARCHITECTURE, write_latents
+from tiny_run import CLASSES, SIZE, write_images, write_tokenizer
+
+from pipelines import storage
+from pipelines.cluster import ClusterSettings
+from pipelines.errors import UserError
+from pipelines.evaluation import EvaluateSettings, evaluate, metric_name
+from pipelines.generation import GenerateSettings
+from pipelines.images import ImageSettings
+from pipelines.progress import MetricsChannel
+from pipelines.stage import Stage
+from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
+from pipelines.tracking import Tracker, TrackingSettings
+from pipelines.training import TrainSettings
+from pipelines.validating import plan_validation, train, validate
+
+NAME = metric_name("efficientnet-lite0")
+SAMPLES = 10
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) -> dict[str, Any]:
+    """A run of one worker over 96 images, validated at every 32; the other CPU is the validation's."""
+    root = tmp_path_factory.mktemp("run")
+    tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
+    cache = write_latents(root / "cache", classes=tuple(CLASSES))
+    manifest = storage.read_json(f"{cache.path}/manifest.json")
+    manifest |= {"tokenizer": {"path": tokenizer.path, "digest": tokenizer_digest(tokenizer.path)}, "image_size": SIZE}
+    storage.write_json(f"{cache.path}/manifest.json", manifest)
+    return {
+        "images": ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out"),
+        "tokenizer": tokenizer,
+        "cache": cache,
+        "model": ARCHITECTURE,
+        "train": TrainSettings(
+            path=str(root / "train"), images=96, batch=16, micro_batch=8, warmup_images=16, workers=1, precision="float32",
+            checkpoint_images=32, log_images=48, validation_images=32, validation_samples=SAMPLES, failures=0, peak_tflops=0.1,
+        ),
+        "generate": GenerateSettings(ar_steps=2, diffusion_steps=2, batch=4, precision="float32"),
+        "evaluate": EvaluateSettings(path=str(root / "evaluation"), images=SAMPLES, features="efficientnet-lite0", batch=8),
+        "seed": 3,
+    }  # fmt: skip
+
+
+def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_local: ClusterSettings, tmp_path: Path) -> None:
+    tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    stage = Stage("train", ray_local, start_tracking=lambda: Tracker.open(tracking, "train", {}, sections["train"].path))
+    summary = train(**sections, stage=stage)
+    assert summary["images_seen"] == 96
+    assert 0 < summary["mfu"] < 10
+    assert 0 <= summary["data_wait_share"] + summary["checkpoint_share"] < 1
+    assert summary["communication_share"] == 0.0  # one worker
+
+    folder = Path(sections["train"].path) / "validation"
+    found = {one["validated"]: one for one in (storage.read_json(str(path)) for path in sorted(folder.glob("*.json")))}
+    assert list(found)[-1] == 96
+    assert found.keys() <= {32, 64, 96}  # one that was written while another waited to be reported gives way to it
+    assert all(one["samples"] == SAMPLES and one["reference_images"] == 24 for one in found.values())
+    assert len({one["metrics"][NAME] for one in found.values()}) == len(found)  # other weights each time
+    with Image.open(folder / "images-000000000096.png") as picture:
+        assert picture.size[0] > 3 * SIZE
+
+    # the stage evaluate, which draws and judges through Ray Data, finds the same distance for the same checkpoint
+    rest = {name: sections[name] for name in ("images", "tokenizer", "train", "evaluate", "seed")}
+    again = evaluate(**rest, generate=replace(sections["generate"], batch=SAMPLES), stage=Stage("evaluate", ray_local))
+    assert found[96]["metrics"][NAME] == pytest.approx(again[NAME], rel=1e-3)
+
+    assert stage.tracker is not None
+    stage.tracker.close()
+    client, run = MlflowClient(tracking.uri), stage.tracker.run_id
+    history = client.get_metric_history(run, f"validation_{NAME}")
+    assert {point.step: point.value for point in history} == {seen: one["metrics"][NAME] for seen, one in found.items()}
+    assert {f"images-{seen:012d}.png" for seen in found} <= {one.path for one in client.list_artifacts(run)}
+
+
+def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(sections: dict[str, Any], stage: Stage, tmp_path: Path) -> None:
+    rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
+    validation, channel, told = plan_validation(**rest, stage=stage), MetricsChannel(), list[str]()
+    (tmp_path / "images-000000000032").mkdir()
+    with channel.listening(lambda message: told.append(message["say"])):
+        assert validate(None, str(tmp_path / "images-000000000016"), validation, channel) == {}  # type: ignore[arg-type]
+        with pytest.raises(UserError):
+            validate(None, str(tmp_path / "images-000000000032"), validation, channel)  # type: ignore[arg-type]
+    assert len(told) == 2
+    assert "images-000000000016 was dropped before its validation began: raise train.validation_images" in told[0]
+    assert "images-000000000032 failed, training goes on: UserError" in told[1]
+
+
+def test_validation_needs_room_beside_the_workers(sections: dict[str, Any], stage: Stage) -> None:
+    with pytest.raises(UserError, match=r"train\.workers 2 and validations at once .* 1: 3 workers.*the cluster has 2 CPUs"):
+        train(**{**sections, "train": replace(sections["train"], workers=2)}, stage=stage)
+    with pytest.raises(UserError, match=r"train\.validation_samples is 1, expected 2 or more"):
+        train(**{**sections, "train": replace(sections["train"], validation_samples=1)}, stage=stage)
