@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test test-long lint bench lock clean
 
 demo: .venv/installed  ## digits: images, tokenizer, cache, model, sweeps, evaluation, report
 	$(BIN)/mar quickstart
 
-test: .venv/installed  ## the whole suite
+test: .venv/installed  ## the suite
 	$(BIN)/python -m pytest -q
+
+test-long: .venv/installed  ## trials that take minutes each: killed and hung workers, lost nodes, failing S3
+	$(BIN)/python -m pytest -q -m long
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -96,6 +96,7 @@ def test_a_real_ray_exports_what_the_dashboard_asks_for(agent: str) -> None:
     assert {re.findall(r'worker="(\d)"', line)[0] for line in found["ray_mar_train_memory_bytes"]} == {"0", "1"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian: apt-get install prometheus)")
 def test_a_real_prometheus_answers_every_query(agent: str, tmp_path: Path) -> None:
     until(lambda: prometheus.exported() <= exposed(agent).keys())

@@ -17,6 +17,8 @@ from pipelines.cluster import ClusterSettings
 from pipelines.encoding import EncodingJob, ShardEncoder
 from pipelines.images import ImageSettings, list_images
 
+pytestmark = pytest.mark.long
+
 IMAGES = {f"a/{number:03d}.png": encoded(64, 64, number) for number in range(240)}
 SHARD = 20
 

@@ -230,6 +230,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
     assert not Path(settings.path).exists()
 
 
+@pytest.mark.long
 def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
 ) -> None:

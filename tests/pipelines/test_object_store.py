@@ -129,6 +129,7 @@ def s3_source(server: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tup
     return replace(local, source="s3://data/source"), local
 
 
+@pytest.mark.long
 def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
     impatient: FaultyS3, s3_source: tuple[ImageSettings, ImageSettings], tokenizer: str, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
     assert storage.list_files("s3://data/lost") == []
 
 
+@pytest.mark.long
 def test_the_stage_and_the_loader_on_s3(
     server: FaultyS3, ray_local: ClusterSettings, s3_source: tuple[ImageSettings, ImageSettings], tokenizer: str, tmp_path: Path
 ) -> None:

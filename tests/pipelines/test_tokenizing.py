@@ -175,6 +175,7 @@ def test_psnr_closed_form() -> None:
     assert psnr(black, other).tolist() == pytest.approx([100.0, 0.0, 20 * np.log10(5)])
 
 
+@pytest.mark.long
 def test_unusable_images_are_passed_over_up_to_the_limit(images: ImageSettings, tmp_path: Path) -> None:
     for index in range(4):
         folder = tmp_path / f"class{index // 2}"

@@ -15,6 +15,8 @@ from pipelines.caching import CacheSettings
 from pipelines.cluster import ClusterSettings
 from pipelines.training import train
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:

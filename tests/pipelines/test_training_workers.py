@@ -28,6 +28,8 @@ from pipelines.sampler import SampleOrder
 from pipelines.stage import Stage
 from pipelines.training import TrainSettings, model_config, train
 
+pytestmark = pytest.mark.long
+
 STEPS, BATCH = 50, 16
 RECIPE = TrainSettings(
     images=STEPS * BATCH, batch=BATCH, micro_batch=4, learning_rate=1e-3, warmup_images=32, ema_decay=0.99, ema_decays=[0.9], workers=2,

@@ -23,6 +23,8 @@ from pipelines.tracking import Tracker, TrackingSettings
 from pipelines.training import TrainSettings
 from pipelines.validating import plan_validation, train, validate
 
+pytestmark = pytest.mark.long
+
 NAME = metric_name("efficientnet-lite0")
 SAMPLES = 10
 
