@@ -251,6 +251,7 @@ def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
     assert np.abs(frames[-1] - final).mean() < 12
 
 
+@pytest.mark.long
 def test_a_model_without_labels_is_drawn_without(
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
 ) -> None:
@@ -266,6 +267,7 @@ def test_a_model_without_labels_is_drawn_without(
         generate(tokenizer, TrainSettings(), replace(blind, guidance=2.0), 0, stage)
 
 
+@pytest.mark.long
 def test_fast_modes_and_captured_loops_reach_the_sampler(
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

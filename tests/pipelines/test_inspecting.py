@@ -83,6 +83,7 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     assert "0 of 3 shards" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_tree(tmp_path / "images", {key: encoded(16, 17, 100 + number) for number, key in enumerate(IMAGES)})
     with pytest.raises(Exception, match="1"):

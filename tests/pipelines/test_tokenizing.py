@@ -85,6 +85,7 @@ def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: T
         tokenize(images, replace(settings, learning_rate=1e-3), seed=1, stage=stage)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_on_two_workers_is_the_uninterrupted_run(
     images: ImageSettings, settings: TokenizerSettings, stage: Stage
 ) -> None:
