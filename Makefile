@@ -18,7 +18,7 @@ lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed  ## every benchmark, one after the other
+bench: .venv/installed  ## the benchmarks that need no files and no finished run, one after the other
 	@set -e; for script in cache loader model training; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
 
 lock:  ## pin every dependency anew (versions and hashes)

@@ -225,9 +225,9 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
 
 
 def _print_next_steps(root: str, tracking_uri: str) -> None:
-    print(f"report: {root}/report.html")
     from pipelines.tracking import without_password
 
+    print(f"report: {root}/report.html")
     served = tracking_uri.startswith(("http://", "https://"))
     print(f"every number: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
     print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")

@@ -7,14 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from mar_model.checkpoint import Shapes
-from mar_model.config import Architecture, MARConfig
+from mar_model.config import PUBLISHED, Architecture, MARConfig
 from mar_model.tokenizers import KLConfig
 
 STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16
 
-# What the published sizes are: depth, width and heads of encoder and decoder.
-PUBLISHED = {"mar_base": (12, 768, 12), "mar_large": (16, 1024, 16), "mar_huge": (20, 1280, 16)}
-HEADS = {width: heads for _, width, heads in PUBLISHED.values()}
+HEADS = {one.encoder_width: one.encoder_heads for one in PUBLISHED.values()}
 
 # The release's names for what an architecture here is made of.
 ARGUMENTS: dict[str, tuple[str, type]] = {
@@ -70,9 +68,8 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields from the release's arguments; a published size by its name, as in `model=mar_large`."""
     told: dict[str, Any] = {}
     if arguments.get("model") in PUBLISHED:
-        depth, width, heads = PUBLISHED[arguments["model"]]
-        for half in ("encoder", "decoder"):
-            told |= {f"{half}_depth": depth, f"{half}_width": width, f"{half}_heads": heads}
+        size = asdict(PUBLISHED[arguments["model"]])  # the name tells nothing of the denoiser, which has arguments of its own
+        told |= {f"{half}_{name}": size[f"{half}_{name}"] for half in ("encoder", "decoder") for name in ("depth", "width", "heads")}
     for name, (argument, kind) in {**ARGUMENTS, "stride": ("vae_stride", int)}.items():
         if arguments.get(argument) is not None:
             try:

@@ -77,7 +77,7 @@ class CachedLatents:
         means = torch.from_numpy(moments.astype(np.float32)).chunk(2, dim=1)[0]
         return to_uint8(_decoder(self.tokenizer).decode(means))
 
-    @property
+    @cached_property
     def _cache(self) -> LatentCache:
         return LatentCache(self.path)
 

@@ -7,6 +7,7 @@ import yaml
 from command_line import Mar
 
 from jobs.config import PRESETS, TYPES, file_as_assignments, load, presets
+from mar_model.config import PUBLISHED
 from pipelines.errors import UserError
 
 MISTAKES = [
@@ -197,3 +198,8 @@ def test_the_demo_fits_two_workers() -> None:
 def test_an_unknown_key_never_reaches_a_stage() -> None:
     with pytest.raises(UserError, match=r"evaluate\.image is no known key; nearest: evaluate\.images"):
         load(assignments=["evaluate.image=3"])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_sizes(name: str) -> None:
+    assert load(name).model == PUBLISHED[name]
