@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -179,46 +179,64 @@ def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
     return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
 
 
-def with_reference(images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage) -> EvaluateSettings:
-    """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them."""
+def with_reference(
+    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage, beside: Iterable[ImageSource] = ()
+) -> EvaluateSettings:
+    """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them.
+
+    `beside`: sources whose statistics are computed in the same pass, for later.
+    """
     digest = network_digest(evaluate.features, evaluate.weights)
     reference = find_reference(images, tokenizer, evaluate, digest)
     if isinstance(reference, FeatureStatistics):
+        source_statistics(list(beside), evaluate, digest, stage)
         return evaluate
-    source_statistics([reference], evaluate, digest, stage)
+    source_statistics([reference, *beside], evaluate, digest, stage)
     return replace(evaluate, reference=statistics_path(evaluate, reference, digest))
+
+
+def real_and_noise(images: ImageSettings, seed: int, count: int) -> dict[str, ImageSource]:
+    """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise.
+
+    Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
+    """
+    listing = list_images(images)
+    parts = {"held_out": listing.held_out(), "real_train": listing.train()}
+    for name, rows in parts.items():
+        _require(name, len(rows), count)
+    return {
+        **{name: RealImages(images, _in_turn(rows, count)) for name, rows in parts.items()},
+        "noise": NoiseImages(count, images.size, seed),
+    }
+
+
+def _require(name: str, found: int, count: int) -> None:
+    if found < count:
+        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
 
 
 def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
     """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
     train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
 
-    Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
+    Raises UserError as `real_and_noise` does.
     """
     digest = network_digest(evaluate.features, evaluate.weights)
     record_path = storage.join(evaluate.path, RECORD)
     if not storage.exists(record_path):
         raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
     record = storage.read_json(record_path)
-    listing = list_images(images)
-    sources: dict[str, ImageSource] = {
-        "held_out": RealImages(images, _in_turn(listing.held_out(), count)),
-        "generated": DrawnSamples(evaluate.path, count, record["identity"]),
-        "real_train": RealImages(images, _in_turn(listing.train(), count)),
-        "noise": NoiseImages(count, images.size, seed),
-    }
-    found = {"held_out": len(listing.held_out()), "generated": record["images"], "real_train": len(listing.train())}
-    for name, number in found.items():
-        if number < count:
-            raise UserError(f"{number} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
+    _require("generated", record["images"], count)
+    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, seed, count)}
     path = storage.join(evaluate.path, "rows")
     identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
     finished = stage.begin(path, {**identity, "network": digest})
     if finished is None:
-        held_out, *others = source_statistics(list(sources.values()), evaluate, digest, stage)
-        rows = {name: distance(statistics, held_out) for name, statistics in zip(list(sources)[1:], others, strict=True)}
+        statistics = dict(zip(sources, source_statistics(list(sources.values()), evaluate, digest, stage), strict=True))
+        held_out = statistics.pop("held_out")
+        rows = {name: distance(one, held_out) for name, one in statistics.items()}
         finished = stage.complete(path, {**identity, "network": digest}, {"images": count, "features": evaluate.features, **rows})
-    return {name: finished[name] for name in list(sources)[1:]}
+    return {name: finished[name] for name in sources if name != "held_out"}
 
 
 def _in_turn(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:

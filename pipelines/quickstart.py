@@ -103,7 +103,9 @@ def quickstart(
             "seed": seed,
         }  # fmt: skip
         with stage("sweep-generate", sweep.path) as child:
-            evaluate = evaluation.with_reference(images, tokenizer, evaluate, child)  # computed once, for the sweep and the evaluation
+            # computed once, for the sweep, the evaluation and the comparison
+            beside = evaluation.real_and_noise(images, seed, compared).values()
+            evaluate = evaluation.with_reference(images, tokenizer, evaluate, child, beside)
             sections["evaluate"] = replace(evaluate, actors=1)  # of each of the trials, which run side by side
             swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
         width = width_sweep(sweep, model)

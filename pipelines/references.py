@@ -61,19 +61,19 @@ def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest
 def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", digest: str, stage: Stage) -> list[FeatureStatistics]:
     """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once."""
     paths = [statistics_path(evaluate, source, digest) for source in sources]
-    missing = [number for number, path in enumerate(paths) if not storage.exists(path)]
+    missing = {path: source for path, source in zip(paths, sources, strict=True) if not storage.exists(path)}
     if missing:
         require_workers({"evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
         judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster)
         sums = [FeatureSums(DIMENSIONS[evaluate.features]) for _ in missing]
-        dataset = read_sources([sources[number] for number in missing], evaluate.batch)
-        with stage.progress(sum(len(sources[number]) for number in missing)) as bar:
+        dataset = read_sources(list(missing.values()), evaluate.batch)
+        with stage.progress(sum(len(source) for source in missing.values())) as bar:
             for block in scored(dataset, judges):
                 if len(block["source"]):
                     sums[int(block["source"][0])].merge(FeatureSums.of(block["features"]))
                 bar.update(sum(one.count for one in sums))
-        for number, one in zip(missing, sums, strict=True):
-            one.statistics(evaluate.features, digest).save(paths[number])
+        for path, one in zip(missing, sums, strict=True):
+            one.statistics(evaluate.features, digest).save(path)
     return [FeatureStatistics.load(path) for path in paths]
 
 

@@ -7,9 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mar_model.checkpoint import describe_misfit, shapes_of
@@ -53,6 +50,12 @@ class Sharded:
     sharded = True
 
     def __init__(self, model: MAR, workers: int, device: torch.device, precision: str) -> None:
+        # PyTorch's sharding takes a second to import: replicated workers, and what else imports this page, go without
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        self._sharded_tensor, self._distribute = DTensor, distribute_tensor
         mesh = init_device_mesh(device.type, (workers,))
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
@@ -67,15 +70,15 @@ class Sharded:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Every worker must ask for the same tensors in the same order."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return, no-untyped-call]
+        return tensor.full_tensor() if isinstance(tensor, self._sharded_tensor) else tensor  # type: ignore[no-any-return, no-untyped-call]
 
     def place(self, whole: Tensor, beside: Tensor) -> Tensor:
-        if not isinstance(beside, DTensor):
+        if not isinstance(beside, self._sharded_tensor):
             return whole.to(beside.device)
-        return distribute_tensor(whole.to(beside.device), beside.device_mesh, beside.placements, src_data_rank=None)
+        return self._distribute(whole.to(beside.device), beside.device_mesh, beside.placements, src_data_rank=None)
 
     def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [one.to_local() if isinstance(one, DTensor) else one for one in tensors]
+        return [one.to_local() if isinstance(one, self._sharded_tensor) else one for one in tensors]
 
 
 Strategy = Replicated | Sharded

@@ -222,7 +222,9 @@ def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSet
         tune.Tuner(
             tune.with_resources(run_trials, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
             param_space={"trial": tune.grid_search(list(by_name))},
-            tune_config=tune.TuneConfig(max_concurrent_trials=concurrent, trial_dirname_creator=lambda trial: trial.trial_id),
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=concurrent, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id
+            ),
             run_config=tune.RunConfig(
                 name=uuid.uuid4().hex[:8],
                 storage_path=os.path.abspath(storage_path) if storage.is_local(storage_path) else storage_path,
