@@ -2,15 +2,18 @@
 
     python -m benchmarks.model [--what train|generate|both] [--preset base|large|huge] [--precision float32 bf16] [--batch 4]
     python -m benchmarks.model --release DIR        # beside the release's own code: git clone https://github.com/LTH14/mar DIR
+    python -m benchmarks.model --what generate --diffusion-steps-end 5 --reuse-steps 3 --guidance-interval 0.1 0.7   # the fast modes too
 
 Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
 A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
-that have to be done (`mar_model.flops`), for the release too, so MFU is what the work takes against what the device could do.
-MFU on a CPU is against the best measured product. With both precisions, the deviation of bf16 from float32 on the same draws is printed.
+that the exact work has to do (`mar_model.flops`), for the release and the fast modes too, so MFU is what that work takes against what the
+device could do. MFU on a CPU is against the best measured product. With both precisions, the deviation of bf16 from float32 on the same
+draws is printed.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.released_code import ReleasedModel
-from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws, generate
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, TrainingDraws, generate
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, training_flops
 from mar_model.linear import Linear
@@ -74,13 +77,19 @@ class OurModel:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
 
-    def generate(self, precision: str, labels: Tensor) -> Tensor:
-        noise = SampleNoise(0, range(len(labels)), self.device)
+    def generate(self, precision: str, labels: Tensor, **fast: Any) -> Tensor:
+        noise, options = SampleNoise(0, range(len(labels)), self.device), self.options
         with self.precision(precision):
             return generate(
-                self.model, labels, noise, ar_steps=self.options.ar_steps, diffusion_steps=self.options.diffusion_steps,
-                guidance=self.options.guidance,
+                self.model, labels, noise, ar_steps=options.ar_steps, diffusion_steps=options.diffusion_steps, guidance=options.guidance,
+                token_sampler=self._token_sampler(precision), **fast,
             )  # fmt: skip
+
+    @functools.cache  # noqa: B019  # one model lives as long as the process
+    def _token_sampler(self, precision: str) -> TokenSampler:
+        """As the generation stage has it: with graphs, the weights are copied in their precision when the first image is drawn."""
+        copied = torch.bfloat16 if self.options.graph and precision == "bf16" else None
+        return TokenSampler(self.model.diffloss.net, dtype=copied, cuda_graph=self.options.graph)
 
     @torch.no_grad()
     def deviation(self, latents: Tensor, labels: Tensor, masked: int, drawn: dict[str, Tensor]) -> dict[str, float]:
@@ -181,6 +190,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, default=8)
     parser.add_argument("--diffusion-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--diffusion-steps-end", type=int, metavar="N", help="fast: the diffusion steps fall to N over the AR steps")
+    parser.add_argument("--reuse-steps", type=int, metavar="N", help="fast: N AR steps after each complete one take features from before")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="fast: guidance in a part of the noise")
+    parser.add_argument("--graph", action="store_true", help="the denoiser's loop as a CUDA graph (on a CPU: its static buffers)")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to run beside")
@@ -188,6 +201,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--runs", type=int, default=5)
     return parser.parse_args()
+
+
+def fast_modes(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` that were asked for."""
+    given = {name: getattr(options, name) for name in ("diffusion_steps_end", "reuse_steps", "guidance_interval")}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
 
 
 def contestants(
@@ -199,12 +218,16 @@ def contestants(
     def keep(precision: str) -> None:
         drawn[precision] = ours.generate(precision, labels)
 
+    fast = fast_modes(options)
+
     found: dict[str, Callable[[], object]] = {}
     for precision in options.precision:
         if what == "train":
             found[f"ours {precision}"] = partial(ours.train_step, precision, latents, labels, masked)
         else:
             found[f"ours {precision}"] = partial(keep, precision)
+            if fast:
+                found[f"fast {precision}"] = partial(ours.generate, precision, labels, **fast)
     if release is not None:
         theirs: dict[str, Callable[[], object]] = {
             "train": partial(release.train_step, latents, labels, masked),
@@ -250,7 +273,8 @@ def main() -> None:
                 "benchmark": "model", "what": what, "code": code, "precision": precision, "preset": options.preset,
                 "denoiser": f"{config.denoiser_depth}/{config.denoiser_width}", "device": device_name,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": options.batch, **work[what],
-                "compile": options.compile, "recompute": options.recompute,
+                "compile": options.compile, "recompute": options.recompute, "graph": options.graph,
+                "fast": fast_modes(options) if code == "fast" else {},
                 "seconds": seconds, "runs": [round(one, 4) for one in found["seconds"]], "images_per_second": options.batch / seconds,
                 "tflop": tflop[what], "tflops": tflop[what] / seconds, "peak_tflops": peak,
                 "mfu": None if peak is None else tflop[what] / seconds / peak, "peak_memory_gib": found["peak_memory_gib"],

@@ -146,8 +146,10 @@ class MAR(nn.Module):
     def forward(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
         """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to.
 
-        Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times.
+        Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times. Raises ValueError for
+        arguments that don't fit each other, by shape and dtype; values are not looked at, since that would wait for the device.
         """
+        self._check(latents, labels, masked, draws)
         positions = draws.orders[:, :masked].sort(dim=1).values
         kept = draws.orders[:, masked:].sort(dim=1).values
         tokens = self.patchify(latents)
@@ -155,3 +157,21 @@ class MAR(nn.Module):
         target = take(tokens, positions).flatten(0, 1).repeat(draws.timesteps.shape[0], 1)  # (R·B·M, D)
         timesteps = draws.timesteps.reshape(-1)
         return self.diffloss(target, z.flatten(0, 1), timesteps, draws.noise.reshape(-1, self.config.token_dim)), timesteps
+
+    def _check(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> None:
+        config, batch = self.config, len(latents)
+        if not 1 <= masked <= config.tokens:
+            raise ValueError(f"masked is {masked}, expected 1 to {config.tokens} (an image's tokens)")
+        repeats = draws.timesteps.shape[0]
+        floating, integer = (torch.float32, torch.bfloat16, torch.float16), (torch.int64, torch.int32)
+        for name, tensor, shape, dtypes in (
+            ("latents", latents, (batch, config.latent_channels, config.latent_size, config.latent_size), floating),
+            ("labels", labels, (batch,), integer),
+            ("draws.orders", draws.orders, (batch, config.tokens), (torch.int64,)),
+            ("draws.label_dropped", draws.label_dropped, (batch,), (torch.bool,)),
+            ("draws.timesteps", draws.timesteps, (repeats, batch, masked), integer),
+            ("draws.noise", draws.noise, (repeats, batch, masked, config.token_dim), floating),
+        ):
+            if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+                expected = " or ".join(str(one) for one in dtypes)
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {shape} and {expected}")

@@ -1,5 +1,8 @@
 """Sizes, initial values, and what does not depend on how the work is cut up."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -132,3 +135,21 @@ def test_draws_are_a_function_of_seed_images_seen_and_micro_batch() -> None:
         other, _ = micro_batch_draws(TINY, 4, 3, **{"seed": 1, "images_seen": 640, "micro_batch": 2, **change})
         assert not torch.equal(first.noise, other.noise)
     assert torch.equal(first.orders.sort(dim=1).values, torch.arange(4).expand(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("latents", lambda one: one[:, :1], r"latents has shape \(3, 1, 4, 4\) and dtype torch.float32, expected \(3, 2, 4, 4\)"),
+        ("latents", torch.Tensor.double, "torch.float64, expected"),
+        ("labels", torch.Tensor.float, r"labels has shape \(3,\) and dtype torch.float32"),
+        ("labels", lambda one: one[:2], r"labels has shape \(2,\)"),
+        ("masked", lambda one: 5, "masked is 5, expected 1 to 4"),
+        ("masked", lambda one: 1, r"draws.timesteps has shape \(4, 3, 2\) and dtype torch.int64, expected \(4, 3, 1\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_work(name: str, change: Callable[[Any], Any], message: str) -> None:
+    draws, _ = micro_batch_draws(TINY, 3, 2, seed=0, images_seen=0, micro_batch=0)
+    given: dict[str, Any] = {"latents": torch.randn(3, 2, 4, 4), "labels": torch.tensor([0, 1, 2]), "masked": 2}
+    with pytest.raises(ValueError, match=message):
+        MAR(TINY)(**{**given, name: change(given[name])}, draws=draws)
