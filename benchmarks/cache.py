@@ -31,7 +31,7 @@ from PIL import Image
 
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings, connected
+from pipelines.cluster import ClusterSettings, connected, use_threads
 from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
 from pipelines.images import ImageSettings, list_images
 from pipelines.shards import make, shards_of
@@ -72,7 +72,7 @@ def write_tokenizer(folder: Path, config: KLConfig) -> str:
 
 def bare_loop(images: ImageSettings, tokenizer: str, threads: int) -> float:
     """Images a second of one process without Ray after the first SHARD: decoding threads, encoding of both views, moments kept."""
-    torch.set_num_threads(threads)
+    use_threads(ClusterSettings(threads=threads))
     encoder = Encoder(tokenizer, "float32", "float16", torch.device("cpu"))
     rows, kept = list_images(images).train(), []
     ahead: deque[Future[Decoded]] = deque()
@@ -116,9 +116,7 @@ def throughput(options: argparse.Namespace) -> None:
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images = ImageSettings(
-            source=write_photographs(folder / "images", options.images), size=128
-        )  # decoding costs about what encoding does
+        images = ImageSettings(source=write_photographs(folder / "images", options.images), size=256)
         tokenizer = write_tokenizer(folder / "tokenizer", MIDDLE)
         began = time.perf_counter()
         with connected(ClusterSettings(cpus=threads), folder / "ray.log"):
@@ -317,6 +315,7 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=1024, help=argparse.SUPPRESS)
     parser.add_argument("--encoders", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for the bare loop too, before its first tensor (pipelines.cluster.use_threads)
     for name in options.what.split(","):
         pieces[name](options)
 

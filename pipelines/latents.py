@@ -164,13 +164,15 @@ class LatentCache:
 
         `out`: where to put the moments.
         """
-        places = self._places(indices)
-        moments = np.empty((len(places), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
-        if places:  # one call for all: what a copy costs beside its bytes is the interpreter
+        shards, rows = self._places(indices)
+        moments = np.empty((len(rows), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
+        if rows:  # one call for all: what a copy costs beside its bytes is the interpreter
             mirrors = np.asarray(flipped).tolist()
-            records = [(shard.flipped if mirror else shard.moments)[row] for (shard, row), mirror in zip(places, mirrors, strict=True)]
+            records = [
+                (shard.flipped if mirror else shard.moments)[row] for shard, row, mirror in zip(shards, rows, mirrors, strict=True)
+            ]
             np.concatenate(records, out=moments.reshape(-1))
-        labels = np.fromiter((shard.labels[row] for shard, row in places), np.int64, len(places))
+        labels = np.array([shard.label[row] for shard, row in zip(shards, rows, strict=True)], np.int64)
         return moments, labels
 
     def labels(self) -> np.ndarray:
@@ -179,15 +181,15 @@ class LatentCache:
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """Keys of the images in these rows."""
-        return [shard.keys[row].as_py() for shard, row in self._places(indices)]
+        return [shard.keys[row].as_py() for shard, row in zip(*self._places(indices), strict=True)]
 
-    def _places(self, indices: np.ndarray) -> list[tuple["_Shard", int]]:
+    def _places(self, indices: np.ndarray) -> tuple[list["_Shard"], list[int]]:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
         numbers = np.searchsorted(self._ends, indices, side="right")
         rows = indices - self._starts[numbers]
-        return [(self._shard(number), row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+        return list(map(self._shard, numbers.tolist())), rows.tolist()
 
     def _shard(self, number: int) -> "_Shard":
         shard = self._opened.get(number)
@@ -220,6 +222,7 @@ class _Shard:
             batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
         self._batch = batch
         self.labels: np.ndarray = batch.column("label").to_numpy()
+        self.label = memoryview(self.labels)  # one label as a Python integer, in half of the time
         self.moments = self._view("moments")
         self.flipped = self._view("moments_flipped")
 
