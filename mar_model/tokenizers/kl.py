@@ -68,9 +68,15 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)  # type: ignore[no-any-return]
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
+        h += self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        return h  # type: ignore[no-any-return]
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU of a norm's output; in its own memory where no gradient needs it, for activations at full resolution are the largest there are."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class AttentionBlock(nn.Module):
@@ -176,7 +182,7 @@ class Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # type: ignore[no-any-return]
+        return self.conv_out(_silu(self.norm_out(self.mid(x))))  # type: ignore[no-any-return]
 
 
 class Decoder(nn.Module):
@@ -197,7 +203,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # type: ignore[no-any-return]
+        return self.conv_out(_silu(self.norm_out(x)))  # type: ignore[no-any-return]
 
 
 class KLAutoencoder(nn.Module):
