@@ -33,6 +33,7 @@ from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings, connected, use_threads
 from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
+from pipelines.host_memory import keep_freed_memory
 from pipelines.images import ImageSettings, list_images
 from pipelines.shards import make, shards_of
 from pipelines.stage import Stage
@@ -315,7 +316,7 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=1024, help=argparse.SUPPRESS)
     parser.add_argument("--encoders", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for the bare loop too, before its first tensor (pipelines.cluster.use_threads)
+    keep_freed_memory()  # for all that runs here, as the workers do
     for name in options.what.split(","):
         pieces[name](options)
 

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import platform
 import resource
 import statistics
@@ -38,6 +37,7 @@ from mar_model.masking import masked_tokens
 from mar_model.noise import to_device
 from mar_model.recipe import initial_weights, micro_batch_draws, parameter_groups
 from pipelines.gpus import of_device
+from pipelines.host_memory import keep_freed_memory
 
 LEARNING_RATE = 1e-4
 
@@ -240,7 +240,7 @@ def contestants(
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # for all that run here, as the workers have it (pipelines.cluster.use_threads)
+    keep_freed_memory()  # for all that runs here, as the workers do
     architecture = PUBLISHED[f"mar_{options.preset}"]
     if options.denoiser:
         depth, width = (int(part) for part in options.denoiser.split("/"))

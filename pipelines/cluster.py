@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
+from pipelines.host_memory import keep_freed_memory
 from pipelines.progress import output_in
 from pipelines.settings import operational
 
@@ -216,14 +217,10 @@ def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_ea
 
 
 def use_threads(cluster: ClusterSettings) -> None:
-    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; tensors in huge pages.
-
-    On a CPU PyTorch returns a large tensor's memory at once, and the kernel hands it out anew, page by page: in small pages that is a
-    quarter of a training step of the base model.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch reads it at its first large tensor
+    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; keep freed memory."""
     import torch
 
+    keep_freed_memory()
     torch.set_num_threads(cluster.threads)
 
 

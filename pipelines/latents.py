@@ -168,9 +168,7 @@ class LatentCache:
         moments = np.empty((len(rows), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
         if rows:  # one call for all: what a copy costs beside its bytes is the interpreter
             mirrors = np.asarray(flipped).tolist()
-            records = [
-                (shard.flipped if mirror else shard.moments)[row] for shard, row, mirror in zip(shards, rows, mirrors, strict=True)
-            ]
+            records = [(shard.flipped if mirror else shard.moments)[row] for shard, row, mirror in zip(shards, rows, mirrors, strict=True)]
             np.concatenate(records, out=moments.reshape(-1))
         labels = np.array([shard.label[row] for shard, row in zip(shards, rows, strict=True)], np.int64)
         return moments, labels

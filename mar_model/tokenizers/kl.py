@@ -75,7 +75,7 @@ class ResidualBlock(nn.Module):
 
 
 def _silu(x: Tensor) -> Tensor:
-    """SiLU of a norm's output; in its own memory where no gradient needs it, for activations at full resolution are the largest there are."""
+    """SiLU of a norm's output, in its own memory where no gradient needs it: activations at full resolution are the largest there are."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
