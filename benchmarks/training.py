@@ -35,7 +35,7 @@ from pipelines import storage
 from pipelines.caching import CacheSettings
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
 from pipelines.checkpoints import checkpoint_path, checkpoint_state, publish_checkpoint
-from pipelines.cluster import ClusterSettings, connected
+from pipelines.cluster import ClusterSettings, connected, use_threads
 from pipelines.latents import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
 from pipelines.metrics_log import MetricsLog
 from pipelines.micro_batches import GlobalBatch, MicroBatches, share_of
@@ -90,17 +90,18 @@ class Recorded(Stage):
 class BareStep:
     """The step of `mar_model` in a loop, and nothing around it: forward, backward, clip, AdamW, average, on batches in memory."""
 
-    def __init__(self, cache: LatentCache, batches: int = 8, architecture: Architecture = MODEL) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, cache: LatentCache, batches: int = 8, architecture: Architecture = MODEL, batch: int = RECIPE.batch) -> None:
+        use_threads(ClusterSettings())  # as the workers do
+        self.batch = batch
         self.config = model_config(architecture, cache)
         self.model = MAR(self.config).train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=1e-3, fused=True)
         self.average = WeightAverage(self.model, 0.9999, True)
         self.normalise = Normalisation(cache.manifest, torch.device("cpu"))
         source = MicroBatches(
-            cache, self.config, batch=RECIPE.batch, micro_batch=RECIPE.micro_batch, flip=True, seed=0, worker=0, workers=1
+            cache, self.config, batch=batch, micro_batch=min(batch, RECIPE.micro_batch), flip=True, seed=0, worker=0, workers=1
         )
-        self.batches: list[GlobalBatch] = [source.prepare(RECIPE.batch * index) for index in range(batches)]
+        self.batches: list[GlobalBatch] = [source.prepare(batch * index) for index in range(batches)]
         self.steps = 0
 
     def __call__(self) -> float:
@@ -110,7 +111,7 @@ class BareStep:
         for one in share.micro_batches:
             latents = self.normalise(one.moments, one.posterior_noise)
             loss, _ = self.model(latents, one.labels, share.masked, TrainingDraws(*one.draws))
-            (loss.total.sum() / (RECIPE.batch * share.masked * self.config.diffusion_repeats)).backward()
+            (loss.total.sum() / (self.batch * share.masked * self.config.diffusion_repeats)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -164,7 +165,7 @@ def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) 
 
 def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
     cache = write_cache(folder / "cache")
-    bare = BareStep(cache, architecture=replace(MODEL, encoder_width=512, decoder_width=512, denoiser_width=768))
+    bare = BareStep(cache, architecture=replace(MODEL, encoder_width=512, decoder_width=512, denoiser_width=768), batch=4)
     writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config), print), HostMemory()
     for _ in range(3):
         bare()

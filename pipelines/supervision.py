@@ -17,7 +17,7 @@ from pipelines.requests import PREEMPTED, RESIZED, Requests
 
 # Errors that the next attempt would meet again: settings, files and code are what they were.
 MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
-GROUP_START_SECONDS = 20  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
+GROUP_START_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
 POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
 PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
 SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
