@@ -7,8 +7,8 @@
 Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
 A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
 that the exact work has to do (`mar_model.flops`), for the release and the fast modes too, so MFU is what that work takes against what the
-device could do. MFU on a CPU is against the best measured product. With both precisions, the deviation of bf16 from float32 on the same
-draws is printed.
+device could do: by its data sheet in bf16, else by the best measured product. With both precisions, the deviation of bf16 from float32 on
+the same draws is printed. Peak memory includes the weights of all that take turns.
 """
 
 import argparse
@@ -260,7 +260,7 @@ def main() -> None:
         "train": training_flops(config, options.batch, masked) / 1e12,
         "generate": generation_flops(config, options.batch, **steps, guided=options.guidance != 1.0) / 1e12,
     }
-    measured = {name: measured_peak(device, name) for name in ("float32", "bf16") if device.type == "cpu"}
+    measured = {name: measured_peak(device, name) for name in ("float32", "bf16") if device.type == "cpu" or name == "float32"}
     rows: list[dict[str, Any]] = []
     drawn: dict[str, Tensor] = {}
     for what in ("train", "generate") if options.what == "both" else (options.what,):

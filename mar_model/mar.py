@@ -143,12 +143,17 @@ class MAR(nn.Module):
         x = run(last, x, positions + buffer, recompute=self.recompute)
         return self.decoder_norm(x) + F.embedding(positions, self.diffusion_pos_embed_learned[0])  # type: ignore[no-any-return]
 
-    def forward(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
-        """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to.
+    def forward(self, latents: Tensor, labels: Tensor | None, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
+        """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to; without labels (B,)
+        every image sees the unconditional vector.
 
         Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times. Raises ValueError for
-        arguments that don't fit each other, by shape and dtype; values are not looked at, since that would wait for the device.
+        arguments that don't fit each other by shape and dtype, and for labels on the CPU that are no classes; other values are not
+        looked at, since that would wait for the device.
         """
+        if labels is None:
+            labels = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
+            draws = draws._replace(label_dropped=torch.ones_like(draws.label_dropped))
         self._check(latents, labels, masked, draws)
         positions = draws.orders[:, :masked].sort(dim=1).values
         kept = draws.orders[:, masked:].sort(dim=1).values
@@ -175,3 +180,5 @@ class MAR(nn.Module):
             if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
                 expected = " or ".join(str(one) for one in dtypes)
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {shape} and {expected}")
+        if labels.device.type == "cpu" and batch and not (int(labels.min()) >= 0 and int(labels.max()) < config.classes):
+            raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {config.classes - 1}")

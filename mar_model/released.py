@@ -151,7 +151,9 @@ def _finite(file: ReleasedFile, key: str) -> dict[str, Tensor]:
 def export_checkpoint(directory: Path, target: Path) -> None:
     """Write a checkpoint directory as the file that the release resumes from: its raw and its averaged weights, float32.
 
-    No `args`: PyTorch refuses to load a Namespace by default since 2.6. Raises ValueError for a damaged checkpoint.
+    No `args`: PyTorch refuses to load a Namespace by default since 2.6. How latents are normalised has no place in that file: the
+    release's code multiplies them by LATENT_SCALE, `is_scaled_as_released` tells whether this checkpoint does. Raises ValueError for a
+    damaged checkpoint.
     """
     state = read_state(directory)
     expected = shapes_of(model_without_weights(MARConfig(**state["model"])).state_dict())
@@ -162,3 +164,9 @@ def export_checkpoint(directory: Path, target: Path) -> None:
         if misfit:
             raise ValueError(f"{directory / name} does not fit the configuration: {misfit}")
     torch.save(weights, target)
+
+
+def is_scaled_as_released(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's normalisation (its `state.json`) is the release's: latents times LATENT_SCALE, nothing subtracted."""
+    scaled = all(abs(std * LATENT_SCALE - 1) < 1e-6 for std in state["latent_std"])
+    return scaled and all(abs(mean) < 1e-6 for mean in state["latent_mean"])

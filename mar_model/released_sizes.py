@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -117,10 +117,11 @@ def _seen(shapes: Shapes) -> dict[str, Any]:
     return seen
 
 
-def _count(names: Iterable[str], prefix: str) -> int:
-    """Entries of a module list: one more than the highest number after `prefix.`."""
+def _count(names: Collection[str], prefix: str) -> int:
+    """Entries of a module list: one more than the highest number after `prefix.`, but no more than there are names, for the number in
+    a foreign file may be any."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
-    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+    return min(max((int(match[1]) + 1 for match in numbers if match), default=0), len(names))
 
 
 def _mlp_ratio(hidden: list[tuple[int, int]], told: float) -> float:

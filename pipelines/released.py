@@ -10,7 +10,15 @@ from typing import Any
 
 from mar_model import __version__
 from mar_model.checkpoint import STATE
-from mar_model.released import FILE, LATENT_SCALE, ReleasedFile, export_checkpoint, import_checkpoint, import_tokenizer
+from mar_model.released import (
+    FILE,
+    LATENT_SCALE,
+    ReleasedFile,
+    export_checkpoint,
+    import_checkpoint,
+    import_tokenizer,
+    is_scaled_as_released,
+)
 from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
 from pipelines.errors import UserError
@@ -121,11 +129,18 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{checkpoint}: {error}; expected a checkpoint directory") from error
         size = written.stat().st_size
+        state = storage.read_json(storage.join(checkpoint, STATE))
         if storage.is_local(target):
             os.replace(written, storage.filesystem(target)[1])
         else:
             storage.write_bytes(target, written.read_bytes())
-    return {"file": target, "bytes": size}
+    summary: dict[str, Any] = {"file": target, "bytes": size}
+    if not is_scaled_as_released(state):
+        summary["latents"] = (
+            f"this model's latents are (x − mean) / std with the latent_mean and latent_std of {STATE}; the release's code multiplies by "
+            f"{LATENT_SCALE} instead: change its main_mar.py and engine_mar.py there, or it trains and draws at another scale"
+        )
+    return summary
 
 
 def checkpoint_directory(named: str) -> str:

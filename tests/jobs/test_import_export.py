@@ -83,6 +83,11 @@ def test_images_of_an_imported_checkpoint_and_back(mar: Mar, folder: Path, tmp_p
         assert all(torch.equal(value, random_weights(model, 1)[name]) for name, value in content["model"].items())
     assert mar("export", checkpoint, "--out", str(tmp_path / "resume")).status == 2  # there already
 
+    state = Path(checkpoint) / "state.json"  # of a model trained here: its latents have a scale for each channel
+    state.write_text(json.dumps({**json.loads(state.read_text()), "latent_std": [1.0, 2.0, 3.0, 4.0]}))
+    other = mar("export", checkpoint, "--out", str(tmp_path / "other"))
+    assert (other.status, "another scale" in other.out, "another scale" in result.out) == (0, True, False), other.err
+
 
 def test_a_released_file_is_taken_where_a_checkpoint_is(mar: Mar, folder: Path, tmp_path: Path) -> None:
     tokenizer, other = str(tmp_path / "tokenizer"), tmp_path / "other"

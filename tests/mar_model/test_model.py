@@ -144,6 +144,7 @@ def test_draws_are_a_function_of_seed_images_seen_and_micro_batch() -> None:
         ("latents", torch.Tensor.double, "torch.float64, expected"),
         ("labels", torch.Tensor.float, r"labels has shape \(3,\) and dtype torch.float32"),
         ("labels", lambda one: one[:2], r"labels has shape \(2,\)"),
+        ("labels", lambda one: one + 3, "labels go from 3 to 5, expected 0 to 4"),
         ("masked", lambda one: 5, "masked is 5, expected 1 to 4"),
         ("masked", lambda one: 1, r"draws.timesteps has shape \(4, 3, 2\) and dtype torch.int64, expected \(4, 3, 1\)"),
     ],
@@ -153,3 +154,13 @@ def test_what_does_not_fit_is_refused_before_any_work(name: str, change: Callabl
     given: dict[str, Any] = {"latents": torch.randn(3, 2, 4, 4), "labels": torch.tensor([0, 1, 2]), "masked": 2}
     with pytest.raises(ValueError, match=message):
         MAR(TINY)(**{**given, name: change(given[name])}, draws=draws)
+
+
+def test_without_labels_every_image_sees_the_unconditional_vector() -> None:
+    made = model()
+    draws, _ = micro_batch_draws(TINY, 3, 2, seed=0, images_seen=0, micro_batch=0)
+    latents, dropped = torch.randn(3, 2, 4, 4), draws._replace(label_dropped=torch.ones(3, dtype=torch.bool))
+    without, _ = made(latents, None, 2, draws)
+    assert torch.equal(without.total, made(latents, torch.tensor([4, 0, 1]), 2, dropped)[0].total)
+    kept = draws._replace(label_dropped=torch.zeros(3, dtype=torch.bool))
+    assert not torch.allclose(without.total, made(latents, torch.tensor([4, 0, 1]), 2, kept)[0].total)

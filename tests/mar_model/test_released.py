@@ -160,6 +160,7 @@ def _half(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ("change", "message"),
     [
         (_half, r"missing \(12\): encoder_blocks.0.attn.*, …; unexpected \(1\): head.weight; mis-shaped \(1\)"),
+        (lambda found: {**found, "encoder_blocks.100000000.x": torch.zeros(1)}, r"unexpected \(1\): encoder_blocks.100000000.x"),
         (lambda found: {"conv1.weight": torch.zeros(3, 3)}, r"missing \(\d{3}\): .*unexpected \(1\): conv1.weight"),
         (lambda found: {**found, "mask_token": torch.full((1, 1, 48), torch.nan)}, "not finite in 1 tensors: mask_token"),
         (lambda found: {**found, "mask_token": torch.ones(1, 1, 48).long()}, "mask_token is torch.int64"),
