@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mar_model.diffusion import annealed_steps, respaced_timesteps
 from mar_model.feature_reuse import FeatureReuse
-from mar_model.mar import MAR
+from mar_model.mar import MAR, check_classes
 from mar_model.masking import filled_first, mask_schedule
 from mar_model.noise import Noise, to_device
 from mar_model.token_sampler import Sampling, TokenSampler, sample_tokens
@@ -163,8 +163,7 @@ def _check_labels(labels: Tensor | None, batch: int, classes: int) -> None:
         raise ValueError(f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}, expected (B,) integers")
     if labels.shape[0] != batch:
         raise ValueError(f"labels are for {labels.shape[0]} images, the orders for {batch}")
-    if batch and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")
+    check_classes(labels, classes)
 
 
 def _check_guidance(guidance: float, schedule: str, labels: Tensor | None) -> None:

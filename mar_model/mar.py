@@ -180,5 +180,11 @@ class MAR(nn.Module):
             if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
                 expected = " or ".join(str(one) for one in dtypes)
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {shape} and {expected}")
-        if labels.device.type == "cpu" and batch and not (int(labels.min()) >= 0 and int(labels.max()) < config.classes):
-            raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {config.classes - 1}")
+        if labels.device.type == "cpu":
+            check_classes(labels, config.classes)
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Raise ValueError where a label is none of the classes; waits for the device that the labels are on."""
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
+        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")
