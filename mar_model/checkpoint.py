@@ -95,8 +95,7 @@ def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[M
     for weights that do not fit the configuration.
     """
     state = read_state(directory)
-    known = {one.name for one in fields(MARConfig)}
-    model = model_without_weights(MARConfig(**{name: value for name, value in state["model"].items() if name in known}))
+    model = model_without_weights(config_of(state))
     path = directory / weights_file(state, ema, decay)
     with safe_open(path, "pt") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -105,6 +104,12 @@ def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[M
         raise ValueError(f"{path} does not fit the configuration in {STATE}: {misfit}")
     model.load_state_dict({name: _read_tensor(path, name) for name in shapes}, assign=True)
     return model.eval(), state
+
+
+def config_of(state: Mapping[str, Any]) -> MARConfig:
+    """The model's configuration in a checkpoint's `state.json`; what a newer version added to it is left out."""
+    known = {one.name for one in fields(MARConfig)}
+    return MARConfig(**{name: value for name, value in state["model"].items() if name in known})
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mar_model.checkpoint import AVERAGE, WEIGHTS, describe_misfit, model_without_weights, read_state, shapes_of, write_state
+from mar_model.checkpoint import AVERAGE, WEIGHTS, config_of, describe_misfit, model_without_weights, read_state, shapes_of, write_state
 from mar_model.config import MARConfig
 from mar_model.released_sizes import STRIDE, released_config, released_kl_config
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
@@ -101,10 +101,15 @@ def import_checkpoint(
     With `ema` the file's two sets of weights keep their places: `load_model` gives the average, with `ema=False` the raw ones (where
     the file has no raw weights the average stands in both places). Without it the raw weights stand in both places.
     `chosen` is what the shapes can't tell, as in `released_config`; `state` goes into `state.json` beside the geometry.
-    Raises ValueError as `checked_config` does, and for weights that are not finite; `directory` may hold a part then.
+    Raises ValueError as `checked_config` does, and for weights that are not finite, before anything is written.
     """
     file = ReleasedFile(path)
     config = checked_config(file, ema, **chosen)
+    raw = RAW if RAW in file.weights else EMA
+    parts = {WEIGHTS: raw, AVERAGE: EMA if ema else RAW}
+    for key in set(parts.values()):
+        _check_finite(file, key)
+        file = ReleasedFile(path)  # a new memory map: the pages that were just read no longer count as used
     stride = chosen.get("stride") or int(file.arguments.get("vae_stride") or STRIDE)
     geometry = {
         "images_seen": None,  # the release counts epochs
@@ -115,11 +120,10 @@ def import_checkpoint(
         "latent_min": None,  # the range of the data is not in the file
         "latent_max": None,
     }
-    raw = RAW if RAW in file.weights else EMA
     directory.mkdir(parents=True, exist_ok=True)
-    for name, key in ((WEIGHTS, raw), (AVERAGE, EMA if ema else RAW)):
-        save_file(_finite(file, key), directory / name)
-        file = ReleasedFile(path)  # a new memory map: the pages that were just written out no longer count as used
+    for name, key in parts.items():
+        save_file(_in_float32(file, key), directory / name)
+        file = ReleasedFile(path)
     write_state(directory, config, {**geometry, **state})
     return config
 
@@ -134,18 +138,21 @@ def import_tokenizer(path: Path, directory: Path) -> KLConfig:
     misfit = describe_misfit(shapes_of(tokenizer.state_dict()), shapes)
     if misfit:
         raise ValueError(f"{path} is no KL autoencoder of the sizes that its tensors tell: {misfit}")
-    tokenizer.load_state_dict(_finite(file, RAW), assign=True)
+    _check_finite(file, RAW)
+    tokenizer.load_state_dict(_in_float32(file, RAW), assign=True)
     save_tokenizer(tokenizer, directory)
     return config
 
 
-def _finite(file: ReleasedFile, key: str) -> dict[str, Tensor]:
-    """The weights under `key` in float32, nothing copied that is float32 already. Raises ValueError where one is not finite."""
-    weights = file.weights[key]
-    broken = [name for name, value in weights.items() if not bool(value.isfinite().all())]
+def _check_finite(file: ReleasedFile, key: str) -> None:
+    broken = [name for name, value in file.weights[key].items() if not bool(value.isfinite().all())]
     if broken:
         raise ValueError(f"{file.path}: {key!r} has values that are not finite in {len(broken)} tensors: {', '.join(broken[:5])}")
-    return {name: value.detach().float().contiguous() for name, value in weights.items()}
+
+
+def _in_float32(file: ReleasedFile, key: str) -> dict[str, Tensor]:
+    """The weights under `key`, nothing copied that is float32 already."""
+    return {name: value.detach().float().contiguous() for name, value in file.weights[key].items()}
 
 
 def export_checkpoint(directory: Path, target: Path) -> None:
@@ -156,7 +163,7 @@ def export_checkpoint(directory: Path, target: Path) -> None:
     damaged checkpoint.
     """
     state = read_state(directory)
-    expected = shapes_of(model_without_weights(MARConfig(**state["model"])).state_dict())
+    expected = shapes_of(model_without_weights(config_of(state)).state_dict())
     weights = {}
     for key, name in ((RAW, WEIGHTS), (EMA, AVERAGE)):
         weights[key] = load_file(directory / name)

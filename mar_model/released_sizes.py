@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -37,6 +38,23 @@ ARGUMENTS: dict[str, tuple[str, type]] = {
 }
 
 
+# What a size is told by: the tensor, its number of dimensions, the axis, and how many times the size it is there. The most frequent
+# answer counts, so that a tensor of a wrong shape is told as such and not as another model.
+TOLD_BY: dict[str, list[tuple[str, int, int, int]]] = {
+    "classes": [("class_emb.weight", 2, 0, 1)],
+    "token_dim": [
+        ("z_proj.weight", 2, 1, 1), ("diffloss.net.input_proj.weight", 2, 1, 1), ("diffloss.net.final_layer.linear.bias", 1, 0, 2),
+    ],
+    "encoder_width": [("z_proj.weight", 2, 0, 1), ("encoder_norm.weight", 1, 0, 1), ("z_proj_ln.weight", 1, 0, 1)],
+    "decoder_width": [("mask_token", 3, 2, 1), ("decoder_norm.weight", 1, 0, 1), ("diffloss.net.cond_embed.weight", 2, 1, 1)],
+    "denoiser_width": [
+        ("diffloss.net.input_proj.weight", 2, 0, 1), ("diffloss.net.cond_embed.bias", 1, 0, 1), ("diffloss.net.input_proj.bias", 1, 0, 1),
+    ],
+    "positions": [("encoder_pos_embed_learned", 3, 1, 1), ("decoder_pos_embed_learned", 3, 1, 1)],
+    "tokens": [("diffusion_pos_embed_learned", 3, 1, 1)],
+}  # fmt: skip
+
+
 def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int | None) -> MARConfig:
     """The configuration of a MAR state dict, from its shapes, then what was `chosen` (fields of MARConfig, and `stride`), then the
     release's `arguments` (texts are read as numbers), then the published values.
@@ -45,7 +63,7 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
     Raises ValueError where heads or patch size can't be known, or sizes don't fit each other.
     """
     told = _told(arguments) | {name: value for name, value in chosen.items() if value is not None}
-    seen = _seen(shapes)
+    seen = _seen(shapes, told.get("buffer_size", Architecture.buffer_size))
     values = asdict(Architecture()) | told | {name: seen[name] for name in seen.keys() & ARGUMENTS.keys()}
     for half in ("encoder", "decoder"):
         width = values[f"{half}_width"]
@@ -60,7 +78,7 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
     stride = values.pop("stride", STRIDE)
     side = math.isqrt(seen["tokens"]) if "tokens" in seen else int(float(arguments.get("img_size", 256))) // stride // values["patch_size"]
     if "tokens" in seen and side**2 != seen["tokens"]:
-        raise ValueError(f"diffusion_pos_embed_learned has {seen['tokens']} positions, expected a square number of tokens")
+        raise ValueError(f"the position embeddings are for {seen['tokens']} tokens, expected a square number")
     return MARConfig(**{**values, "latent_size": side * values["patch_size"]})
 
 
@@ -82,24 +100,13 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _seen(shapes: Shapes) -> dict[str, Any]:
-    """What the shapes of a MAR state dict tell."""
+def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
+    """What the shapes of a MAR state dict tell; `buffer` is its size where they don't."""
     seen: dict[str, Any] = {}
-
-    def see(name: str, tensor: str, axis: int, dimensions: int) -> None:
-        if len(shapes.get(tensor, ())) == dimensions:
-            seen[name] = shapes[tensor][axis]
-
-    see("classes", "class_emb.weight", 0, 2)
-    see("token_dim", "diffloss.net.input_proj.weight", 1, 2)
-    see("token_dim", "z_proj.weight", 1, 2)
-    see("tokens", "diffusion_pos_embed_learned", 1, 3)
-    see("encoder_width", "encoder_norm.weight", 0, 1)
-    see("encoder_width", "z_proj.weight", 0, 2)
-    see("decoder_width", "diffloss.net.cond_embed.weight", 1, 2)
-    see("decoder_width", "mask_token", 2, 3)
-    see("denoiser_width", "diffloss.net.input_proj.weight", 0, 2)
-    see("positions", "encoder_pos_embed_learned", 1, 3)
+    for size, tellers in TOLD_BY.items():
+        there = [(shapes[name][axis], times) for name, dimensions, axis, times in tellers if len(shapes.get(name, ())) == dimensions]
+        if there:
+            seen[size] = Counter(found // times for found, times in there).most_common(1)[0][0]
     for name, prefix in (
         ("encoder_depth", "encoder_blocks"),
         ("decoder_depth", "decoder_blocks"),
@@ -108,8 +115,11 @@ def _seen(shapes: Shapes) -> dict[str, Any]:
         depth = _count(shapes, prefix)
         if depth:
             seen[name] = depth
-    if seen.get("positions", 0) > seen.get("tokens", math.inf):
-        seen["buffer_size"] = seen["positions"] - seen["tokens"]
+    positions, tokens = seen.get("positions", 0), seen.get("tokens", 0)
+    if 0 < tokens < positions and math.isqrt(tokens) ** 2 == tokens:
+        seen["buffer_size"] = positions - tokens
+    elif positions > buffer:  # then it is the tokens' own tensor that is wrong
+        seen["tokens"] = positions - buffer
     layers = [shapes.get(f"{half}_blocks.0.mlp.fc1.weight", ()) for half in ("encoder", "decoder")]
     hidden = [(layer[1], layer[0]) for layer in layers if len(layer) == 2 and min(layer) > 0]
     if hidden:

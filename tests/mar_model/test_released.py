@@ -64,10 +64,18 @@ def test_512_pixels_and_pixel_space_have_their_sizes() -> None:
     assert moments.shape == (1, 32, 32, 32)
     pixels = MARConfig(latent_size=64, latent_channels=3, patch_size=4)
     assert (pixels.tokens, pixels.token_dim) == (256, 48)
-    shapes |= {"z_proj.weight": (1024, 48), "diffusion_pos_embed_learned": (1, 256, 1024), "encoder_pos_embed_learned": (1, 320, 1024)}
+    shapes |= {"z_proj.weight": (1024, 48), "diffloss.net.input_proj.weight": (1280, 48), "diffusion_pos_embed_learned": (1, 256, 1024)}
+    shapes |= {f"{half}_pos_embed_learned": (1, 320, 1024) for half in ("encoder", "decoder")}
     assert released_config(shapes, {}, patch_size=4).latent_channels == 3
     with pytest.raises(ValueError, match="tokens have 48 values"):
         released_config(shapes, {})
+
+
+@pytest.mark.parametrize("positions", [255, 17, 320, 400])
+def test_a_wrong_number_of_tokens_is_not_taken_for_another_model(positions: int) -> None:
+    shapes = shapes_of(without_values("mar_base"))
+    config = released_config({**shapes, "diffusion_pos_embed_learned": (1, positions, 768)}, {})
+    assert config == released_config(shapes, {})
 
 
 def test_what_shapes_do_not_tell() -> None:
@@ -156,11 +164,19 @@ def _half(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**found, "head.weight": torch.zeros(3), "mask_token": torch.zeros(1, 2, 48)}
 
 
+def _with(name: str, *shape: int) -> Callable:
+    return lambda found: {**found, name: torch.zeros(*shape)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_half, r"missing \(12\): encoder_blocks.0.attn.*, …; unexpected \(1\): head.weight; mis-shaped \(1\)"),
         (lambda found: {**found, "encoder_blocks.100000000.x": torch.zeros(1)}, r"unexpected \(1\): encoder_blocks.100000000.x"),
+        (_with("mask_token", 1, 1, 50), r"mis-shaped \(1\): mask_token is \[1, 1, 50\], expected \[1, 1, 48\]$"),
+        (_with("z_proj.weight", 33, 7), r"mis-shaped \(1\): z_proj.weight is \[33, 7\], expected \[32, 8\]$"),
+        (_with("encoder_norm.weight", 31), r"mis-shaped \(1\): encoder_norm.weight is \[31\], expected \[32\]$"),
+        (_with("encoder_pos_embed_learned", 1, 9, 32), r"mis-shaped \(1\): decoder_pos_embed_learned is \[1, 7, 48\], expected \[1, 9"),
         (lambda found: {"conv1.weight": torch.zeros(3, 3)}, r"missing \(\d{3}\): .*unexpected \(1\): conv1.weight"),
         (lambda found: {**found, "mask_token": torch.full((1, 1, 48), torch.nan)}, "not finite in 1 tensors: mask_token"),
         (lambda found: {**found, "mask_token": torch.ones(1, 1, 48).long()}, "mask_token is torch.int64"),
@@ -174,7 +190,7 @@ def test_weights_that_do_not_fit(change: Callable, message: str, tmp_path: Path)
     path = write_released(tmp_path / "checkpoint-last.pth", model_ema=change(weights(2)))
     with pytest.raises(ValueError, match=message):
         import_checkpoint(path, tmp_path / "imported", {})
-    assert not (tmp_path / "imported" / "state.json").exists()
+    assert not (tmp_path / "imported").exists()
 
 
 class Exploit:
