@@ -2,6 +2,8 @@
 Caching" (ICCV 2025, arXiv 2503.12450)."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,12 @@ from mar_model.mar import MAR
 from mar_model.transformer import Block, take
 
 COMPLETE_SHARE = 0.3  # of the AR steps, the first ones: there the image changes most
+
+
+def is_complete(step: int, ar_steps: int, reuse_steps: int) -> bool:
+    """Whether AR step `step` of `ar_steps` computes everything: the first ones do, then one in every 1 + `reuse_steps`."""
+    since = step - (math.ceil(COMPLETE_SHARE * ar_steps) - 1)
+    return since <= 0 or since % (1 + reuse_steps) == 0
 
 
 class FeatureReuse:
@@ -30,18 +38,17 @@ class FeatureReuse:
         """embedding: class embeddings (B, W), or (2B, W) with the unconditional half last."""
         config = model.config
         self.model, self.embedding, self.batch = model, embedding, batch
-        self.reuse_steps, self.last_of_the_first = reuse_steps, math.ceil(COMPLETE_SHARE * ar_steps) - 1
-        self._encoder = [_Layer(block) for block in model.encoder_blocks]  # type: ignore[arg-type]
-        self._decoder = [_Layer(block) for block in model.decoder_blocks]  # type: ignore[arg-type]
-        self._positions = torch.arange(config.buffer_size + config.tokens, device=embedding.device).expand(batch, -1)
+        self.ar_steps, self.reuse_steps = ar_steps, reuse_steps
+        self._encoder = [_Layer(block, model.compiler) for block in model.encoder_blocks]  # type: ignore[arg-type]
+        self._decoder = [_Layer(block, model.compiler) for block in model.decoder_blocks]  # type: ignore[arg-type]
+        self._positions = torch.arange(config.buffer_size + config.tokens, device=embedding.device).repeat(batch, 1)
         self._decoder_input: Tensor | None = None  # (B, buffer + L, W)
         self._difference: Tensor | None = None  # (B, L, W), unconditional − conditional conditions
         self._drawn_before: Tensor | None = None  # (B, M)
 
     def conditions(self, step: int, tokens: Tensor, kept: Tensor, positions: Tensor) -> Tensor:
         """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) when guided."""
-        since = step - self.last_of_the_first
-        complete = self._drawn_before is None or since <= 0 or since % (1 + self.reuse_steps) == 0
+        complete = self._drawn_before is None or is_complete(step, self.ar_steps, self.reuse_steps)
         buffer = self._positions[:, : self.model.config.buffer_size]
         if complete:
             z = self._complete(tokens, kept)
@@ -93,20 +100,31 @@ class FeatureReuse:
 class _Layer:
     """A block, and the keys and values of all positions as they were last computed."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, compiler: str) -> None:
         self.block = block
+        self._advance = _compiled(compiler) if compiler else _advance
         self._keys_values: Tensor | None = None  # (B, N, 2W)
 
     def advance(self, x: Tensor, rows: Tensor, positions: int, seen: Tensor | None = None) -> Tensor:
         """The block's output (B, M, W) for inputs x at `rows` (B, M) of N `positions`, which attend to those `seen` (B, K; None: all)."""
-        block, (batch, count, width) = self.block, x.shape
-        queries, keys_values = block.attn.qkv(block.norm1(x)).split([width, 2 * width], dim=2)
         if self._keys_values is None:
-            self._keys_values = torch.zeros(batch, positions, 2 * width, dtype=keys_values.dtype, device=x.device)
-        self._keys_values.scatter_(1, rows[:, :, None].expand_as(keys_values), keys_values)
-        attended_to = self._keys_values if seen is None else take(self._keys_values, seen)
-        heads = block.attn.heads
-        q, k, v = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, *attended_to.chunk(2, dim=2)))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, count, width)
-        x = x + block.attn.proj(attended)
-        return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            self._keys_values = torch.zeros(len(x), positions, 2 * x.shape[2], dtype=dtype, device=x.device)
+        return self._advance(self.block, x, rows, seen, self._keys_values)
+
+
+def _advance(block: Block, x: Tensor, rows: Tensor, seen: Tensor | None, kept: Tensor) -> Tensor:
+    """What `block` gives for x at `rows`, whose keys and values go into those `kept` (B, N, 2W)."""
+    width, heads = x.shape[2], block.attn.heads
+    queries, keys_values = block.attn.qkv(block.norm1(x)).split([width, 2 * width], dim=2)
+    kept.scatter_(1, rows[:, :, None].expand_as(keys_values), keys_values)
+    attended_to = kept if seen is None else take(kept, seen)
+    q, k, v = (one.unflatten(2, (heads, -1)).transpose(1, 2) for one in (queries, *attended_to.chunk(2, dim=2)))
+    x = x + block.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return x + block.mlp(block.norm2(x))  # type: ignore[no-any-return]
+
+
+@cache
+def _compiled(backend: str) -> Callable[[Block, Tensor, Tensor, Tensor | None, Tensor], Tensor]:
+    """`_advance` as `MAR.compile_blocks` has the blocks; one for all of them, so that they share its code."""
+    return torch.compile(_advance, dynamic=True, backend=backend)

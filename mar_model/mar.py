@@ -43,6 +43,7 @@ class MAR(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
+        self.compiler = ""  # the backend that the blocks were compiled with
         length, buffer = config.tokens, config.buffer_size
         width, decoder_width = config.encoder_width, config.decoder_width
         dropouts = (config.attention_dropout, config.projection_dropout)
@@ -89,6 +90,7 @@ class MAR(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks):
             block.compile(dynamic=True, backend=backend)
+        self.compiler = backend
 
     def recompute_activations(self) -> None:
         """Train with activation (gradient) checkpointing: a block's activations are computed anew in the backward pass (`run`)."""

@@ -81,13 +81,16 @@ def draw_tokens(
     condition = denoiser.cond_embed(z)
     times = denoiser.time_embed(diffusion.timesteps)
     y = torch.empty_like(condition)
-    x = noise[0]
-    rows, steps = x.shape[0], len(diffusion.visited)
+    states = noise.new_empty(len(z), noise.shape[2])  # of both halves: a guided step begins with the same one in both
+    rows, steps = noise.shape[1], len(diffusion.visited)
+    x = states[:rows].copy_(noise[0])
     for index in reversed(range(steps)):
         scale = guidance if sampling.guides(diffusion.visited[index]) else None
         used = rows if scale is None else 2 * rows
+        if scale is not None:
+            states[rows:].copy_(x)
         torch.add(times[index], condition[:used], out=y[:used])
-        output = denoiser.denoise(x if scale is None else torch.cat([x, x]), y[:used]).float()
+        output = denoiser.denoise(states[:used], y[:used]).float()
         predicted_noise, interpolation = output.chunk(2, dim=1)
         if scale is not None:
             conditional, unconditional = predicted_noise.chunk(2)
@@ -95,9 +98,10 @@ def draw_tokens(
             interpolation = interpolation[:rows]
         added = noise[steps - index]
         if sampling.sampler == "ddim":
-            x = diffusion.ddim_step(x, index, predicted_noise, added, sampling.eta, sampling.temperature, x0_range)
+            following = diffusion.ddim_step(x, index, predicted_noise, added, sampling.eta, sampling.temperature, x0_range)
         else:
-            x = diffusion.step(x, index, predicted_noise, interpolation, added, sampling.temperature, x0_range)
+            following = diffusion.step(x, index, predicted_noise, interpolation, added, sampling.temperature, x0_range)
+        x.copy_(following)
     return x
 
 

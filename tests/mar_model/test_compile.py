@@ -83,6 +83,22 @@ def test_generation_compiles_nothing_after_its_first_step(compiled: MAR) -> None
     assert graphs() == first
 
 
+def test_blocks_that_reuse_features_are_compiled_too(compiled: MAR) -> None:
+    after_each: list[int] = []
+
+    def draw(made: MAR, seed: int) -> Tensor:
+        return generate(
+            made.eval(), torch.tensor([0, 3]), SampleNoise(seed, [0, 1]), ar_steps=12, diffusion_steps=3, guidance=2.0, reuse_steps=2,
+            after_step=lambda step, latents: after_each.append(graphs()),
+        )  # fmt: skip
+
+    torch.testing.assert_close(draw(compiled, 0), draw(model(), 0), rtol=1e-3, atol=1e-3)
+    assert after_each[0] == 4  # the unconditional half's block, the denoiser's, and two that keep features: encoder and decoder
+    assert after_each[-1] <= 5
+    draw(compiled, 1)
+    assert graphs() == after_each[-1]
+
+
 def test_activations_can_be_recomputed_in_compiled_blocks(compiled: MAR) -> None:
     plain = model()
     compiled.recompute_activations()

@@ -1,5 +1,6 @@
 """Generation beyond the records: given orders, no labels, completion, what does not depend on the batch, and what is refused."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -89,19 +90,29 @@ def test_the_picture_so_far_is_the_callers_to_keep(model: MAR) -> None:
         assert torch.equal(tokens[there], model.patchify(whole)[0, there])
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"guidance": 2.0}, {"sampler": "ddim", "eta": 0.5}, {"known": latents(4), "fill": cells(1, 2, 3, 8, images=4)}],
     ids=["guided", "ddim", "completion"],
 )
-def test_a_sample_is_the_same_alone_and_in_any_batch(model: MAR, options: dict[str, Any]) -> None:
+def test_a_sample_is_the_same_alone_and_in_any_batch(model: MAR, options: dict[str, Any], threads: int) -> None:
     labels = torch.tensor([0, 1, 2, 3])
     together = generate(model, labels, SampleNoise(7, [0, 17, 203, 4]), **FEW, **options)
     assert torch.equal(generate(model, labels, SampleNoise(7, [0, 17, 203, 4]), **FEW, **options), together)
     mixed = generate(model, labels[[2, 0, 3, 1]], SampleNoise(7, [203, 0, 4, 17]), **FEW, **{
         name: value[[2, 0, 3, 1]] if isinstance(value, Tensor) else value for name, value in options.items()
     })  # fmt: skip
-    assert torch.equal(mixed, together[[2, 0, 3, 1]])  # at the same batch shape every bit
+    if threads == 1:  # as the workers have it: at the same batch shape every bit, wherever in the batch
+        assert torch.equal(mixed, together[[2, 0, 3, 1]])
+    torch.testing.assert_close(mixed, together[[2, 0, 3, 1]], rtol=1e-4, atol=1e-4)
     alone = generate(model, labels[2:3], SampleNoise(7, [203]), **FEW, **{
         name: value[2:3] if isinstance(value, Tensor) else value for name, value in options.items()
     })  # fmt: skip
