@@ -6,8 +6,8 @@
 
 Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
 A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
-that the exact work has to do (`mar_model.flops`), for the release and the fast modes too, so MFU is what that work takes against what the
-device could do: by its data sheet in bf16, else by the best measured product. With both precisions, the deviation of bf16 from float32 on
+that the work has to do (`mar_model.flops`; of the release too, which does more), so MFU is what that takes against what the device could
+do: by its data sheet in bf16, else by the best measured product. With both precisions, the deviation of bf16 from float32 on
 the same draws is printed. Peak memory includes the weights of all that take turns.
 """
 
@@ -256,9 +256,11 @@ def main() -> None:
     known = of_device(device_name)
     steps = {"ar_steps": options.ar_steps, "diffusion_steps": options.diffusion_steps}
     work: dict[str, dict[str, Any]] = {"train": {"masked": masked}, "generate": {**steps, "guidance": options.guidance}}
-    tflop = {
+    guided, fast = options.guidance != 1.0, fast_modes(options)
+    tflops = {
         "train": training_flops(config, options.batch, masked) / 1e12,
-        "generate": generation_flops(config, options.batch, **steps, guided=options.guidance != 1.0) / 1e12,
+        "generate": generation_flops(config, options.batch, **steps, guided=guided) / 1e12,
+        "fast": generation_flops(config, options.batch, **steps, guided=guided, **fast) / 1e12,
     }
     measured = {name: measured_peak(device, name) for name in ("float32", "bf16") if device.type == "cpu" or name == "float32"}
     rows: list[dict[str, Any]] = []
@@ -269,15 +271,16 @@ def main() -> None:
             code, precision = name.split()
             seconds = statistics.median(found["seconds"])
             peak = options.peak_tflops or (known.tflops if known and precision != "float32" else None) or measured.get(precision)
+            tflop = tflops[code if code == "fast" else what]
             row = {
                 "benchmark": "model", "what": what, "code": code, "precision": precision, "preset": options.preset,
                 "denoiser": f"{config.denoiser_depth}/{config.denoiser_width}", "device": device_name,
                 "threads": torch.get_num_threads(), "torch": torch.__version__, "batch": options.batch, **work[what],
                 "compile": options.compile, "recompute": options.recompute, "graph": options.graph,
-                "fast": fast_modes(options) if code == "fast" else {},
+                "fast": fast if code == "fast" else {},
                 "seconds": seconds, "runs": [round(one, 4) for one in found["seconds"]], "images_per_second": options.batch / seconds,
-                "tflop": tflop[what], "tflops": tflop[what] / seconds, "peak_tflops": peak,
-                "mfu": None if peak is None else tflop[what] / seconds / peak, "peak_memory_gib": found["peak_memory_gib"],
+                "tflop": tflop, "tflops": tflop / seconds, "peak_tflops": peak,
+                "mfu": None if peak is None else tflop / seconds / peak, "peak_memory_gib": found["peak_memory_gib"],
             }  # fmt: skip
             rows.append(row)
             print(json.dumps(row), flush=True)

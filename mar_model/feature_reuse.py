@@ -108,7 +108,9 @@ class _Layer:
     def advance(self, x: Tensor, rows: Tensor, positions: int, seen: Tensor | None = None) -> Tensor:
         """The block's output (B, M, W) for inputs x at `rows` (B, M) of N `positions`, which attend to those `seen` (B, K; None: all)."""
         if self._keys_values is None:
-            dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+            kind = x.device.type
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
             self._keys_values = torch.zeros(len(x), positions, 2 * x.shape[2], dtype=dtype, device=x.device)
         return self._advance(self.block, x, rows, seen, self._keys_values)
 

@@ -9,8 +9,10 @@ from itertools import pairwise
 
 from mar_model.config import MARConfig
 from mar_model.denoiser import FREQUENCIES
-from mar_model.diffusion import TRAINING_STEPS
+from mar_model.diffusion import TRAINING_STEPS, annealed_steps, respaced_timesteps
+from mar_model.feature_reuse import is_complete
 from mar_model.masking import mask_schedule
+from mar_model.token_sampler import Sampling
 from mar_model.tokenizers.kl import IMAGE_CHANNELS, KLConfig
 
 
@@ -23,7 +25,7 @@ def training_flops(config: MARConfig, images: int, masked: int) -> int:
     rows = config.diffusion_repeats * tokens
     times = min(rows, TRAINING_STEPS)  # a timestep is embedded once
     forward = (
-        _transformer(config, images, kept, masked)
+        images * _transformer(config, kept, masked)
         + _conditions(config, tokens)
         + _times(config, times)
         + _denoiser(config, rows)
@@ -41,25 +43,36 @@ def generation_flops(
     ar_steps: int,
     diffusion_steps: int,
     guided: bool,
+    diffusion_steps_end: int | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    reuse_steps: int = 0,
+    filled: int | None = None,
 ) -> int:
-    """One generation of `images` images, without the tokenizer."""
-    return sum(
-        ar_step_flops(config, images, kept=config.tokens - before, predicted=before - after, diffusion_steps=diffusion_steps, guided=guided)
-        for before, after in pairwise(mask_schedule(config.tokens, ar_steps))
-        if before > after
-    )
+    """One generation of `images` images, without the tokenizer; arguments as in `generate`.
 
-
-def ar_step_flops(config: MARConfig, images: int, *, kept: int, predicted: int, diffusion_steps: int, guided: bool) -> int:
-    """One AR step that predicts `predicted` tokens of each image from `kept` ones; guidance does everything twice."""
-    sequences = 2 * images if guided else images
-    rows = sequences * predicted
-    return (
-        _transformer(config, sequences, kept, predicted)
-        + _conditions(config, rows)
-        + _times(config, diffusion_steps)
-        + diffusion_steps * _denoiser(config, rows)
-    )
+    guided: whether there is a guidance other than 1, which does everything twice. filled: the tokens to fill of each image in a
+    completion (None: all). Raises ValueError as `generate` does for numbers of steps and an interval that can't be.
+    """
+    steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
+    sampling = Sampling(guidance_interval=guidance_interval)
+    guided_steps = {count: guided * sum(map(sampling.guides, respaced_timesteps(count))) for count in set(steps)}
+    sequences = 2 * images if any(guided_steps.values()) else images
+    flops, drawn_before = 0, 0
+    for step, (before, after) in enumerate(pairwise(mask_schedule(config.tokens if filled is None else filled, ar_steps))):
+        if before == after:
+            continue
+        kept, drawn, count = config.tokens - before, before - after, steps[step]
+        if not reuse_steps:
+            flops += sequences * _transformer(config, kept, drawn)
+        elif not drawn_before or is_complete(step, ar_steps, reuse_steps):
+            flops += sequences * _transformer(config, kept, config.buffer_size + config.tokens)
+        else:
+            flops += images * _reusing_transformer(config, kept, drawn_before, drawn)
+        rows = images * drawn
+        flops += _conditions(config, sequences * drawn) + _times(config, count)
+        flops += (count + guided_steps[count]) * _denoiser(config, rows)
+        drawn_before = drawn
+    return flops
 
 
 @dataclass(frozen=True)
@@ -105,23 +118,36 @@ def _product(rows: int, inputs: int, outputs: int) -> int:
     return 2 * rows * inputs * outputs
 
 
-def _transformer(config: MARConfig, images: int, kept: int, chosen: int) -> int:
-    """Encoder of `kept` tokens and decoder whose last block computes `chosen` tokens; the buffer is in both."""
-    encoder_width, decoder_width = config.encoder_width, config.decoder_width
-    seen, length = config.buffer_size + kept, config.buffer_size + config.tokens
-    return images * (
-        _product(kept, config.token_dim, encoder_width)
-        + config.encoder_depth * _block(encoder_width, config.mlp_ratio, seen, seen)
-        + _product(seen, encoder_width, decoder_width)
-        + (config.decoder_depth - 1) * _block(decoder_width, config.mlp_ratio, length, length)
-        + _block(decoder_width, config.mlp_ratio, length, chosen)
+def _transformer(config: MARConfig, kept: int, chosen: int) -> int:
+    """One sequence: encoder of `kept` tokens and decoder whose last block computes `chosen` positions; the buffer is in both."""
+    width, ratio, length = config.decoder_width, config.mlp_ratio, config.buffer_size + config.tokens
+    blocks = (config.decoder_depth - 1) * _block(width, ratio, length, length, length) + _block(width, ratio, length, chosen, length)
+    return _encoder(config, kept, kept) + blocks
+
+
+def _reusing_transformer(config: MARConfig, kept: int, drawn_before: int, drawn: int) -> int:
+    """One sequence in a step of `FeatureReuse` that is not complete."""
+    length = config.buffer_size + config.tokens
+    rows = config.buffer_size + drawn_before + drawn
+    decoder = config.decoder_depth * _block(config.decoder_width, config.mlp_ratio, length, rows, rows)
+    return _encoder(config, drawn_before, kept) + decoder
+
+
+def _encoder(config: MARConfig, computed: int, kept: int) -> int:
+    """Buffer and `computed` tokens, which attend to buffer and `kept` tokens, up to the decoder's width."""
+    rows, seen = config.buffer_size + computed, config.buffer_size + kept
+    return (
+        _product(computed, config.token_dim, config.encoder_width)
+        + config.encoder_depth * _block(config.encoder_width, config.mlp_ratio, seen, rows, rows)
+        + _product(rows, config.encoder_width, config.decoder_width)
     )
 
 
-def _block(width: int, mlp_ratio: float, length: int, chosen: int) -> int:
-    """A transformer block on one sequence, of which `chosen` positions are computed."""
-    attention = 2 * _product(chosen, length, width)  # queries · keys, weights · values
-    layers = _product(length, width, 3 * width) + _product(chosen, width, width)
+def _block(width: int, mlp_ratio: float, attended: int, chosen: int, projected: int) -> int:
+    """A transformer block on one sequence: queries, keys and values of `projected` positions; `chosen` ones go through it and see
+    `attended` ones."""
+    attention = 2 * _product(chosen, attended, width)  # queries · keys, weights · values
+    layers = _product(projected, width, 3 * width) + _product(chosen, width, width)
     return attention + layers + 2 * _product(chosen, width, int(width * mlp_ratio))
 
 

@@ -145,18 +145,20 @@ class MAR(nn.Module):
         x = run(last, x, positions + buffer, recompute=self.recompute)
         return self.decoder_norm(x) + F.embedding(positions, self.diffusion_pos_embed_learned[0])  # type: ignore[no-any-return]
 
-    def forward(self, latents: Tensor, labels: Tensor | None, masked: int, draws: TrainingDraws) -> tuple[TokenLoss, Tensor]:
+    def forward(
+        self, latents: Tensor, labels: Tensor | None, masked: int, draws: TrainingDraws, *, finite: bool = True
+    ) -> tuple[TokenLoss, Tensor]:
         """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to; without labels (B,)
         every image sees the unconditional vector.
 
         Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times. Raises ValueError for
-        arguments that don't fit each other by shape and dtype, and for labels on the CPU that are no classes; other values are not
-        looked at, since that would wait for the device.
+        arguments that don't fit each other by shape and dtype, and on the CPU for labels that are no classes and latents that are not
+        finite (not with finite=False, where the caller looks at the loss); on a GPU values are not looked at, since that would wait.
         """
         if labels is None:
             labels = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
             draws = draws._replace(label_dropped=torch.ones_like(draws.label_dropped))
-        self._check(latents, labels, masked, draws)
+        self._check(latents, labels, masked, draws, finite)
         positions = draws.orders[:, :masked].sort(dim=1).values
         kept = draws.orders[:, masked:].sort(dim=1).values
         tokens = self.patchify(latents)
@@ -165,7 +167,7 @@ class MAR(nn.Module):
         timesteps = draws.timesteps.reshape(-1)
         return self.diffloss(target, z.flatten(0, 1), timesteps, draws.noise.reshape(-1, self.config.token_dim)), timesteps
 
-    def _check(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws) -> None:
+    def _check(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws, finite: bool) -> None:
         config, batch = self.config, len(latents)
         if not 1 <= masked <= config.tokens:
             raise ValueError(f"masked is {masked}, expected 1 to {config.tokens} (an image's tokens)")
@@ -184,6 +186,9 @@ class MAR(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}, expected {shape} and {expected}")
         if labels.device.type == "cpu":
             check_classes(labels, config.classes)
+        if finite and latents.device.type == "cpu" and not bool(latents.isfinite().all()):
+            broken = (~latents.isfinite()).sum(dim=(1, 2, 3)).nonzero().flatten().tolist()
+            raise ValueError(f"latents hold values that are NaN or infinite in images {broken[:5]} of {batch}, expected none")
 
 
 def check_classes(labels: Tensor, classes: int) -> None:

@@ -99,7 +99,7 @@ def evaluate(
         "images": evaluate.images,
         **metrics,
         "out_of_range": result.out_of_range,
-        "seconds_per_image": result.seconds / result.drawn if result.drawn else None,
+        **drawing.speed(result.drawn, result.seconds),
     }
     record = {
         "format_version": FORMAT_VERSION,

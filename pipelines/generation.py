@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mar_model.checkpoint import read_state, weights_file
+from mar_model.checkpoint import config_of, read_state, weights_file
+from mar_model.flops import generation_flops, tokenizer_flops
+from mar_model.tokenizers import kl_config
 from pipelines import samples, storage
 from pipelines.checkpoints import newest_checkpoint
 from pipelines.cluster import ClusterSettings, worker_resources
@@ -109,6 +111,26 @@ class Drawing:
         weights = weights_file(self.state, self.settings.ema, self.settings.ema_decay)
         drawn = {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
         return drawn if self.completion is None else {**drawn, **self.completion.identity}
+
+    def flops_per_image(self) -> int:
+        """Floating-point operations of one sample: of the model with these settings, and of the tokenizer's decoder."""
+        settings, config = self.settings, config_of(self.state)
+        completion = self.completion
+        filled = None if completion is None else int(completion.fill(config.latent_size // config.patch_size).sum())
+        flops = generation_flops(
+            config, 1, ar_steps=settings.ar_steps, diffusion_steps=settings.diffusion_steps, guided=settings.guidance != 1.0,
+            diffusion_steps_end=settings.diffusion_steps_end or None, reuse_steps=settings.reuse_steps,
+            guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]), filled=filled,
+        )  # fmt: skip
+        tokenizer = kl_config(storage.read_json(storage.join(self.tokenizer, "config.json")))
+        return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
+
+    def speed(self, drawn: int, seconds: float) -> dict[str, float]:
+        """Figures of a summary, where something was drawn, in so many seconds of the actors."""
+        if not drawn:
+            return {}
+        flops = self.flops_per_image()
+        return {"seconds_per_image": seconds / drawn, "gflop_per_image": flops / 1e9, "tflops_per_actor": flops * drawn / seconds / 1e12}
 
     def folder(self, label: int) -> str:
         """The folder of a class's PNG files, so that they are an image source again."""
@@ -253,7 +275,7 @@ def _draw_all(drawing: Drawing, count: int, identity: dict[str, Any], stage: Sta
         {
             "images": count,
             "out_of_range": left,
-            "seconds_per_image": seconds / drawn if drawn else None,
+            **drawing.speed(drawn, seconds),
             "checkpoint": drawing.checkpoint,
             "images_seen": drawing.state["images_seen"],
         },

@@ -15,6 +15,7 @@ OF_RUN = {  # from the first worker, one for the run; Ray takes descriptions in 
     "gradient_norm": "mean norm of the gradient before clipping",
     "learning_rate": "learning rate of the last step",
     "images_per_second": "images a second of all workers together",
+    "tflops_per_worker": "arithmetic of the steps, 10^12 operations a second and worker",
     "mfu": "model FLOP utilisation: share of the devices' peak",
 }
 OF_WORKER = {

@@ -167,13 +167,15 @@ def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, 
 
 
 def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
-    """Rows {name, seconds, share of the longest, images, images_per_second}, a line a stage."""
+    """Rows {name, seconds, share of the longest, images, images_per_second, tflops (of a worker), mfu}, a line a stage."""
     rows = [
         {
             "name": one.name,
             "seconds": one.summary["seconds"],
             "images": one.images,
             "images_per_second": one.summary.get("images_per_second"),
+            "tflops": one.summary.get("tflops_per_worker", one.summary.get("tflops_per_actor")),
+            "mfu": one.summary.get("mfu"),
         }
         for one in stages
         if one.summary.get("seconds") is not None

@@ -118,8 +118,10 @@ class Telemetry:
         if self.workers > 1 and not self.communication.measured:  # sharded models communicate all along
             del row["communication_share"], shares["communication_share"]
         row["images_per_second_per_worker"] = row["images_per_second"] / self.workers
+        flops = float(of_all[:, -1].sum()) / (seconds * self.workers)
+        row["tflops_per_worker"] = flops / 1e12
         if self.peak:
-            row["mfu"] = float(of_all[:, -1].sum()) / (seconds * self.workers * self.peak)
+            row["mfu"] = flops / self.peak
         self.gauges.of_worker(self._images, shares | {"worker_images_per_second": self._images / seconds}, memory)
         if self.worker == 0:
             self.gauges.of_run(row)

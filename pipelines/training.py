@@ -78,7 +78,8 @@ class TrainSettings:
 LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
 METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name
 FIGURES = (  # of the last interval, kept in the summary
-    *LOSS_COLUMNS, "images_per_second", "mfu", "data_wait_share", "communication_share", "checkpoint_share", "parameters",
+    *LOSS_COLUMNS, "images_per_second", "tflops_per_worker", "mfu", "data_wait_share", "communication_share", "checkpoint_share",
+    "parameters",
 )  # fmt: skip
 
 

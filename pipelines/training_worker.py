@@ -173,7 +173,8 @@ class Training:
             draws = TrainingDraws(*(to_device(one, self.device) for one in micro_batch.draws))
             torch.manual_seed(micro_batch.dropout_seed)
             with autocast(self.train.precision, self.device):
-                loss, timesteps = self.strategy.module(latents, to_device(micro_batch.labels, self.device), share.masked, draws)
+                labels = to_device(micro_batch.labels, self.device)
+                loss, timesteps = self.strategy.module(latents, labels, share.masked, draws, finite=False)  # `OptimizerStep` looks
             total = loss.total.sum()
             (total * (self.workers / tokens)).backward()  # gradients are averaged over the workers
         finite = torch.isfinite(total.detach())

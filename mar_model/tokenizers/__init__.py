@@ -6,6 +6,7 @@ where it has weights, `tokenizer.safetensors`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sampl
 from mar_model.tokenizers.pixels import PixelTokenizer
 
 __all__ = [
-    "KLAutoencoder", "KLConfig", "PixelTokenizer", "Tokenizer", "load_tokenizer", "posterior_kl", "sample_posterior",
+    "KLAutoencoder", "KLConfig", "PixelTokenizer", "Tokenizer", "kl_config", "load_tokenizer", "posterior_kl", "sample_posterior",
     "save_tokenizer",
 ]  # fmt: skip
 
@@ -37,25 +38,40 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "format_version": FORMAT_VERSION}, indent=2) + "\n", encoding="utf-8")
 
 
+def kl_config(content: Mapping[str, Any]) -> KLConfig | None:
+    """The sizes of the autoencoder whose `config.json` has this content; None for pixels, which need no network.
+
+    Raises ValueError for an unknown kind, format version or key, as the end of a sentence that begins with the file.
+    """
+    sizes = {name: value for name, value in content.items() if name not in ("format_version", "kind")}
+    version, kind = content.get("format_version"), content.get("kind")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"has format_version {version!r}, expected {FORMAT_VERSION}")
+    if kind == "pixels":
+        return None
+    if kind != "kl":
+        raise ValueError(f"has kind {kind!r}, expected 'kl' or 'pixels'")
+    unknown = sorted(set(sizes) - {one.name for one in fields(KLConfig)})
+    if unknown:
+        raise ValueError(f"has unknown keys {unknown}")
+    return KLConfig(**sizes)
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, on the CPU, in evaluation mode.
 
     Raises FileNotFoundError where a file is missing, ValueError on an unknown kind, format version or configuration key, and
     on weights that do not fit the configuration (naming the first missing, unexpected and mis-shaped tensors).
     """
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    version, kind = config.pop("format_version", None), config.pop("kind", None)
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{directory / 'config.json'} has format_version {version!r}, expected {FORMAT_VERSION}")
-    if kind == "pixels":
+    file = directory / "config.json"
+    try:
+        config = kl_config(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{file} {error}") from error
+    if config is None:
         return PixelTokenizer().eval()
-    if kind != "kl":
-        raise ValueError(f"{directory / 'config.json'} has kind {kind!r}, expected 'kl' or 'pixels'")
-    unknown = sorted(set(config) - {one.name for one in fields(KLConfig)})
-    if unknown:
-        raise ValueError(f"{directory / 'config.json'} has unknown keys {unknown}")
     with torch.device("meta"):
-        tokenizer = KLAutoencoder(KLConfig(**config))
+        tokenizer = KLAutoencoder(config)
     weights = load_file(directory / "tokenizer.safetensors")
     misfit = describe_misfit(shapes_of(tokenizer.state_dict()), shapes_of(weights))
     if misfit:

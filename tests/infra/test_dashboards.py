@@ -23,7 +23,7 @@ from pipelines.cluster import ClusterSettings, connected
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 ROW = {
     "images_seen": 2048, "loss": 0.5, **{f"loss_band_{band}": 0.1 * band for band in range(4)}, "gradient_norm": 1.0, "learning_rate": 1e-4,
-    "images_per_second": 64.0, "mfu": 0.23, "data_wait_share": 0.01,
+    "images_per_second": 64.0, "tflops_per_worker": 0.5, "mfu": 0.23, "data_wait_share": 0.01,
 }  # fmt: skip
 SHARES = {"worker_images_per_second": 32.0, "data_wait_share": 0.01, "communication_share": 0.05, "checkpoint_share": 0.0}
 

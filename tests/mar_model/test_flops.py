@@ -1,5 +1,7 @@
 """The closed forms of `mar_model.flops` against PyTorch's own counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +58,34 @@ def test_generation(architecture: Architecture, side: int, ar_steps: int, guidan
     with FlopCounterMode(display=False) as counter:
         generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), ar_steps=ar_steps, diffusion_steps=6, guidance=guidance)
     expected = generation_flops(config, 2, ar_steps=ar_steps, diffusion_steps=6, guided=guidance != 1.0)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize(
+    "fast",
+    [
+        {"diffusion_steps_end": 2},
+        {"guidance_interval": (0.3, 0.7)},
+        {"guidance_interval": (0.45, 0.55)},  # between two steps: nothing is guided
+        {"reuse_steps": 2},
+        {"reuse_steps": 3, "diffusion_steps_end": 1, "guidance_interval": (0.1, 0.9), "filled": 23},
+        {"filled": 5},
+    ],
+    ids=str,
+)
+def test_fast_modes_and_completion(fast: dict[str, Any], guidance: float) -> None:
+    config = MARConfig(**vars(UNEVEN), latent_size=12, latent_channels=4, classes=3)
+    torch.manual_seed(0)
+    model = MAR(config).eval()
+    options: dict[str, Any] = {"ar_steps": 9, "diffusion_steps": 6}
+    filled = fast.get("filled")
+    given: dict[str, Any] = {name: value for name, value in fast.items() if name != "filled"}
+    if filled:
+        given |= {"known": torch.zeros(2, 4, 12, 12), "fill": (torch.arange(config.tokens) < filled).repeat(2, 1)}
+    with FlopCounterMode(display=False) as counter:
+        generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), **options, **given, guidance=guidance)
+    expected = generation_flops(config, 2, **options, **fast, guided=guidance != 1.0)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 

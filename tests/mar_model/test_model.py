@@ -142,6 +142,7 @@ def test_draws_are_a_function_of_seed_images_seen_and_micro_batch() -> None:
     [
         ("latents", lambda one: one[:, :1], r"latents has shape \(3, 1, 4, 4\) and dtype torch.float32, expected \(3, 2, 4, 4\)"),
         ("latents", torch.Tensor.double, "torch.float64, expected"),
+        ("latents", lambda one: one.index_fill(0, torch.tensor([0, 2]), torch.nan), r"NaN or infinite in images \[0, 2\] of 3"),
         ("labels", torch.Tensor.float, r"labels has shape \(3,\) and dtype torch.float32"),
         ("labels", lambda one: one[:2], r"labels has shape \(2,\)"),
         ("labels", lambda one: one + 3, "labels go from 3 to 5, expected 0 to 4"),

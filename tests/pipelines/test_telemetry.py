@@ -40,6 +40,7 @@ def test_mfu_and_shares_in_closed_form() -> None:
     seconds = time.perf_counter() - began
     flops = 3 * (training_flops(CONFIG, 4, 200) + training_flops(CONFIG, 4, 256))
     assert row["mfu"] == pytest.approx(flops / seconds / 0.5e12, rel=0.1)
+    assert row["tflops_per_worker"] == pytest.approx(0.5 * row["mfu"])
     assert (row["data_wait_share"], row["checkpoint_share"]) == pytest.approx((0.05 / seconds, 0.02 / seconds), rel=0.1)
     assert (row["communication_share"], row["images_per_second_per_worker"]) == (0.0, 60.0)
     assert 0.05 < row["memory_gb"] < 50
@@ -52,7 +53,9 @@ def test_mfu_and_shares_in_closed_form() -> None:
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
     one = Telemetry(CONFIG, 4, nn.Linear(1, 1), CPU, worker=0, workers=1, peak_tflops=0, run="demo/train")
-    assert "mfu" not in one.close({"images_per_second": 1.0}, 0.0, 0.0)
+    row = one.close({"images_per_second": 1.0}, 0.0, 0.0)
+    assert "mfu" not in row
+    assert row["tflops_per_worker"] == 0.0
 
 
 def test_communication_is_what_the_backward_pass_waits_for(group: None, monkeypatch: pytest.MonkeyPatch) -> None:
