@@ -52,8 +52,9 @@ class LatentDataset:
             self.cache.local.ahead(self.order.shards_from(start, 2 * self.order.window))
         dtype = getattr(torch, self.cache.manifest.dtype)
         moments = torch.empty(stop - start, *self.cache.moments_shape, dtype=dtype, pin_memory=self.pin_memory)
-        blocks = range(start // BLOCK, -(-stop // BLOCK))
-        rows = np.concatenate([np.empty(0, np.int64), *map(self._block, blocks)])[start - blocks.start * BLOCK :][: stop - start]
+        first, last = start // BLOCK, max(stop - 1, start) // BLOCK
+        rows = self._block(first) if first == last else np.concatenate([self._block(one) for one in range(first, last + 1)])
+        rows = rows[start - first * BLOCK : stop - first * BLOCK]
         _, labels = self.cache.take(rows, flipped, out=moments.numpy())
         found = torch.from_numpy(labels)
         return moments, found.pin_memory() if self.pin_memory else found

@@ -142,6 +142,8 @@ class LatentCache:
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
         self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
+        self._halves: dict[int, np.ndarray] = {}
+        self._labels = np.empty(self.manifest.rows, np.int64)  # of the shards opened so far
         self.local: LocalShards | None = None
         if local or not storage.is_local(path):
             folder = storage.join(local or storage.join(tempfile.gettempdir(), "mar-shards"), self.digest[:16])
@@ -164,35 +166,52 @@ class LatentCache:
 
         `out`: where to put the moments.
         """
-        shards, rows = self._places(indices)
+        numbers, rows = self._places(indices)
         moments = np.empty((len(rows), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
-        if rows:  # one call for all: what a copy costs beside its bytes is the interpreter
-            mirrors = np.asarray(flipped).tolist()
-            records = [(shard.flipped if mirror else shard.moments)[row] for shard, row, mirror in zip(shards, rows, mirrors, strict=True)]
+        halves = self._halves_of(numbers)
+        chosen = (2 * numbers + np.asarray(flipped, bool)).tolist()
+        records = [halves[half][row] for half, row in zip(chosen, rows.tolist(), strict=True)]
+        if records:  # one call for all: what a copy costs beside its bytes is the interpreter
             np.concatenate(records, out=moments.reshape(-1))
-        labels = np.array([shard.label[row] for shard, row in zip(shards, rows, strict=True)], np.int64)
-        return moments, labels
+        return moments, self._labels[indices]
 
     def labels(self) -> np.ndarray:
         """Labels of all rows, int64 (rows,)."""
-        return np.concatenate([self._shard(number).labels for number in range(len(self._ends))])
+        for number in range(len(self._ends)):
+            self._shard(number)
+        return self._labels.copy()
 
     def keys(self, indices: np.ndarray) -> list[str]:
         """Keys of the images in these rows."""
-        return [shard.keys[row].as_py() for shard, row in zip(*self._places(indices), strict=True)]
+        numbers, rows = self._places(indices)
+        return [self._shard(number).keys[row].as_py() for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
 
-    def _places(self, indices: np.ndarray) -> tuple[list["_Shard"], list[int]]:
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard, and row in it, of each row of the cache."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
         numbers = np.searchsorted(self._ends, indices, side="right")
-        rows = indices - self._starts[numbers]
-        return list(map(self._shard, numbers.tolist())), rows.tolist()
+        return numbers, indices - self._starts[numbers]
+
+    def _halves_of(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
+        """Of these shards the moments of images at 2 · number, of mirror images at 2 · number + 1."""
+        all_open = len(self._opened) == len(self._ends)  # then none is let go any more
+        if all_open and self._halves:
+            return self._halves
+        halves = {}
+        for number in list(self._opened) if all_open else set(numbers.tolist()):
+            shard = self._shard(number)
+            halves[2 * number], halves[2 * number + 1] = shard.moments, shard.flipped
+        if all_open:
+            self._halves = halves
+        return halves
 
     def _shard(self, number: int) -> "_Shard":
         shard = self._opened.get(number)
         if shard is None:
             shard = self._opened[number] = self._open(number)
+            self._labels[self._starts[number] : self._ends[number]] = shard.labels
         elif self.local is not None:
             self._opened.move_to_end(number)
         return shard
@@ -220,7 +239,6 @@ class _Shard:
             batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
         self._batch = batch
         self.labels: np.ndarray = batch.column("label").to_numpy()
-        self.label = memoryview(self.labels)  # one label as a Python integer, in half of the time
         self.moments = self._view("moments")
         self.flipped = self._view("moments_flipped")
 
