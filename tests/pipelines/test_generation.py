@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from listening import Listening
 from PIL import Image
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 
@@ -50,20 +51,9 @@ def settings(checkpoint: str, tmp_path: Path) -> GenerateSettings:
     )
 
 
-class TalkingStage(Stage):
-    """An untracked stage that remembers what it said."""
-
-    def __init__(self, cluster: ClusterSettings) -> None:
-        super().__init__("test", cluster)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.fixture
-def stage(ray_local: ClusterSettings) -> TalkingStage:
-    return TalkingStage(ray_local)
+def stage(ray_local: ClusterSettings) -> Listening:
+    return Listening(ray_local)
 
 
 def loaded(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Stage) -> LoadedModel:
@@ -80,7 +70,7 @@ def files(path: str) -> dict[str, bytes]:
 
 
 def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_bytes(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening
 ) -> None:
     summary = generate(tokenizer, TrainSettings(), settings, 7, stage)
     assert (summary["images"], summary["images_seen"]) == (IMAGES, 640)
@@ -116,7 +106,7 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
         generate(tokenizer, TrainSettings(), settings, 8, stage)
 
 
-def test_samples_depend_on_neither_batch_nor_actors(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
+def test_samples_depend_on_neither_batch_nor_actors(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))  # one batch, in this process
     generate(tokenizer, TrainSettings(), replace(settings, batch=4, actors=2), 7, stage)
     images, _ = drawn(settings.path)
@@ -152,7 +142,7 @@ def test_what_counts_as_out_of_range() -> None:
     assert held.tolist() == [0.0, 0.125, 0.125, 0.375]  # NaN stays NaN
 
 
-def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
+def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     wild = replace(settings, limit_x0=False, images=4, temperature=1.0, guidance=40.0, diffusion_steps=20, labels=[2])
     summary = generate(tokenizer, TrainSettings(), wild, 7, stage)
     assert summary["out_of_range"] == 4
@@ -161,7 +151,7 @@ def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenize
     assert drawn(wild.path)[1].tolist() == [2] * 4
 
 
-def test_samples_are_redrawn_alone(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage) -> None:
+def test_samples_are_redrawn_alone(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))
     some = replace(settings, samples=[10, 4, 7], batch=2)
     assert generate(tokenizer, TrainSettings(), some, 7, stage)["images"] == 3
@@ -183,7 +173,7 @@ def painted(path: Path, *, white: tuple[slice, slice] | None = None, side: int =
 
 
 def test_an_image_is_completed_where_the_mask_is_white(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, tmp_path: Path
 ) -> None:
     image = painted(tmp_path / "image.png")  # twice the model's side: both are cropped alike
     mask = painted(tmp_path / "mask.png", white=(slice(0, 20), slice(0, 64)))  # a bit more than the first of four rows of tokens
@@ -210,7 +200,7 @@ def test_an_image_is_completed_where_the_mask_is_white(
 
 
 def test_completions_that_cannot_be_are_named_before_any_work(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, tmp_path: Path
 ) -> None:
     image, mask = painted(tmp_path / "image.png"), painted(tmp_path / "mask.png", white=(slice(0, 9), slice(0, 9)))
     (tmp_path / "text.png").write_text("no image")
@@ -232,7 +222,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
 
 @pytest.mark.long
 def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening
 ) -> None:
     filmed = replace(settings, film=True, images=6, batch=6)
     summary = generate(tokenizer, TrainSettings(), replace(filmed, film=False), 7, stage)
@@ -253,7 +243,7 @@ def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
 
 @pytest.mark.long
 def test_a_model_without_labels_is_drawn_without(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, tmp_path: Path
 ) -> None:
     shutil.copytree(settings.checkpoint, tmp_path / "unconditional")
     state = json.loads((tmp_path / "unconditional" / "state.json").read_text())
@@ -269,7 +259,7 @@ def test_a_model_without_labels_is_drawn_without(
 
 @pytest.mark.long
 def test_fast_modes_and_captured_loops_reach_the_sampler(
-    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, monkeypatch: pytest.MonkeyPatch
+    settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def images(**changes: object) -> np.ndarray:
         return loaded(replace(settings, **changes), tokenizer, stage).images(np.arange(3), range(3))[0].astype(int)
@@ -289,7 +279,7 @@ def test_fast_modes_and_captured_loops_reach_the_sampler(
     assert len(backends) == 1
 
 
-def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: TalkingStage, tmp_path: Path) -> None:
+def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, tmp_path: Path) -> None:
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
         generate(tokenizer, TrainSettings(path=str(tmp_path / "none")), replace(settings, **change), 0, stage)
 

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
@@ -25,7 +26,6 @@ from pipelines.cluster import ClusterSettings, connected
 from pipelines.errors import UserError
 from pipelines.latents import LatentCache
 from pipelines.sampler import SampleOrder
-from pipelines.stage import Stage
 from pipelines.training import TrainSettings, model_config, train
 
 pytestmark = pytest.mark.long
@@ -45,17 +45,6 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSetti
         patch.delenv("RAY_ADDRESS", raising=False)
         with connected(settings, Path(tmp_path_factory.mktemp("ray")) / "ray.log"):
             yield settings
-
-
-class Listening(Stage):
-    """A stage whose lines a test can read."""
-
-    def __init__(self, cluster: ClusterSettings) -> None:
-        super().__init__("train", cluster)
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture

@@ -1,0 +1,15 @@
+"""A stage whose lines a test can read."""
+
+from pipelines.cluster import ClusterSettings
+from pipelines.stage import Stage
+
+
+class Listening(Stage):
+    """Untracked; remembers what it said."""
+
+    def __init__(self, cluster: ClusterSettings) -> None:
+        super().__init__("test", cluster)
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
