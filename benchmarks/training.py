@@ -8,6 +8,7 @@ One torch thread a worker, a small model on a cache of random latents; prints a 
 import argparse
 import json
 import logging
+import multiprocessing
 import resource
 import statistics
 import tempfile
@@ -15,6 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,12 +123,12 @@ class BareStep:
         return time.perf_counter() - began
 
 
-def stage_rows(cache: LatentCache, folder: Path, workers: int, steps: int) -> list[dict[str, float]]:
+def stage_rows(cache: LatentCache, folder: Path, workers: int, steps: int, batch: int = RECIPE.batch) -> list[dict[str, float]]:
     """The lines of metrics of a run through Ray Train, without the first, in which workers warm up."""
     with connected(ClusterSettings(), folder / "ray.log"):
         stage = Recorded(ClusterSettings())
-        settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers)
-        settings = replace(settings, images=RECIPE.batch * (steps + 4), log_images=RECIPE.batch * 4)
+        settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers, batch=batch)
+        settings = replace(settings, images=batch * (steps + 4), log_images=batch * 4)
         train(TOKENIZER, CacheSettings(path=cache.path), MODEL, settings, 0, stage)
     return stage.rows[1:]
 
@@ -148,13 +151,48 @@ def throughput(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
+def bare_loop(cache: str, steps: int, first: bool, turn: Barrier, seconds: "Queue[tuple[str, float]]") -> None:
+    """One of two processes with a bare loop each: the first runs alone, then both run."""
+    bare = BareStep(LatentCache(cache), batch=RECIPE.micro_batch)
+    for _ in range(3):
+        bare()
+    turn.wait()
+    if first:
+        seconds.put(("alone", statistics.median(bare() for _ in range(steps))))
+    turn.wait()
+    seconds.put(("beside", statistics.median(bare() for _ in range(steps))))
+
+
+def side_by_side(cache: LatentCache, steps: int) -> float:
+    """What two processes that have nothing to say to each other do in the time that one does alone: 2 where they don't slow each other."""
+    context = multiprocessing.get_context("spawn")
+    turn, seconds = context.Barrier(2), context.Queue()
+    both = [context.Process(target=bare_loop, args=(cache.path, steps, first, turn, seconds)) for first in (True, False)]
+    for one in both:
+        one.start()
+    found = [seconds.get() for _ in range(3)]
+    for one in both:
+        one.join()
+    alone = dict(found)["alone"]
+    return sum(alone / value for name, value in found if name == "beside")
+
+
 def workers(folder: Path, steps: int) -> dict[str, Any]:
+    """Of a batch of 64: 32 images a worker, where the published recipe has 128."""
     cache = write_cache(folder / "cache")
     speeds: dict[int, list[float]] = {1: [], 2: []}
+    communication, bare = [], []
     for count in (1, 2, 1, 2):
-        speeds[count] += [row["images_per_second"] for row in stage_rows(cache, folder, count, steps // 2)]
+        rows = stage_rows(cache, folder, count, steps // 2, batch=64)
+        speeds[count] += [row["images_per_second"] for row in rows]
+        communication += [row["communication_share"] for row in rows if count == 2]
+        if count == 2:
+            bare.append(side_by_side(cache, steps))
     one, two = statistics.median(speeds[1]), statistics.median(speeds[2])
-    return {"1 worker": one, "2 workers": two, "ratio": two / one, "bar": 1.8}
+    return {
+        "1 worker": one, "2 workers": two, "ratio": two / one, "bar": 1.8, "communication_share": statistics.median(communication),
+        "two bare loops side by side": statistics.median(bare),
+    }  # fmt: skip
 
 
 def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) -> TrainingJob:

@@ -60,6 +60,7 @@ class Bar:
         self.name, self.total, self.unit, self.done = name, total, unit, done
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         self._metrics: dict[str, float] = {}
+        self._measured: float | None = None
         self._told = done  # in the last line
         self._live = console().is_terminal
         self._rich: Progress | None = None
@@ -90,25 +91,31 @@ class Bar:
         """Units a second since this bar began."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
-    def update(self, done: int, **metrics: float) -> None:
-        """`done` units are done in all; metrics are shown beside the bar."""
-        self.done = done
+    def update(self, done: int, *, measured_rate: float | None = None, **metrics: float) -> None:
+        """`done` units are done in all; metrics are shown beside the bar. `measured_rate`: the units a second to show, where somebody
+        has measured them; else those since the bar began."""
+        self.done, self._measured = done, measured_rate
         self._metrics.update(metrics)
         if self._rich is not None:
-            self._rich.update(self._task, completed=done, rate=f"{_rate(self.rate)} {self.unit}/s", metrics=self._text())
+            self._rich.update(self._task, completed=done, rate=f"{_rate(self._shown_rate)} {self.unit}/s", metrics=self._text())
         elif time.monotonic() - self._said >= LINE_SECONDS:
             self._line()
+
+    @property
+    def _shown_rate(self) -> float:
+        return self.rate if self._measured is None else self._measured
 
     def _text(self) -> str:
         return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._metrics.items())
 
     def _line(self) -> None:
         self._said, self._told = time.monotonic(), self.done
-        left = (self.total - self.done) / self.rate if self.rate else float("inf")
+        rate = self._shown_rate
+        left = (self.total - self.done) / rate if rate else float("inf")
         share = 100 * self.done / max(self.total, 1)
         remaining = f", {left:.0f} s left" if self.done < self.total and left != float("inf") else ""
         console().print(
-            f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), {_rate(self.rate)}/s{remaining}  {self._text()}",
+            f"{self.name}: {self.done:,} of {self.total:,} {self.unit} ({share:.0f} %), {_rate(rate)}/s{remaining}  {self._text()}",
             markup=False,
             soft_wrap=True,
         )

@@ -114,7 +114,7 @@ def train(
 
         def on_metrics(row: dict[str, Any]) -> None:
             log.add(row)
-            bar.update(row["images_seen"], **in_short(row))
+            bar.update(row["images_seen"], measured_rate=row["images_per_second"], **in_short(row))
             track(row)
 
         for row in log.recovered:
