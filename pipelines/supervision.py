@@ -124,9 +124,13 @@ def _reason(text: str) -> str:
     return (telling or lines)[-1][:300]
 
 
-def finish_when_asked(work: Callable[[], object], ask: Callable[[], None]) -> BaseException | None:
+def finish_when_asked(work: Callable[[], object], ask: Callable[[], None] | None = None) -> BaseException | None:
     """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord; a second one
-    leaves at once. Returns the first (KeyboardInterrupt, SystemExit), None if there was none; raises what the work raised."""
+    leaves at once, as the first does without `ask`. Returns the first (KeyboardInterrupt, SystemExit), None if there was none; raises
+    what the work raised.
+
+    On the main thread Ray Train's `fit` would put a handler of its own in the place of Ctrl-C's, and leave it there.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -142,6 +146,8 @@ def finish_when_asked(work: Callable[[], object], ask: Callable[[], None]) -> Ba
     try:
         ended.wait()
     except (KeyboardInterrupt, SystemExit) as signal:
+        if ask is None:
+            raise
         interruption = signal
         ask()
         ended.wait()

@@ -109,6 +109,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.supervision import finish_when_asked
     from pipelines.tokenizing_worker import TokenizerJob, tokenize_worker
 
     if storage.is_local(tokenizer.path):
@@ -138,7 +139,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     )
     try:
         with channel.listening(on_metrics):
-            trainer.fit()
+            finish_when_asked(trainer.fit)
     except ray.train.v2.api.exceptions.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):

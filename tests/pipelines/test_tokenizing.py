@@ -1,6 +1,7 @@
 """Stage *tokenize* on a real Ray: it learns, knows its finished output, and goes on where a killed run was."""
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def settings(tmp_path: Path) -> TokenizerSettings:
 
 def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
     summary = tokenize(images, settings, seed=1, stage=stage)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C is nobody else's afterwards
     first, last = summary["loss_curve"][0], summary["loss_curve"][-1]
     assert last == [3072, summary["loss"]]
     assert last[1] < 0.2 * first[1]
