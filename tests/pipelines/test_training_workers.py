@@ -28,8 +28,6 @@ from pipelines.latents import LatentCache
 from pipelines.sampler import SampleOrder
 from pipelines.training import TrainSettings, model_config, train
 
-pytestmark = pytest.mark.long
-
 STEPS, BATCH = 50, 16
 RECIPE = TrainSettings(
     images=STEPS * BATCH, batch=BATCH, micro_batch=4, learning_rate=1e-3, warmup_images=32, ema_decay=0.99, ema_decays=[0.9], workers=2,
@@ -92,6 +90,7 @@ def assert_same_up_to_summation_order(run: Path, expected: Path) -> None:
     np.testing.assert_allclose(losses(run), losses(expected), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_the_same_50_steps_on_1_2_and_4_workers_sharded_or_not(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
 ) -> None:
@@ -130,19 +129,31 @@ def meanwhile(run: Path, events: list[tuple[int, Callable[[], None]]]) -> Iterat
     assert not thread.is_alive(), "the run never got there"
 
 
-def test_a_killed_and_a_hung_worker_change_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
-    def send(kind: signal.Signals) -> Callable[[], None]:
-        return lambda: workers()[-1].send_signal(kind)
+def signalled(kind: signal.Signals) -> Callable[[], None]:
+    """An event: a worker gets this signal."""
+    return lambda: workers()[-1].send_signal(kind)
 
-    with meanwhile(tmp_path, [(160, send(signal.SIGKILL)), (480, send(signal.SIGSTOP))]):
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+
+def test_a_killed_worker_changes_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
+    with meanwhile(tmp_path, [(160, signalled(signal.SIGKILL))]):
+        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
     assert_bitwise(tmp_path, undisturbed)
     text = "\n".join(stage.said)
     assert "was lost" in text
-    assert "hangs" in text
+    assert text.count("2 workers at work again") == 1
+
+
+@pytest.mark.long
+def test_a_hung_and_a_killed_worker_change_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
+    with meanwhile(tmp_path, [(160, signalled(signal.SIGSTOP)), (480, signalled(signal.SIGKILL))]):
+        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+    assert_bitwise(tmp_path, undisturbed)
+    text = "\n".join(stage.said)
+    assert text.index("hangs") < text.index("was lost")
     assert text.count("2 workers at work again") == 2
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
 ) -> None:
@@ -157,6 +168,7 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     assert_bitwise(tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_a_mistake_is_not_tried_again(cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
     other = MAR(replace(model_config(ARCHITECTURE, LatentCache(cache.path)), encoder_depth=2))
     path = Path(checkpoint_path(str(tmp_path), 160))
@@ -167,6 +179,7 @@ def test_a_mistake_is_not_tried_again(cache: CacheSettings, stage: Listening, tm
     assert not any("starting again" in line for line in stage.said)
 
 
+@pytest.mark.long
 def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_they_go_on(stage: Listening, tmp_path: Path) -> None:
     order = SampleOrder(3, 160)
     unsound = [int(order.indices(image, image + 1)[0]) for image in (16, 50, 70)]  # of the steps at 16, 48 and 64 images
