@@ -7,8 +7,6 @@ if TYPE_CHECKING:
     from jobs.config import RunConfig
     from mar_model.config import MARConfig
 
-# float32 weights, their average, and Adam's two moments
-BYTES_A_PARAMETER = 4 + 4 + 8
 BYTES_A_VALUE = {"float16": 2, "float32": 4}
 PIXEL_CHANNELS = 3
 
@@ -25,8 +23,13 @@ def record_bytes(config: "RunConfig") -> int:
 
 
 def checkpoint_bytes(config: "RunConfig", classes: int) -> int:
-    """All checkpoints kept, and the one that is being written."""
-    return parameters(config, classes) * BYTES_A_PARAMETER * (config.train.checkpoints_kept + 1)
+    """The newest checkpoints that are kept, the best, and the one that is being written."""
+    return parameters(config, classes) * bytes_a_parameter(config) * (config.train.checkpoints_kept + bool(config.train.keep_best) + 1)
+
+
+def bytes_a_parameter(config: "RunConfig") -> int:
+    """In a checkpoint, all float32: weights, their averages, and Adam's two moments."""
+    return 4 * (1 + 1 + len(config.train.ema_decays) + 2)
 
 
 def sample_bytes(config: "RunConfig") -> int:

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.estimate import BYTES_A_PARAMETER, cache_bytes, model_config, record_bytes
+from jobs.estimate import bytes_a_parameter, cache_bytes, model_config, record_bytes
 from pipelines.errors import UserError
 from pipelines.gpus import GPU
 
@@ -166,8 +166,9 @@ def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float
 
 
 def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
-    cache, record, checkpoint = cache_bytes(config, given.images), record_bytes(config), parameters * BYTES_A_PARAMETER
-    kept = config.train.checkpoints_kept
+    cache, record, each = cache_bytes(config, given.images), record_bytes(config), bytes_a_parameter(config)
+    checkpoint, kept, best = parameters * each, config.train.checkpoints_kept, bool(config.train.keep_best)
+    averages = f"{1 + len(config.train.ema_decays)} averages" if config.train.ema_decays else "EMA"
     both = f"{given.images:,} images × 2 (mirrored) × {record:,} bytes, {config.cache.dtype}"
 
     def figure(name: str, value: float, unit: str, made_of: str) -> Figure:
@@ -176,8 +177,13 @@ def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_pe
     return [
         figure("latent cache", cache, "GB", both),
         figure("read from the cache", images_per_second * record, "MB/s", "speed × one record, by all GPUs"),
-        figure("a checkpoint", checkpoint, "GB", f"weights, EMA, Adam: {BYTES_A_PARAMETER} bytes a parameter"),
-        figure("checkpoints", checkpoint * (kept + 1), "GB", f"{kept} kept (train.checkpoints_kept), one being written"),
+        figure("a checkpoint", checkpoint, "GB", f"weights, {averages}, Adam: {each} bytes a parameter"),
+        figure(
+            "checkpoints",
+            checkpoint * (kept + best + 1),
+            "GB",
+            f"{kept} kept (train.checkpoints_kept){', the best' * best}, one being written",
+        ),
     ]
 
 

@@ -96,7 +96,7 @@ class CheckpointWriter:
         if score is not None:
             self._scores[posixpath.basename(path)] = score
         try:
-            drop_old_checkpoints(train.path, train.checkpoints_kept, self._scores)
+            drop_old_checkpoints(path, train.checkpoints_kept, train.keep_every_images, self._scores)
         except OSError as error:
             self.say(f"older checkpoints could not be deleted: {error}")
         self.written.append(path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -71,13 +72,27 @@ def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tenso
     return path
 
 
-def drop_old_checkpoints(train_path: str, kept: int, scores: Mapping[str, float]) -> None:
-    """Delete all but the newest `kept` checkpoints and the one with the lowest of `scores` (name → value)."""
-    names = checkpoint_names(train_path)
-    best = min((name for name in names if name in scores), key=lambda name: scores[name], default=None)
+def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float]) -> None:
+    """Delete what is older than `newest`, a checkpoint's path, but for `kept` − 1 of them, the one with the lowest finite value of
+    `scores` (name → value), and the first one of every `every_images` images (0: none).
+
+    What is on disk beyond `newest` was damaged when the run went on from before it, and counts for nothing.
+    """
+    folder, _, last = newest.rpartition("/")
+    names = [name for name in checkpoint_names(folder.rpartition("/")[0]) if name <= last]
+    ranked = {name: scores[name] for name in names if math.isfinite(scores.get(name, math.nan))}
+    lasting = {min(ranked, key=lambda name: ranked[name])} if ranked else set[str]()
+    if every_images:
+        firsts = {images_of(name) // every_images: name for name in reversed(names)}
+        lasting |= {name for number, name in firsts.items() if number}
     for name in names[:-kept]:
-        if name != best:
-            storage.delete(storage.join(train_path, "checkpoints", name))
+        if name not in lasting:
+            storage.delete(storage.join(folder, name))
+
+
+def images_of(name: str) -> int:
+    """The images seen by the checkpoint of this name."""
+    return int(name.removeprefix(PREFIX))
 
 
 def score_of(state: Mapping[str, Any], metric: str) -> float | None:

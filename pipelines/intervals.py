@@ -25,7 +25,8 @@ class Interval:
 
     def add(self, loss: TokenLoss, timesteps: Tensor, finite: Tensor) -> None:
         """One micro-batch; one whose loss is not finite is left out."""
-        one = torch.stack([loss.total.detach().sum(), torch.tensor(float(loss.total.numel()), device=self.device)])
+        tokens = loss.total.new_full((), loss.total.numel())  # filled there: a copy from the host would wait
+        one = torch.stack([loss.total.detach().sum(), tokens])
         self._loss += torch.where(finite, one, 0.0)
         self._bands += torch.where(finite, band_sums(loss.mse, timesteps), 0.0)
 

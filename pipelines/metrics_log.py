@@ -1,11 +1,15 @@
 """The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval."""
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines import storage
+from pipelines.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
 OBJECT_SECONDS = 30.0  # between writes to a bucket, where a line can't be appended: the whole object is written
@@ -18,8 +22,11 @@ class MetricsLog:
     are `recovered` then.
     """
 
-    def __init__(self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = ()) -> None:
-        self.path = path
+    def __init__(
+        self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = (), say: Callable[[str], None] = logger.warning
+    ) -> None:
+        """`say` is told, once, when the file can't be written while rows come in; each new row tries again."""
+        self.path, self._say, self._told = path, say, False
         written = _whole_lines(storage.read_bytes(path)) if storage.exists(path) else []
         known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
         self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
@@ -36,6 +43,16 @@ class MetricsLog:
             self.rows.pop()
             self._on_disk = -1
         self.rows.append(row)
+        try:
+            self._keep(row)
+            self._told = False
+        except (OSError, UserError) as error:
+            self._on_disk = -1
+            if not self._told:
+                self._told = True
+                self._say(f"{self.path} can't be written, which is tried again with every line: {error}")
+
+    def _keep(self, row: dict[str, Any]) -> None:
         if storage.is_local(self.path) and self._on_disk == len(self.rows) - 1:
             with open(storage.filesystem(self.path)[1], "ab") as stream:
                 stream.write(_line(row))
@@ -44,7 +61,7 @@ class MetricsLog:
             self.write()
 
     def write(self) -> None:
-        """Write the whole file, if it does not hold all rows yet."""
+        """Write the whole file, if it does not hold all rows yet. Raises OSError or UserError where that is impossible."""
         if self._on_disk != len(self.rows):
             storage.write_bytes(self.path, b"".join(_line(row) for row in self.rows))
             self._on_disk, self._written = len(self.rows), time.monotonic()

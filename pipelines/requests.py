@@ -17,6 +17,7 @@ class _Board:
         self.stopping = False  # by the person: holds for every group that starts
         self.asked = ""  # of the present group
         self.answered = False
+        self.working = False  # a group is at work
 
     def ask(self, reason: str) -> None:
         self.stopping |= reason == STOP
@@ -32,7 +33,13 @@ class _Board:
         return self.answered
 
     def new_group(self) -> None:
-        self.asked, self.answered = "", False
+        self.asked, self.answered, self.working = "", False, False
+
+    def work(self, working: bool) -> None:
+        self.working = working
+
+    def is_working(self) -> bool:
+        return self.working
 
 
 class Requests:
@@ -51,6 +58,22 @@ class Requests:
         """A worker group begins: what the last one was asked is done with, unless the person asked."""
         self._board.new_group.remote()
 
+    def group_works(self, working: bool) -> None:
+        """From the controller: the group has begun to train, or is broken."""
+        self._board.work.remote(working)
+
+    def somebody_works(self) -> bool:
+        """Whether there is a group that can answer."""
+        import ray
+
+        return bool(ray.get(self._board.is_working.remote()))
+
+    def stopping(self) -> bool:
+        """Whether the person has asked the run to end."""
+        import ray
+
+        return bool(ray.get(self._board.reason.remote()) == STOP)
+
     def answer(self) -> None:
         """From a worker: the checkpoint is written."""
         self._board.answer.remote()
@@ -59,11 +82,6 @@ class Requests:
         import ray
 
         return bool(ray.get(self._board.has_answer.remote()))
-
-    def close(self) -> None:
-        import ray
-
-        ray.kill(self._board)
 
     def watched(self) -> Callable[[], str]:
         """In the first worker: what is asked of the group ("" for nothing), looked up on a thread, so that no step waits for it."""

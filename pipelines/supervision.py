@@ -21,6 +21,7 @@ GROUP_START_SECONDS = 8  # for all workers to find room; then Ray looks anew at 
 POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
 PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
 SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
+ANSWER_SECONDS = 1.0  # between looks at whether anybody is left who could end as he was asked to
 LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
 
 
@@ -59,6 +60,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._running = True
+        self.requests.group_works(True)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Raises what no restart would mend, which ends the run."""
@@ -71,6 +73,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         if not errors or not self._running:
             return
         self._running = False
+        self.requests.group_works(False)
         mistake = next((one for one in errors.values() if isinstance(one, MISTAKES)), None)
         if mistake is not None:
             raise mistake
@@ -124,10 +127,12 @@ def _reason(text: str) -> str:
     return (telling or lines)[-1][:300]
 
 
-def finish_when_asked(work: Callable[[], object], ask: Callable[[], None] | None = None) -> BaseException | None:
-    """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord; a second one
-    leaves at once, as the first does without `ask`. Returns the first (KeyboardInterrupt, SystemExit), None if there was none; raises
-    what the work raised.
+def finish_when_asked(
+    work: Callable[[], object], ask: Callable[[], None] | None = None, somebody_works: Callable[[], bool] = lambda: True
+) -> BaseException | None:
+    """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord, as long as there is
+    somebody who works and so can hear of it; a second one leaves at once, as the first does without `ask`. Returns the first
+    (KeyboardInterrupt, SystemExit), None if there was none; raises what the work raised.
 
     On the main thread Ray Train's `fit` would put a handler of its own in the place of Ctrl-C's, and leave it there.
     """
@@ -150,7 +155,8 @@ def finish_when_asked(work: Callable[[], object], ask: Callable[[], None] | None
             raise
         interruption = signal
         ask()
-        ended.wait()
+        while not ended.wait(ANSWER_SECONDS) and somebody_works():
+            pass
     if errors:
         raise errors[0]
     return interruption

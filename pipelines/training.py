@@ -21,7 +21,7 @@ from pipelines.precision import resolved
 from pipelines.progress import MetricsChannel
 from pipelines.requests import STOP, Requests
 from pipelines.settings import identity, identity_of, operational
-from pipelines.stage import Stage
+from pipelines.stage import IDENTITY, Stage
 from pipelines.supervision import Supervision, finish_when_asked, ray_train_waits
 from pipelines.telemetry import in_short
 from pipelines.tokenizing import TokenizerSettings
@@ -65,6 +65,7 @@ class TrainSettings:
     )
     checkpoint_images: int = operational(1_281_167, "images between checkpoints")
     checkpoints_kept: int = operational(3, "newest checkpoints kept")
+    keep_every_images: int = operational(0, "of every so many images one checkpoint is kept for good; 0: none")
     keep_best: str = operational("", "a metric, e.g. loss: the checkpoint where it was lowest is kept too")
     log_images: int = operational(51_200, "images between lines of metrics")
     peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
@@ -95,8 +96,8 @@ def train(
     """
     train = replace(train, precision=resolved(train.precision, stage.cluster))
     latents = LatentCache(cache.path)
-    start = start_from(train.init_from, model_config(model, latents), latents.manifest.class_names) if train.init_from else None
-    identity = training_identity(cache, model, train, seed) | ({"train.init_from": start.digest} if start else {})
+    start, begun = begun_with(train, model_config(model, latents), latents.manifest.class_names)
+    identity = training_identity(cache, model, train, seed) | begun
     summary = stage.begin(train.path, identity, enough=lambda found: found["images_seen"] >= train.images)
     if summary is not None:
         return summary
@@ -106,7 +107,7 @@ def train(
     stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
     for line in start.describe(latents.manifest.class_names) if start and not resumed else ():
         stage.say(line)
-    log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"])
+    log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"], stage.say)
     with stage.progress(train.images, done=first) as bar:
 
         def track(row: dict[str, Any]) -> None:
@@ -121,10 +122,28 @@ def train(
             track(row)
 
         summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation)
-    log.write()
+    try:
+        log.write()
+    except OSError as error:
+        raise UserError(f"{log.path} can't be written: {error}; all images are trained on: mend that and run the same command") from error
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
     return stage.complete(train.path, identity, {**summary, "resumed_from": first})
+
+
+def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) -> tuple[Start | None, dict[str, Any]]:
+    """What `train.init_from` names, and its part of the run's identity. A run that has checkpoints of its own goes on without it."""
+    if not train.init_from:
+        return None, {}
+    try:
+        start = start_from(train.init_from, config, class_names)
+    except UserError:
+        known = storage.join(train.path, IDENTITY)
+        digest = storage.read_json(known).get("train.init_from") if storage.exists(known) else None
+        if digest is None or newest_checkpoint(train.path) is None:
+            raise
+        return None, {"train.init_from": digest}
+    return start, {"train.init_from": start.digest}
 
 
 def training_identity(cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int) -> dict[str, Any]:
@@ -183,7 +202,7 @@ def fit(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel, requests, start)},
-        validation_config=validation.config(channel) if validation else None,
+        validation_config=validation.config(channel, requests) if validation else None,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,
@@ -205,12 +224,12 @@ def fit(
 
     try:
         with ray_train_waits(train.hang_seconds), channel.listening(receive):
-            interruption = finish_when_asked(trainer.fit, stop)
+            interruption = finish_when_asked(trainer.fit, stop, requests.somebody_works)
     except ControllerError as error:
         raise error.controller_failure from error
     checkpoint = newest_checkpoint(train.path, say)
     if interruption is not None:
-        say(f"ended with {checkpoint}; the same command goes on from there")
+        say(f"ended with {checkpoint or 'no checkpoint yet'}; the same command goes on from there")
         raise interruption
     if checkpoint is None:
         raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")

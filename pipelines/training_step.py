@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mar_model.ema import WeightAverage, update_averages
+from mar_model.noise import to_device
 from pipelines.strategies import Strategy
 
 
@@ -57,7 +58,7 @@ class OptimizerStep:
         count, asked, shards = self._sizes
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         squares = torch.stack(torch._foreach_norm(self.strategy.own(gradients))).square()
-        news = torch.cat([unsound, torch.tensor([float(one) for one in requests], device=self._device), squares[:shards]])
+        news = torch.cat([unsound, to_device(torch.tensor([float(one) for one in requests]), self._device), squares[:shards]])
         if self.workers > 1:  # micro-batches and requests are added up; so are the squares, where a gradient lies in parts
             torch.distributed.all_reduce(news)
         if shards:

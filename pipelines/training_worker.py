@@ -19,7 +19,7 @@ from mar_model.recipe import initial_weights, learning_rate, parameter_groups
 from mar_model.tokenizers import sample_posterior
 from pipelines import storage
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
-from pipelines.checkpoints import newest_checkpoint
+from pipelines.checkpoints import images_of, newest_checkpoint
 from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start
@@ -77,7 +77,8 @@ class Training:
         self.normalise = Normalisation(job.cache.manifest, device)
 
         model = made_model(config, train, seed).to(device)
-        if job.start is not None:
+        newest = self._newest()
+        if job.start is not None and newest is None:
             model.load_state_dict(job.start.weights(model))
         self.model, self.strategy = model, strategy_of(train.strategy, model, workers, device, train.precision)
         self.optimizer = torch.optim.AdamW(
@@ -90,7 +91,8 @@ class Training:
         self.telemetry = Telemetry(
             config, train.micro_batch, self.strategy.module, device, worker, workers, train.peak_tflops, run_label(train.path)
         )
-        self.resume()
+        if newest is not None:
+            self.resume(newest)
         self.resumed_at = self.validated = self.images_seen
         self.began["resumed"] = time.time()
 
@@ -107,14 +109,17 @@ class Training:
             model, self.optimizer, self.averages, self.strategy, train.gradient_clip, train.batch // train.micro_batch, workers, requests=2
         )
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint that verifies; the first worker looks for it."""
+    def _newest(self) -> str | None:
+        """The newest checkpoint that verifies; the first worker looks for it."""
         from ray.train import collective
 
-        newest = collective.broadcast_from_rank_zero(newest_checkpoint(self.train.path, self.job.channel.say) if self.worker == 0 else None)
-        if newest is None:
-            return
-        directory = storage.local_directory(newest)
+        found = newest_checkpoint(self.train.path, self.job.channel.say) if self.worker == 0 else None
+        newest: str | None = collective.broadcast_from_rank_zero(found)
+        return newest
+
+    def resume(self, checkpoint: str) -> None:
+        """Go on from this checkpoint."""
+        directory = storage.local_directory(checkpoint)
         state = storage.read_json(str(directory / STATE))
         load_whole(self.strategy, self.model.state_dict(), load_file(directory / WEIGHTS))
         for file, average in zip(self._average_files(), self.averages, strict=True):
@@ -157,16 +162,23 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         unsound = torch.zeros(train.batch // train.micro_batch, device=self.device)
-        for index, micro_batch in zip(self.micro_batches.share, share.micro_batches, strict=True):
-            unsound[index] = self._backward(share, micro_batch, last=index == self.micro_batches.share[-1], counted=True)
+        passes = list(zip(self.micro_batches.share, share.micro_batches, strict=True))
+        most = -(-train.batch // train.micro_batch // self.workers) if self.strategy.sharded else len(passes)
+        for index, micro_batch in passes[:-1]:
+            unsound[index] = self._backward(share, micro_batch, counted=True)
+        index, micro_batch = passes[-1]
+        unsound[index] = self._backward(share, micro_batch, last=len(passes) == most, counted=True)
+        if len(passes) < most:  # sharded workers gather their blocks together: who has one pass less joins in, and adds nothing
+            self._backward(share, micro_batch, last=True)
         self.telemetry.stepped(len(share.micro_batches), share.masked)
         self._settle()
         self.step(unsound, [bool(self.asked()), bool(self.writer and self.writer.written)])
         self.images_seen += train.batch
         self.interval.steps(train.batch, self.step.norm, self.step.stepped, rate)
 
-    def _backward(self, share: GlobalBatch, micro_batch: MicroBatch, last: bool, counted: bool = False) -> Tensor:
-        """Forward and backward of one micro-batch; whether its loss was not finite, 1 or 0 on the device."""
+    def _backward(self, share: GlobalBatch, micro_batch: MicroBatch, last: bool = False, counted: bool = False) -> Tensor:
+        """Forward and backward of one micro-batch; whether its loss was not finite, 1 or 0 on the device. Gradients travel in the last
+        pass of a step; those of one that is not counted are zero."""
         tokens = self.train.batch * share.masked * self.job.model.diffusion_repeats  # losses are summed, then divided once
         with self.strategy.micro_batch(last):
             latents = self.normalise(micro_batch.moments, micro_batch.posterior_noise)
@@ -176,7 +188,7 @@ class Training:
                 labels = to_device(micro_batch.labels, self.device)
                 loss, timesteps = self.strategy.module(latents, labels, share.masked, draws, finite=False)  # `OptimizerStep` looks
             total = loss.total.sum()
-            (total * (self.workers / tokens)).backward()  # gradients are averaged over the workers
+            (total * (self.workers / tokens if counted else 0.0)).backward()  # gradients are averaged over the workers
         finite = torch.isfinite(total.detach())
         if counted:
             self.interval.add(loss, timesteps, finite)
@@ -242,7 +254,12 @@ class Training:
         if images_seen == self.resumed_at:
             return
         tensors, sums = self._copies(), self.interval.sums(self.workers)
-        if self.writer is not None and self.writer.newest != images_seen:
+        if self.writer is None or self.writer.newest == images_seen:
+            return
+        if self.ending and self.asked() in (PREEMPTED, RESIZED):  # the group starts again: where this fails, from the one before
+            self.writer.begin(tensors, self._progress(images_seen, sums))
+            self.writer.wait()
+        else:
             self.writer.finish(tensors, self._progress(images_seen, sums))
 
     def _end(self) -> None:
@@ -281,8 +298,8 @@ class Training:
         """What Ray Train is to do with the checkpoint of that name, where `train.validation_images` have gone by."""
         from ray.train import ValidationTaskConfig
 
-        every, seen = self.train.validation_images, int(name.rpartition("-")[2])
-        if not every or seen // every <= self.validated // every:
+        every, seen = self.train.validation_images, images_of(name)
+        if not every or self.ending or seen // every <= self.validated // every:
             return None
         self.validated = seen
         return ValidationTaskConfig(fn_kwargs={"path": storage.join(self.train.path, "checkpoints", name)})

@@ -24,6 +24,7 @@ from pipelines.precision import resolved
 from pipelines.progress import MetricsChannel
 from pipelines.prometheus import Gauges, run_label
 from pipelines.references import find_reference, source_statistics
+from pipelines.requests import Requests
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
@@ -80,11 +81,11 @@ class Validation:
     seed: int
     cluster: ClusterSettings
 
-    def config(self, channel: MetricsChannel) -> "ValidationConfig":
+    def config(self, channel: MetricsChannel, requests: Requests) -> "ValidationConfig":
         """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
         from ray.train import ValidationConfig
 
-        run = functools.partial(validate, validation=self, channel=channel)
+        run = functools.partial(validate, validation=self, channel=channel, requests=requests)
         return ValidationConfig(run, ray_remote_kwargs=worker_resources(self.cluster))
 
     def tell(self, found: dict[str, Any], stage: Stage, gauges: Gauges) -> None:
@@ -99,8 +100,9 @@ class Validation:
             stage.artifact(found["picture"])
 
 
-def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: MetricsChannel) -> dict[str, float]:
-    """Validate the checkpoint at `path`: `validation/images-….json` and the samples as `.png` beside. Returns the metrics by name.
+def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: MetricsChannel, requests: Requests) -> dict[str, float]:
+    """Validate the checkpoint at `path`: `validation/images-….json` and the samples as `.png` beside. Returns the metrics by name, none
+    where the person has asked the run to end: it would wait for this.
 
     Sample i is the same function of the weights every time. What goes wrong here is told, and training goes on.
     """
@@ -108,15 +110,17 @@ def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channe
         channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
         return {}
     try:
-        found = _measured(path, validation)
+        found = _measured(path, validation, requests)
     except Exception as error:
         channel.send({"say": f"validation of {path} failed, training goes on: {type(error).__name__}: {error}"})
         raise  # Ray Train writes the traceback into its log
+    if found is None:
+        return {}
     channel.send(found)
     return dict(found["metrics"])
 
 
-def _measured(path: str, validation: Validation) -> dict[str, Any]:
+def _measured(path: str, validation: Validation, requests: Requests) -> dict[str, Any] | None:
     began = time.monotonic()
     count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
     target = storage.join(validation.train.path, FOLDER, path.rstrip("/").rpartition("/")[2])
@@ -127,6 +131,8 @@ def _measured(path: str, validation: Validation) -> dict[str, Any]:
     shown = samples.grid_samples(count, len(drawing.labels))
     kept = []
     for start in range(0, count, generate.batch):
+        if requests.stopping():
+            return None
         numbers = range(start, min(start + generate.batch, count))
         images, _ = model.images(_labels(drawing.labels, numbers), numbers)
         sums.merge(FeatureSums.of(network(images)))

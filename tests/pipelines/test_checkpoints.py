@@ -1,8 +1,6 @@
 """Checkpoints: written on a thread, whole or not at all, the newest and the best kept, damage told."""
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_s3 import FaultyS3
+from full_disk import largest_file
 from tiny_cache import ARCHITECTURE, write_latents
 
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimizer_state
@@ -48,17 +47,6 @@ def progress(images_seen: int, loss: float = 1.0) -> dict[str, Any]:
     return {"images_seen": images_seen, "step": images_seen, "intervals": [{"images_seen": images_seen, "loss": loss}]}
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files beyond this many bytes fail as on a full disk, with OSError."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
@@ -75,6 +63,33 @@ def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
     model, state = load_model(Path(newest_checkpoint(job.train.path) or ""))
     assert state["step"] == 50
     assert all(torch.equal(value, tensors[WEIGHTS][name]) for name, value in model.named_parameters())
+
+
+def test_one_of_every_so_many_images_is_kept_for_good(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    said: list[str] = []
+    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_every_images=100, keep_best="", checkpoints_kept=1)), said.append)
+    for images in range(40, 401, 40):
+        writer.begin(tensors, progress(images))
+    writer.wait()
+    assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (120, 200, 320, 400)]
+    assert said == []
+
+
+def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_one(
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    said: list[str] = []
+    job = replace(job, train=replace(job.train, checkpoints_kept=1))
+    writer = CheckpointWriter(job, said.append)
+    for images, loss in ((100, math.nan), (200, 1.0), (300, 2.0)):
+        writer.begin(tensors, progress(images, loss))
+        writer.wait()
+    newest = Path(job.train.path, "checkpoints", f"images-{300:012d}")
+    (newest / WEIGHTS).write_bytes(b"damaged")
+    assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{200:012d}"))
+    writer.finish(tensors, progress(250, 3.0))  # went on from 200, and was asked to end
+    assert [int(name[-3:]) for name in checkpoint_names(job.train.path)] == [200, 250, 300]  # the best, the newest, the damaged one
+    assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{250:012d}"))
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(

@@ -10,8 +10,11 @@ from tiny_cache import ARCHITECTURE
 from mar_model.checkpoint import save_checkpoint
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
+from pipelines import storage
+from pipelines.checkpoints import checkpoint_path
 from pipelines.errors import UserError
 from pipelines.fine_tuning import CLASSES, start_from
+from pipelines.training import TrainSettings, begun_with
 
 CONFIG = MARConfig(**vars(ARCHITECTURE), latent_size=4, latent_channels=4, classes=3)
 
@@ -61,3 +64,13 @@ def test_what_has_another_shape_starts_anew_and_is_named(checkpoint: tuple[str, 
     (Path(path) / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"train\.init_from: .*ema\.safetensors is damaged"):
         start_from(path, CONFIG, ["ant"])
+
+
+def test_a_run_with_checkpoints_of_its_own_goes_on_when_what_it_began_with_is_gone(tmp_path: Path) -> None:
+    settings = TrainSettings(path=str(tmp_path / "train"), init_from=str(tmp_path / "dropped"))
+    storage.write_json(f"{settings.path}/identity.json", {"train.init_from": "0" * 64})
+    with pytest.raises(UserError, match="dropped"):  # nothing to go on from
+        begun_with(settings, CONFIG, ["ant"])
+    model = MAR(CONFIG)
+    save_checkpoint(Path(checkpoint_path(settings.path, 16)), model, dict(model.state_dict()), {"images_seen": 16})
+    assert begun_with(settings, CONFIG, ["ant"]) == (None, {"train.init_from": "0" * 64})

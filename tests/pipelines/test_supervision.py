@@ -36,6 +36,15 @@ def test_a_second_ctrl_c_leaves_at_once_and_so_does_the_first_where_nothing_can_
     never.set()
 
 
+def test_where_nobody_works_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.supervision.ANSWER_SECONDS", 0.05)
+    never, looks = threading.Event(), iter([True, True, False])
+    ctrl_c()
+    assert isinstance(finish_when_asked(never.wait, lambda: None, lambda: next(looks)), KeyboardInterrupt)
+    assert not list(looks)
+    never.set()
+
+
 def test_what_the_work_raises_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         finish_when_asked(lambda: 1 / 0)

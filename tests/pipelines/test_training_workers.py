@@ -97,7 +97,7 @@ def test_the_same_50_steps_on_1_2_and_4_workers_sharded_or_not(
     alone, others = tmp_path / "alone", replace(RECIPE, path=str(tmp_path / "others"))
     train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(alone), workers=1), 3, stage)
     assert_same_up_to_summation_order(undisturbed, alone)
-    train(TOKENIZER, cache, ARCHITECTURE, replace(others, strategy="fsdp", images=30 * BATCH), 3, stage)
+    train(TOKENIZER, cache, ARCHITECTURE, replace(others, strategy="fsdp", workers=3, images=30 * BATCH), 3, stage)  # one has two of four
     train(TOKENIZER, cache, ARCHITECTURE, replace(others, workers=4), 3, stage)  # goes on with the checkpoint of the sharded run
     assert_same_up_to_summation_order(tmp_path / "others", alone)
     last = Path(checkpoint_path(str(alone), STEPS * BATCH))
