@@ -55,15 +55,16 @@ def verify_command(
         import torch
 
         from pipelines.latents import LatentCache
-        from pipelines.verifying import damages, encode_again
+        from pipelines.verifying import damages, encode_again, forget
 
         opened = LatentCache(cache)
         found = list(damages(opened))
-        for one in found:
-            print(f"✗ {one}")
+        for _, text in found:
+            print(f"✗ {text}")
         print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
         if found:
-            print("run `mar cache` again with the same settings: it makes exactly these anew")
+            forget(opened, [name for name, _ in found])
+            print("they no longer count as finished: `mar cache` with the same settings makes exactly these anew")
             return False
         if sample:
             where = tokenizer or _recorded(cache, "tokenizer").get("path", "")

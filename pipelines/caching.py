@@ -17,7 +17,7 @@ import pyarrow.parquet
 from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
 from pipelines.cluster import cluster_resources
-from pipelines.encoding import EncodingJob, Seconds
+from pipelines.encoding import EncodingJob, Seconds, read_record
 from pipelines.errors import UserError
 from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_listing, list_images, listing_digest
 from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest
@@ -27,7 +27,7 @@ from pipelines.sources.table import ImageRows
 from pipelines.stage import IDENTITY, Stage
 from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
 
-LISTING = "listing.arrow"
+LISTING, REJECTED = "listing.arrow", "rejected.parquet"
 
 
 @dataclass
@@ -66,14 +66,14 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         storage.write_json(storage.join(cache.path, IDENTITY), identity)
         for name in ("summary.json", MANIFEST):
             storage.delete(storage.join(cache.path, name))
-    summary_path = storage.join(cache.path, "summary.json")
-    if storage.exists(summary_path) and not _is_whole(cache.path):
-        stage.say(f"{cache.path} has lost files; they are made again")
-        storage.delete(summary_path)
-    summary = stage.begin(cache.path, identity)
+    summary = stage.begin(cache.path, identity, enough=lambda _: _is_whole(cache.path))
     if summary is not None:
         return summary
 
+    summary_path = storage.join(cache.path, "summary.json")
+    if storage.exists(summary_path):
+        stage.say(f"{cache.path} has lost files; they are made again")
+        storage.delete(summary_path)
     storage.delete_partial(cache.path)
     keep_listing(kept, listing)
     records, rate, seconds = _make(images, tokenizer, cache, rows, shards, stage)
@@ -184,9 +184,9 @@ def _rejected_rows(path: str, shards: dict[int, Shard], among: list[int]) -> set
     """Those of the rows that finished shards rejected."""
     found = set[int]()
     for shard in shards.values():
-        record = storage.join(path, SHARDS, shard.record)
-        if any(shard.start <= row < shard.stop for row in among) and storage.exists(record):
-            found |= {shard.start + one["row"] for one in storage.read_json(record)["rejected"]}
+        if any(shard.start <= row < shard.stop for row in among):
+            record = read_record(storage.join(path, SHARDS, shard.record)) or {"rejected": []}
+            found |= {shard.start + one["row"] for one in record["rejected"]}
     return found
 
 
@@ -210,9 +210,16 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSett
 
 
 def _is_whole(path: str) -> bool:
-    """Whether the manifest and every shard it names are there, in the length it says."""
-    manifest = storage.join(path, MANIFEST)
-    return storage.exists(manifest) and are_whole(path, storage.read_json(manifest)["shards"])
+    """Whether everything a finished cache has is there, every shard in the length that the manifest says."""
+    if (
+        not all(storage.exists(storage.join(path, name)) for name in (MANIFEST, REJECTED))
+        or kept_listing(storage.join(path, LISTING)) is None
+    ):
+        return False
+    try:
+        return are_whole(path, storage.read_json(storage.join(path, MANIFEST))["shards"])
+    except ValueError:  # a manifest that is no JSON any more
+        return False
 
 
 def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
@@ -221,7 +228,7 @@ def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
     table = pa.Table.from_pylist(rejected, schema=schema)
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(table, sink)
-    storage.write_bytes(storage.join(path, "rejected.parquet"), bytes(sink.getvalue()))
+    storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))
 
 
 def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, Any]], total: int) -> None:
@@ -231,6 +238,6 @@ def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, An
         raise UserError(
             f"{len(rejected)} of {total} images can't be used, images.max_rejected={images.max_rejected} allows "
             f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''}. All are in "
-            f"{storage.join(path, 'rejected.parquet')}; mend those files or raise images.max_rejected, and run again "
-            "(finished shards are kept)"
+            f"{storage.join(path, REJECTED)}; mend those files where they are (without them it is another source) or raise "
+            "images.max_rejected, and run again (finished shards are kept)"
         )

@@ -95,15 +95,22 @@ def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: in
     """The record of shard `index`, which begins at row `start`, or None where it has to be made: it is not there, has not the recorded
     size and checksum, or rejected images that have other bytes now."""
     file, record_path = shard_paths(path, index)
-    if not (storage.exists(record_path) and storage.exists(file)):
-        return None
-    record: dict[str, Any] = storage.read_json(record_path)
-    if record["format_version"] != FORMAT_VERSION or storage.size(file) != record["bytes"]:
+    record = read_record(record_path)
+    if record is None or not storage.exists(file) or storage.size(file) != record["bytes"]:
         return None
     if storage.digest(storage.read_bytes(file)) != record["sha256"]:
         return None
     mended = any(read(images, rows[start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
     return None if mended else record
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """A shard's record, or None where it is not there, is damaged, or is of another format."""
+    try:
+        record: dict[str, Any] = storage.read_json(path)
+        return record if record["format_version"] == FORMAT_VERSION else None
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
 
 
 def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:

@@ -40,6 +40,9 @@ class ImageSettings:
     max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
 
 
+NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
 class ImageError(Exception):
     """An image that can't be used; its text is the reason."""
 
@@ -144,10 +147,13 @@ def keep_listing(path: str, listing: ImageListing) -> None:
 
 
 def kept_listing(path: str) -> ImageListing | None:
-    """The listing that `keep_listing` wrote, if it is there."""
+    """The listing that `keep_listing` wrote, if it is there and whole."""
     if not storage.exists(path):
         return None
-    table = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).read_all()
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).read_all()
+    except pa.ArrowException:
+        return None
     metadata = table.schema.metadata
     rows = ImageRows(table.replace_schema_metadata(None))
     return ImageListing(rows, json.loads(metadata[b"class_names"]), metadata[b"stamp"].decode())
@@ -197,7 +203,9 @@ def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
     try:
         return sources.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
-        if isinstance(error, pa.ArrowException) or storage.is_local(settings.source) or isinstance(error, FileNotFoundError):
+        # pyarrow has no errno for bytes that it can't make sense of; what S3 answers it calls an AWS Error
+        unanswered = isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))
+        if not unanswered or isinstance(error, NOT_THERE):
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
             f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "

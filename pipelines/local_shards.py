@@ -1,7 +1,8 @@
 """Shards of a cache on S3 or a slow disk, fetched onto a local disk ahead of their use: so many bytes at most, the longest unused go."""
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -63,7 +64,8 @@ class LocalShards:
         data = storage.read_bytes(storage.join(self.source, entry["name"]))
         if storage.digest(data) != entry["sha256"]:
             raise UserError(
-                f"{storage.join(self.source, entry['name'])} is not the manifest's ({len(data)} bytes); run `mar cache` to repair it"
+                f"{storage.join(self.source, entry['name'])} is not the manifest's ({len(data)} bytes); run `mar verify` on the cache, "
+                "then `mar cache` to make it anew"
             )
         with self._lock:
             self._make_room(len(data))
@@ -73,10 +75,18 @@ class LocalShards:
         return str(target)
 
     def _make_room(self, needed: int) -> None:
-        files = sorted((one.stat().st_mtime_ns, one.stat().st_size, one) for one in self.folder.glob("*.arrow") if one.exists())
+        files = sorted(_known(self.folder.parent.glob("*/*.arrow")))  # of all caches that are kept here
         used = sum(size for _, size, _ in files)
         for _, size, path in files:
             if used + needed <= self.limit:
                 return
             path.unlink(missing_ok=True)  # a reader that has it mapped keeps it until it lets go
             used -= size
+
+
+def _known(files: Iterable[Path]) -> Iterator[tuple[int, int, Path]]:
+    """Time of last use, bytes and path; another process may delete a file meanwhile."""
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            yield stat.st_mtime_ns, stat.st_size, path

@@ -160,6 +160,8 @@ class MetricsChannel:
         def listen() -> None:
             while True:
                 last = ended.is_set()
+                if last:
+                    time.sleep(0.2)  # what was sent before the end may still be on its way
                 try:
                     for message in self._queue.get_nowait_batch(self._queue.qsize()):
                         if not errors:

@@ -106,6 +106,8 @@ def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channe
 
     Sample i is the same function of the weights every time. What goes wrong here is told, and training goes on.
     """
+    if requests.stopping():
+        return {}
     if not storage.exists(path):
         channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
         return {}

@@ -1,7 +1,7 @@
 """Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from pipelines.encoding import Encoder, decode_row
 from pipelines.errors import UserError
 from pipelines.images import ImageSettings, kept_listing
 from pipelines.inspecting import check_tokenizer, spread
-from pipelines.latents import SHARDS, LatentCache, Manifest
+from pipelines.latents import MANIFEST, SHARDS, LatentCache, Manifest
 
 CHECKS_AT_ONCE = 4
 # How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
@@ -32,13 +32,21 @@ class Sampled:
     allowed: float
 
 
-def damages(cache: LatentCache) -> Iterator[str]:
-    """What is wrong with each shard that is not as the manifest says: its length, checksum, schema or number of rows."""
+def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
+    """Name of each shard that is not as the manifest says, and what is wrong with it: its length, checksum, schema or number of rows."""
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-        yield from (found for found in pool.map(lambda entry: _damage(cache, entry), cache.manifest.shards) if found)
+        found = pool.map(lambda entry: (entry["name"], _damage(cache, entry)), cache.manifest.shards)
+        yield from ((name, text) for name, text in found if text)
     rows = sum(entry["rows"] for entry in cache.manifest.shards)
     if rows != len(cache):
-        yield f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
+        yield MANIFEST, f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
+
+
+def forget(cache: LatentCache, damaged: Sequence[str]) -> None:
+    """Have the next run of the stage make these shards anew: without their records, and without the summary, they are not finished."""
+    storage.delete(storage.join(cache.path, "summary.json"))
+    for name in damaged:
+        storage.delete(storage.join(cache.path, SHARDS, name.removesuffix(".arrow") + ".json"))
 
 
 def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Fixtures every room's tests share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,14 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSetti
         patch.delenv("RAY_ADDRESS", raising=False)
         with connected(settings, Path(tmp_path_factory.mktemp("ray")) / "ray.log"):
             yield settings
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also in a process that a shell started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -40,13 +40,18 @@ def _rows(root: str, file: str) -> tuple[pa.Table, list[str] | None]:
     if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
         raise UserError(f"{path} has no column of whole numbers named label; expected image.bytes, label, found {schema.names}")
     labels = parquet.read(columns=["label"]).column("label").cast(pa.int64()).to_pylist()
-    stem = file.removesuffix(".parquet")
+    stem, metadata = file.removesuffix(".parquet"), parquet.metadata
+    sizes: list[int] = []  # of an image alone nothing is written down: that of its row group tells these images from others
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(one) for one in range(group.num_columns)]
+        sizes += [sum(one.total_compressed_size for one in columns if one.path_in_schema == "image.bytes")] * group.num_rows
     table = listed(
         keys=[f"{stem}/{row:08d}" for row in range(len(labels))],
         labels=labels,
         files=[file] * len(labels),
         offsets=range(len(labels)),
-        sizes=[-1] * len(labels),
+        sizes=sizes,
         reasons=[None if label is not None else "no label" for label in labels],
     )
     return table, _class_names(schema.metadata or {})

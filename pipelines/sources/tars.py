@@ -44,13 +44,15 @@ def open_at(path: str) -> Iterator[ReadAt]:
 def members(path: str, read_at: ReadAt, start: int = 0, stop: int | None = None) -> Iterator[Member]:
     """The regular files of the tar that begins at byte `start` of `path` (POSIX ustar and pax, GNU long names).
 
-    A tar that ends before its end mark is read as far as it goes. Raises UserError where a header's checksum is wrong.
+    Raises UserError where a header's checksum is wrong, and where the file ends without the end mark: it was cut off.
     """
     offset, name, size = start, "", -1  # name and size: what an extended header says of the next member
     while stop is None or offset < stop:
         block = read_at(offset, READ)
         header = block[:BLOCK]
-        if len(header) < BLOCK or not header.strip(b"\0"):
+        if len(header) < BLOCK:
+            raise UserError(f"{path} is cut off: it ends before byte {offset + BLOCK:,}, without a tar's end mark; bring the file anew")
+        if not header.strip(b"\0"):
             return
         _check(path, offset, header)
         kind, data = header[156:157], offset + BLOCK

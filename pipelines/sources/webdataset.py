@@ -14,6 +14,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "json")
 FIELDS = ("label", "cls")  # of a sample's JSON
 READS_AT_ONCE = 16
+LARGEST = 2**31  # number of a label that a listing holds
 
 
 def list_webdataset(root: str, files: list[str]) -> Listed:
@@ -73,8 +74,9 @@ def _label(sample: dict[str, Member], read_at: ReadAt) -> tuple[int | None, str 
         value = content.decode().strip() if kind == "cls" else _field(json.loads(content))
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError
-        return int(value), None
-    except (ValueError, TypeError):
+        label = int(value)
+        return (label, None) if abs(label) < LARGEST else (None, f"label {label:.3g} is out of range")
+    except (ValueError, TypeError, OverflowError):
         return None, f"no label: {kind} holds {content[:40].decode(errors='replace')!r}, expected a whole number"
 
 

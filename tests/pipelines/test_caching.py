@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from image_sources import write_ilsvrc, write_parquet, write_tree, write_webdataset
 from PIL import Image
 
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
@@ -147,7 +148,9 @@ def test_lost_and_damaged_shards_are_made_again_and_no_others(
     damaged = bytearray((shards / "shard-00002.arrow").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (shards / "shard-00002.arrow").write_bytes(damaged)
-    (shards / "shard-00003.json").unlink()
+    (shards / "shard-00003.json").write_bytes((shards / "shard-00003.json").read_bytes()[:40])
+    for name in ("rejected.parquet", "listing.arrow"):
+        (tmp_path / "copy" / name).unlink()
     (shards / "shard-00004.arrow.0a1b2c3d.partial").write_bytes(b"what a killed run left")
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
     summary = cache(images, tokenizer, again, stage)  # summary.json and manifest.json were there: files they name are not
@@ -176,6 +179,50 @@ def test_a_complete_cache_says_so(
     written = storage.read_json(storage.join(built.path, "summary.json"))
     assert cache(images, tokenizer, replace(built, encoders=2), stage) == written
     assert said == [f"{built.path} is complete"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "listing.arrow", "rejected.parquet"])
+def test_a_small_file_that_is_lost_or_damaged_is_made_again(
+    name: str, built: CacheSettings, images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
+) -> None:
+    again = copied(built, tmp_path / "copy")
+    file = tmp_path / "copy" / name
+    if name == "rejected.parquet":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:100])
+    cache(images, tokenizer, again, stage)
+    assert contents(again.path) == contents(built.path)
+
+
+def test_the_output_of_another_stage_is_left_as_it_is(
+    images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
+) -> None:
+    for name in ("identity.json", "summary.json"):
+        storage.write_json(str(tmp_path / name), {"train.batch": 2048})
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds an output made with another configuration"):
+        cache(images, tokenizer, CacheSettings(path=str(tmp_path)), stage)
+    assert storage.read_json(str(tmp_path / "summary.json")) == {"train.batch": 2048}
+
+
+@pytest.mark.long
+def test_every_form_of_source_gives_the_same_moments(
+    images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
+) -> None:
+    pictures = {f"{'ab'[number // 6]}/{number:02d}.png": png(number) for number in range(12)}
+    sources = {
+        "imagefolder": write_tree(tmp_path / "tree", pictures), "ilsvrc": write_ilsvrc(tmp_path / "all.tar", pictures),
+        "webdataset": write_webdataset(tmp_path / "shards", pictures), "parquet": write_parquet(tmp_path / "parquet", pictures),
+    }  # fmt: skip
+    found = []
+    for form, source in sources.items():
+        settings = CacheSettings(path=str(tmp_path / f"cache-{form}"), shard_images=SHARD, batch=1)
+        cache(replace(images, source=source, held_out_share=0.0), tokenizer, settings, stage)
+        made = LatentCache(settings.path)
+        moments, labels = made.take(np.arange(12), np.zeros(12, bool))
+        found.append(sorted((int(label), one.tobytes()) for label, one in zip(labels, moments, strict=True)))
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Listing, splitting, decoding and cropping images."""
 
+import errno
 import hashlib
 import io
 import random
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -141,6 +143,26 @@ def test_broken_images_raise_with_a_reason(data: bytes, reason: str) -> None:
         decode(data, 16)
     assert str(error.value).startswith(reason)
     assert "0x" not in str(error.value)
+
+
+def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = write_tree(tmp_path, "a/1.png")
+    (row,) = list_images(settings).rows
+
+    def failing(error: Exception) -> None:
+        def read(*_: object) -> bytes:
+            raise error
+
+        monkeypatch.setattr("pipelines.sources.read", read)
+
+    for error in (OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK")):
+        failing(error)
+        with pytest.raises(UserError, match=r"can't be read .*when it answers again run the same command"):
+            read_image(settings, row)
+    for error in (FileNotFoundError(errno.ENOENT, "gone"), OSError("Couldn't deserialize thrift"), pa.ArrowInvalid("damaged")):
+        failing(error)
+        with pytest.raises(ImageError, match="can't be read"):
+            read_image(settings, row)
 
 
 def test_very_long_images_are_refused_before_they_fill_the_memory() -> None:

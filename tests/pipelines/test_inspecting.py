@@ -77,10 +77,28 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     (copy / "shards" / "shard-00001.arrow").write_bytes(whole["shard-00001.arrow"][:-1])
     (copy / "shards" / "shard-00002.arrow").write_bytes(bytes([whole["shard-00002.arrow"][0] ^ 1]) + whole["shard-00002.arrow"][1:])
     found = list(damages(LatentCache(str(copy))))
-    assert [text.partition(" ")[2].split()[0:2] for text in found] == [["is", "missing"], ["is", found[1].split()[2]], ["has", "another"]]
+    assert [text.split()[1:3] for _, text in found] == [["is", "missing"], ["is", found[1][1].split()[2]], ["has", "another"]]
     with pytest.raises(Exception, match="1"):
         verify_command(str(copy))
     assert "0 of 3 shards" in capsys.readouterr().out
+
+
+def test_what_verify_finds_the_next_run_makes_anew(made: Path, ray_local: ClusterSettings, tmp_path: Path) -> None:
+    copy = tmp_path / "cache"
+    shutil.copytree(made / "cache", copy)
+    shards = copy / "shards"
+    whole = {path.name: path.read_bytes() for path in shards.iterdir()}
+    data = whole["shard-00001.arrow"]
+    (shards / "shard-00001.arrow").write_bytes(data[:999] + bytes([data[999] ^ 1]) + data[1000:])  # of the right length
+    with pytest.raises(Exception, match="1"):
+        verify_command(str(copy))
+    images = ImageSettings(source=str(made / "images"), size=16, max_rejected=0.2)
+    before = (shards / "shard-00000.arrow").stat().st_mtime_ns
+    settings = CacheSettings(path=str(copy), shard_images=8, batch=3)
+    cache(images, TokenizerSettings(path=str(made / "tokenizer")), settings, Stage("cache", ray_local))
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == whole
+    assert (shards / "shard-00000.arrow").stat().st_mtime_ns == before
+    verify_command(str(copy))
 
 
 @pytest.mark.long

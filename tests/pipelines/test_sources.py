@@ -94,8 +94,10 @@ def test_damaged_tars(images: Images, tmp_path: Path) -> None:
     settings = write("webdataset", tmp_path, images)
     path = tmp_path / "train-001.tar"
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])  # an image that is cut short is rejected when it is decoded
-    assert 5 < len(list_images(settings).rows) < 11
+    for left in (len(whole) // 2, 0, 1024):  # in the midst of a member, of everything, and between two members
+        path.write_bytes(whole[:left])
+        with pytest.raises(UserError, match=r"train-001\.tar is cut off: it ends before byte \d[\d,]*, without a tar's end mark"):
+            list_images(settings)
     path.write_bytes(whole[:700] + b"x" * (len(whole) - 700))
     with pytest.raises(UserError, match=r"train-001\.tar is no tar, or damaged: no valid header at byte"):
         list_images(settings)
@@ -106,7 +108,8 @@ def test_samples_that_make_no_image(tmp_path: Path) -> None:
         for name, data in {
             "0.jpg": b"0", "0.cls": b"1", "1.jpg": b"1", "2.JPG": b"2", "2.cls": b"cat", "3.txt": b"3", "3.cls": b"0", "4.png": b"4",
             "4.json": b'{"label": true}', "5.png": b"5", "5.json": b'{"label": -2}', "6.webp": b"6", "6.json": b'{"cls": "3"}',
-            "7.png": b"7", "7.cls": b"70000", "._7.png": b"", "8.jpg": b"8", "8.json": b"[", "9.png": b"9", "9.json": b"2",
+            "7.png": b"7", "7.cls": b"70000", "70.png": b"7", "70.cls": b"9" * 20, "71.png": b"7", "71.json": b"1e300",
+            "._7.png": b"", "8.jpg": b"8", "8.json": b"[", "9.png": b"9", "9.json": b"2",
         }.items():  # fmt: skip
             add(tar, name, data)
         add(tar, "0.jpg", b"again")
@@ -122,6 +125,8 @@ def test_samples_that_make_no_image(tmp_path: Path) -> None:
         "a/4": "no label: json holds '{\"label\": true}', expected a whole number",
         "a/5": "label -2 is out of range, expected 0 to 65535",
         "a/7": "label 70000 is out of range, expected 0 to 65535",
+        "a/70": "label 1e+20 is out of range",
+        "a/71": "label 1e+300 is out of range",
         "a/8": "no label: json holds '[', expected a whole number",
     }
     assert list_images(settings).class_names == ["0", "1", "2", "3"]
@@ -156,6 +161,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert [(row.key, row.reason) for row in list_images(ImageSettings(source=str(tmp_path))).rows] == [
         ("a/1.png", ""), ("a/\\xff.png", "its name is not UTF-8"),
     ]  # fmt: skip
+
+
+def test_other_images_in_the_same_parquet_files_are_another_source(images: Images, tmp_path: Path) -> None:
+    digests = []
+    for folder, shown in (("one", images), ("two", {key: data + b"\0" * 50 for key, data in images.items()})):
+        digests.append(list_images(write("parquet", tmp_path / folder, shown)).digest)
+    assert digests[0] != digests[1]
+    assert digests[0] == list_images(write("parquet", tmp_path / "again", images)).digest
 
 
 def test_patterns() -> None:

@@ -83,6 +83,7 @@ with connected(ClusterSettings(cpus=1), Path(sys.argv[1]) / "ray.log"):
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, -signal.SIGINT), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)])
 def test_an_interrupted_stage_takes_its_ray_along_and_no_other(
     ray_local: ClusterSettings, tmp_path: Path, sent: signal.Signals, status: int

@@ -8,6 +8,8 @@ import pytest
 
 from pipelines.supervision import finish_when_asked
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 
 def ctrl_c(seconds: float = 0.1) -> None:
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -154,6 +154,7 @@ def test_a_hung_and_a_killed_worker_change_nothing(undisturbed: Path, cache: Cac
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
 ) -> None:
