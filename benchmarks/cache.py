@@ -7,9 +7,11 @@ Photographs are made: 500 × 375 JPEG of noise at several scales, about the size
 
 import argparse
 import io
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -30,6 +32,7 @@ import torch
 from PIL import Image
 
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
+from pipelines import progress
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings, connected, use_threads
 from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
@@ -212,6 +215,7 @@ def memory(options: argparse.Namespace) -> None:
 
 def run_stage(options: argparse.Namespace) -> None:
     """The stage alone, small: what `memory` measures and `kills` kills."""
+    progress.LINE_SECONDS = 0.0  # a line whenever an image more is done: `kills` reads how many were lost
     cluster = ClusterSettings(cpus=2)
     images = ImageSettings(source=options.source, size=64)
     settings = CacheSettings(path=options.path, shard_images=options.shard, batch=BATCH, encoders=options.encoders)
@@ -231,7 +235,8 @@ def kills(options: argparse.Namespace) -> None:
         def start(name: str) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", "benchmarks.cache", "--what", "stage", "--source", str(folder / "images"), "--shard", "32"]
             command += ["--tokenizer", tokenizer, "--path", str(folder / name), "--encoders", "2"]
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            with (folder / f"{name}.said").open("a") as said:
+                return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
 
         began = time.perf_counter()
         assert start("undisturbed").wait() == 0
@@ -267,11 +272,23 @@ def kills(options: argparse.Namespace) -> None:
                 *(f"shards/{one}" for one in sorted(os.listdir(folder / "undisturbed" / "shards"))),
             ]
         ) and sorted(os.listdir(shards)) == sorted(os.listdir(folder / "undisturbed" / "shards"))
+        done = [int(one.replace(",", "")) for one in re.findall(r"^cache: ([\d,]+) of", (folder / "killed.said").read_text(), re.MULTILINE)]
+        lost = [one - other for one, other in itertools.pairwise(done) if other < one]  # done by somebody who was killed
     print(
-        json.dumps({"benchmark": "cache.kills", "kills": kinds, "finished_shards_made_again": again, "same_bytes": same, "seconds": whole})
+        json.dumps(
+            {
+                "benchmark": "cache.kills",
+                "kills": kinds,
+                "finished_shards_made_again": again,
+                "same_bytes": same,
+                "seconds": whole,
+                "images_lost": lost,
+            }  # fmt: skip
+        )
     )
     row(f"{killed} kills at random moments", "same bytes" if same else "OTHER BYTES", f"{kinds.count('driver')} drivers", "", "same bytes")
     row("  finished shards made again", str(again), f"{kinds.count('encoder')} encoders", "", "0")
+    row("  images encoded twice, of a kill at most", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
 
 
 def _times(shards: Path) -> dict[str, int]:

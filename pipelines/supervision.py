@@ -103,7 +103,9 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
     for worker, error in errors.items():
         failure = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
         if isinstance(failure, RayActorError):
-            return f"worker {worker} was lost ({_reason(str(failure))})"
+            reason = _reason(str(failure))
+            hint = "; so NCCL ends one that has waited train.hang_seconds for another" if "SIGABRT" in reason else ""
+            return f"worker {worker} was lost ({reason}{hint})"
     for worker, error in errors.items():
         if isinstance(error, WorkerHealthCheckTimeoutError):
             return f"worker {worker} hangs: it has not answered since {_seconds()} s"

@@ -34,11 +34,15 @@ from pipelines.requests import PREEMPTED, RESIZED, Requests
 from pipelines.strategies import load_whole, strategy_of
 from pipelines.telemetry import Telemetry
 from pipelines.training_step import OptimizerStep, Outcome
+from pipelines.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig
 
     from pipelines.training import TrainSettings
+
+
+PATIENCE = 1.25  # times train.hang_seconds: who waits for another in a collective, or doesn't answer Ray, is found before
 
 
 @dataclass(frozen=True)
@@ -133,20 +137,22 @@ class Training:
         """Steps until `train.images` are seen or the workers are asked to end; then the last checkpoint."""
         train, first = self.train, True
         self.model.train()
-        for share in self.micro_batches.from_images(self.images_seen):
-            if self.images_seen >= train.images or self.ending:
-                break
-            if first:
-                self._warm_up(share)
-            self._step(share)
-            if first and self.worker == 0:
-                self.job.channel.send({"started": self.images_seen, "workers": self.workers, **self.began, "stepped": time.time()})
-            first = False
-            ended = self.images_seen >= train.images
-            if ended or _crosses(self.images_seen, train.batch, train.log_images):
-                self._log()
-            if not ended and _crosses(self.images_seen, train.batch, train.checkpoint_images):
-                self._checkpoint()
+        with Watchdog(f"worker {self.worker}", PATIENCE * train.hang_seconds, self.job.channel.say) as watchdog:
+            for share in self.micro_batches.from_images(self.images_seen):
+                watchdog.stepped()
+                if self.images_seen >= train.images or self.ending:
+                    break
+                if first:
+                    self._warm_up(share)
+                self._step(share)
+                if first and self.worker == 0:
+                    self.job.channel.send({"started": self.images_seen, "workers": self.workers, **self.began, "stepped": time.time()})
+                first = False
+                ended = self.images_seen >= train.images
+                if ended or _crosses(self.images_seen, train.batch, train.log_images):
+                    self._log()
+                if not ended and _crosses(self.images_seen, train.batch, train.checkpoint_images):
+                    self._checkpoint()
         self._end()
 
     def _warm_up(self, share: GlobalBatch) -> None:
