@@ -274,18 +274,8 @@ def kills(options: argparse.Namespace) -> None:
         ) and sorted(os.listdir(shards)) == sorted(os.listdir(folder / "undisturbed" / "shards"))
         done = [int(one.replace(",", "")) for one in re.findall(r"^cache: ([\d,]+) of", (folder / "killed.said").read_text(), re.MULTILINE)]
         lost = [one - other for one, other in itertools.pairwise(done) if other < one]  # done by somebody who was killed
-    print(
-        json.dumps(
-            {
-                "benchmark": "cache.kills",
-                "kills": kinds,
-                "finished_shards_made_again": again,
-                "same_bytes": same,
-                "seconds": whole,
-                "images_lost": lost,
-            }  # fmt: skip
-        )
-    )
+    found = {"kills": kinds, "finished_shards_made_again": again, "same_bytes": same, "images_lost": lost, "seconds": whole}
+    print(json.dumps({"benchmark": "cache.kills", **found}))
     row(f"{killed} kills at random moments", "same bytes" if same else "OTHER BYTES", f"{kinds.count('driver')} drivers", "", "same bytes")
     row("  finished shards made again", str(again), f"{kinds.count('encoder')} encoders", "", "0")
     row("  images encoded twice, of a kill at most", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
