@@ -66,7 +66,10 @@ class Requests:
         """Whether there is a group that can answer."""
         import ray
 
-        return bool(ray.get(self._board.is_working.remote()))
+        try:
+            return bool(ray.get(self._board.is_working.remote()))
+        except ray.exceptions.RayError:  # with the board all is lost
+            return False
 
     def stopping(self) -> bool:
         """Whether the person has asked the run to end."""
