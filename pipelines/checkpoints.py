@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREFIX = "images-"
+VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
 UNFINISHED = ".writing-"
 
 
@@ -93,6 +94,12 @@ def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapp
 def images_of(name: str) -> int:
     """The images seen by the checkpoint of this name."""
     return int(name.removeprefix(PREFIX))
+
+
+def last_validated(train_path: str, images_seen: int) -> int:
+    """The images seen by the newest checkpoint, up to `images_seen`, that was validated; 0 where none was."""
+    names = [name.removesuffix(".json") for name in storage.list_directory(storage.join(train_path, VALIDATION)) if name.endswith(".json")]
+    return max((seen for seen in map(images_of, names) if seen <= images_seen), default=0)
 
 
 def score_of(state: Mapping[str, Any], metric: str) -> float | None:

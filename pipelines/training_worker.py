@@ -19,7 +19,7 @@ from mar_model.recipe import initial_weights, learning_rate, parameter_groups
 from mar_model.tokenizers import sample_posterior
 from pipelines import storage
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
-from pipelines.checkpoints import images_of, newest_checkpoint
+from pipelines.checkpoints import images_of, last_validated, newest_checkpoint
 from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start
@@ -97,7 +97,7 @@ class Training:
         )
         if newest is not None:
             self.resume(newest)
-        self.resumed_at = self.validated = self.images_seen
+        self.resumed_at, self.validated = self.images_seen, last_validated(train.path, self.images_seen)
         self.began["resumed"] = time.time()
 
         self.micro_batches = MicroBatches(

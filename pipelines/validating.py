@@ -12,6 +12,7 @@ import numpy as np
 from mar_model.config import Architecture
 from pipelines import samples, storage, training
 from pipelines.caching import CacheSettings
+from pipelines.checkpoints import VALIDATION
 from pipelines.cluster import ClusterSettings, default_device, require_workers, worker_resources
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, distance, metric_name
@@ -31,8 +32,6 @@ from pipelines.training import TrainSettings
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
-
-FOLDER = "validation"
 
 
 def train(
@@ -125,7 +124,7 @@ def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channe
 def _measured(path: str, validation: Validation, requests: Requests) -> dict[str, Any] | None:
     began = time.monotonic()
     count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
-    target = storage.join(validation.train.path, FOLDER, path.rstrip("/").rpartition("/")[2])
+    target = storage.join(validation.train.path, VALIDATION, path.rstrip("/").rpartition("/")[2])
     drawing = plan_drawing(target, [], validation.tokenizer, validation.train, generate, validation.seed, validation.cluster, files=False)
     model = LoadedModel(drawing)
     network = load_network(validation.features, validation.weights, default_device())

@@ -16,7 +16,7 @@ from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimi
 from mar_model.mar import MAR
 from pipelines import s3
 from pipelines.checkpoint_writing import CheckpointWriter
-from pipelines.checkpoints import checkpoint_names, forget_lost_attempts, newest_checkpoint
+from pipelines.checkpoints import checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
 from pipelines.errors import UserError
 from pipelines.latents import LatentCache
 from pipelines.training import TrainSettings, model_config
@@ -90,6 +90,14 @@ def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_
     writer.finish(tensors, progress(250, 3.0))  # went on from 200, and was asked to end
     assert [int(name[-3:]) for name in checkpoint_names(job.train.path)] == [200, 250, 300]  # the best, the newest, the damaged one
     assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{250:012d}"))
+
+
+def test_the_newest_that_was_validated(tmp_path: Path) -> None:
+    assert last_validated(str(tmp_path), 100) == 0
+    for name in ("images-000000000032.json", "images-000000000064.json", "images-000000000096.png", "images-000000000128.json"):
+        (tmp_path / "validation").mkdir(exist_ok=True)
+        (tmp_path / "validation" / name).touch()
+    assert last_validated(str(tmp_path), 100) == 64
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
