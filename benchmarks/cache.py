@@ -272,7 +272,8 @@ def kills(options: argparse.Namespace) -> None:
                 *(f"shards/{one}" for one in sorted(os.listdir(folder / "undisturbed" / "shards"))),
             ]
         ) and sorted(os.listdir(shards)) == sorted(os.listdir(folder / "undisturbed" / "shards"))
-        done = [int(one.replace(",", "")) for one in re.findall(r"^cache: ([\d,]+) of", (folder / "killed.said").read_text(), re.MULTILINE)]
+        said = re.findall(r"^cache: ([\d,]+) of [\d,]+ images", (folder / "killed.said").read_text(), re.MULTILINE)
+        done = [int(one.replace(",", "")) for one in said]
         lost = [one - other for one, other in itertools.pairwise(done) if other < one]  # done by somebody who was killed
     found = {"kills": kinds, "finished_shards_made_again": again, "same_bytes": same, "images_lost": lost, "seconds": whole}
     print(json.dumps({"benchmark": "cache.kills", **found}))
