@@ -211,6 +211,8 @@ def test_every_form_of_source_gives_the_same_moments(
     images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
 ) -> None:
     pictures = {f"{'ab'[number // 6]}/{number:02d}.png": png(number) for number in range(12)}
+    for folder in ("shards", "parquet"):
+        (tmp_path / folder).mkdir()
     sources = {
         "imagefolder": write_tree(tmp_path / "tree", pictures), "ilsvrc": write_ilsvrc(tmp_path / "all.tar", pictures),
         "webdataset": write_webdataset(tmp_path / "shards", pictures), "parquet": write_parquet(tmp_path / "parquet", pictures),
