@@ -63,7 +63,11 @@ def verify_command(
             print(f"✗ {text}")
         print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
         if found:
-            forget(opened, [name for name, _ in found])
+            try:
+                forget(opened, [name for name, _ in found])
+            except (OSError, UserError) as error:
+                print(f"they still count as finished, for nothing can be deleted there ({error}); verify where that is possible")
+                return False
             print("they no longer count as finished: `mar cache` with the same settings makes exactly these anew")
             return False
         if sample:

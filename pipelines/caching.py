@@ -176,8 +176,14 @@ def _only_mended(path: str, kept: str, identity: dict[str, Any], listing: ImageL
         return False
     if old.column("key") != new.column("key") or (old.column("label") != new.column("label")).any():
         return False
-    changed = (old.column("size") != new.column("size")).nonzero()[0].tolist()
-    return set(changed) <= _rejected_rows(path, shards, changed)
+    sizes = old.column("size"), new.column("size")
+    changed = ((sizes[0] != sizes[1]) & (sizes[0] >= 0)).nonzero()[0].tolist()
+    rejected = _rejected_rows(path, shards, changed)
+    together: dict[tuple[Any, ...], set[int]] = {}  # of Parquet files the size is that of the row group
+    for row in changed:
+        file = new[row].file
+        together.setdefault((file, sizes[0][row], sizes[1][row]) if file.endswith(".parquet") else (row,), set()).add(row)
+    return all(rows & rejected for rows in together.values())
 
 
 def _rejected_rows(path: str, shards: dict[int, Shard], among: list[int]) -> set[int]:

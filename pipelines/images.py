@@ -1,5 +1,6 @@
 """Images as they come from a source: the listing and its split, decoding, and the centre crop."""
 
+import errno
 import hashlib
 import io
 import json
@@ -40,7 +41,10 @@ class ImageSettings:
     max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
 
 
-NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+}  # fmt: skip
 
 
 class ImageError(Exception):
@@ -150,13 +154,13 @@ def kept_listing(path: str) -> ImageListing | None:
     """The listing that `keep_listing` wrote, if it is there and whole."""
     if not storage.exists(path):
         return None
+    data = storage.read_bytes(path)
     try:
-        table = pa.ipc.open_file(pa.py_buffer(storage.read_bytes(path))).read_all()
-    except pa.ArrowException:
+        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        class_names, stamp = json.loads(table.schema.metadata[b"class_names"]), table.schema.metadata[b"stamp"].decode()
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # pyarrow calls most damage an OSError
         return None
-    metadata = table.schema.metadata
-    rows = ImageRows(table.replace_schema_metadata(None))
-    return ImageListing(rows, json.loads(metadata[b"class_names"]), metadata[b"stamp"].decode())
+    return ImageListing(ImageRows(table.replace_schema_metadata(None)), class_names, stamp)
 
 
 def _hash_share(key: str) -> float:
@@ -203,9 +207,7 @@ def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
     try:
         return sources.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
-        # pyarrow has no errno for bytes that it can't make sense of; what S3 answers it calls an AWS Error
-        unanswered = isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error))
-        if not unanswered or isinstance(error, NOT_THERE):
+        if not (isinstance(error, OSError) and (error.errno in UNANSWERED or "AWS Error" in str(error))):
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
             f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "

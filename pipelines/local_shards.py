@@ -13,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.storage import PARTIAL
 
 FETCHES_AT_ONCE = 4
+SHARDS_HERE = "[0-9a-f]" * 16 + "/shard-*.arrow"  # what this module itself puts beside `folder`; the disk may hold other things
 
 
 class LocalShards:
@@ -75,7 +76,7 @@ class LocalShards:
         return str(target)
 
     def _make_room(self, needed: int) -> None:
-        files = sorted(_known(self.folder.parent.glob("*/*.arrow")))  # of all caches that are kept here
+        files = sorted(_known(self.folder.parent.glob(SHARDS_HERE)))  # of all caches that are kept here
         used = sum(size for _, size, _ in files)
         for _, size, path in files:
             if used + needed <= self.limit:

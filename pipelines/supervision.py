@@ -73,10 +73,10 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         if not errors or not self._running:
             return
         self._running = False
-        self.requests.group_works(False)
         mistake = next((one for one in errors.values() if isinstance(one, MISTAKES)), None)
         if mistake is not None:
             raise mistake
+        self.requests.group_works(False)
         text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
         self.channel.send({"say": text, "broke": time.time()})
 
@@ -157,8 +157,10 @@ def finish_when_asked(
             raise
         interruption = signal
         ask()
-        while not ended.wait(ANSWER_SECONDS) and somebody_works():
-            pass
+        while not ended.wait(ANSWER_SECONDS):
+            if not somebody_works():
+                ended.wait(SHUTDOWN_SECONDS)  # a run that is just giving up says why
+                break
     if errors:
         raise errors[0]
     return interruption

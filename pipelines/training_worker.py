@@ -107,6 +107,7 @@ class Training:
         self.writer = CheckpointWriter(job, job.channel.say) if worker == 0 else None
         self.memory, self.seconds_saving = HostMemory(), 0.0
         self.asked = job.requests.watched() if worker == 0 else lambda: ""
+        self.watchdog = Watchdog(f"worker {worker}", PATIENCE * train.hang_seconds, job.channel.say)
         self.ending = False  # a request to end has reached all workers
         self.skipped = 0  # steps in a row
         self.step = OptimizerStep(
@@ -137,9 +138,8 @@ class Training:
         """Steps until `train.images` are seen or the workers are asked to end; then the last checkpoint."""
         train, first = self.train, True
         self.model.train()
-        with Watchdog(f"worker {self.worker}", PATIENCE * train.hang_seconds, self.job.channel.say) as watchdog:
+        with self.watchdog:
             for share in self.micro_batches.from_images(self.images_seen):
-                watchdog.stepped()
                 if self.images_seen >= train.images or self.ending:
                     break
                 if first:
@@ -153,6 +153,7 @@ class Training:
                     self._log()
                 if not ended and _crosses(self.images_seen, train.batch, train.checkpoint_images):
                     self._checkpoint()
+                self.watchdog.stepped()
         self._end()
 
     def _warm_up(self, share: GlobalBatch) -> None:
@@ -321,6 +322,7 @@ class Training:
         """file → name → whole tensor in host memory, on the first worker; a sharded model is gathered from all of them."""
         if self.worker > 0 and not self.strategy.sharded:
             return {}
+        self.watchdog.rests()
         began = time.perf_counter()
         files = {
             WEIGHTS: dict(self.model.state_dict()),

@@ -1,5 +1,7 @@
 """Ends a worker that makes no step any more, although its process lives and answers: reading from a file system that is gone, say."""
 
+import contextlib
+import math
 import os
 import signal
 import sys
@@ -13,15 +15,15 @@ OWN = str(Path(__file__).parent.parent)  # frames of this project say more than 
 
 
 class Watchdog:
-    """A context manager for the thread that trains: when `stepped` has not been called for `seconds`, `say` is told where that thread
-    is, and the process is killed, so that Ray starts the group again."""
+    """A context manager for the thread that trains: when `seconds` have gone by since a call of `stepped`, `say` is told where that
+    thread is, and the process is killed, so that Ray starts the group again. Nothing is watched before the first step, which may compile
+    and fetch shards, nor from `rests` to the next step: a checkpoint may have to wait for a slow store."""
 
     def __init__(self, name: str, seconds: float, say: Callable[[str], None]) -> None:
         self.name, self.seconds, self.say = name, seconds, say
-        self._last, self._over = time.monotonic(), threading.Event()
+        self._last, self._over = math.inf, threading.Event()
 
     def __enter__(self) -> "Watchdog":
-        self.stepped()
         threading.Thread(target=self._watch, args=(threading.get_ident(),), name="watchdog", daemon=True).start()
         return self
 
@@ -32,12 +34,17 @@ class Watchdog:
         """The thread is alive."""
         self._last = time.monotonic()
 
+    def rests(self) -> None:
+        """The thread is about to do what may take any time."""
+        self._last = math.inf
+
     def _watch(self, thread: int) -> None:
         while not self._over.wait(self.seconds / 20):
             silent = time.monotonic() - self._last
             if silent > self.seconds:
-                self.say(f"{self.name} hangs: no step for {silent:.0f} s, {_where(thread)}; it is ended")
-                time.sleep(1)  # until that is told
+                with contextlib.suppress(Exception):
+                    self.say(f"{self.name} hangs: no step for {silent:.0f} s, {_where(thread)}; it is ended")
+                    time.sleep(1)  # until that is told
                 os.kill(os.getpid(), signal.SIGKILL)
 
 

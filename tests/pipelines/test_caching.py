@@ -206,6 +206,25 @@ def test_the_output_of_another_stage_is_left_as_it_is(
     assert storage.read_json(str(tmp_path / "summary.json")) == {"train.batch": 2048}
 
 
+def test_an_image_mended_in_its_parquet_file_is_tried_again(
+    images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
+) -> None:
+    pictures = {f"{'ab'[number // 6]}/{number:02d}.png": png(number) for number in range(12)}
+    (tmp_path / "source").mkdir()
+    source = write_parquet(tmp_path / "source", {**pictures, "a/04.png": b"broken"})
+    settings = CacheSettings(path=str(tmp_path / "cache"), shard_images=4, batch=2)
+    options = replace(images, source=source, held_out_share=0.0, max_rejected=0.2)
+    assert cache(options, tokenizer, settings, stage)["rejected"] == 1
+    before = (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns
+    write_parquet(tmp_path / "source", pictures)
+    summary = cache(options, tokenizer, settings, stage)
+    assert (summary["rejected"], summary["images"]) == (0, 12)
+    assert (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns == before
+    write_parquet(tmp_path / "source", {**pictures, "b/07.png": png(99)})
+    with pytest.raises(UserError, match=r"images\.train_listing"):  # one that nobody had rejected
+        cache(options, tokenizer, settings, stage)
+
+
 @pytest.mark.long
 def test_every_form_of_source_gives_the_same_moments(
     images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path

@@ -159,7 +159,12 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
         failing(error)
         with pytest.raises(UserError, match=r"can't be read .*when it answers again run the same command"):
             read_image(settings, row)
-    for error in (FileNotFoundError(errno.ENOENT, "gone"), OSError("Couldn't deserialize thrift"), pa.ArrowInvalid("damaged")):
+    for error in (
+        FileNotFoundError(errno.ENOENT, "gone"),
+        OSError(errno.EIO, "sector"),
+        OSError("Couldn't deserialize thrift"),
+        pa.ArrowInvalid("damaged"),
+    ):
         failing(error)
         with pytest.raises(ImageError, match="can't be read"):
             read_image(settings, row)

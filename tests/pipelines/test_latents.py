@@ -101,6 +101,21 @@ def test_shards_are_mapped_and_no_file_stays_open(tmp_path: Path) -> None:
     assert str(tmp_path / "shards" / shard_name(149)) in Path("/proc/self/maps").read_text()
 
 
+def test_what_else_lies_on_the_local_disk_is_left_there(tmp_path: Path) -> None:
+    moments, _ = write_cache(tmp_path / "cache", [4] * 6)
+    other = tmp_path / "disk" / "my_dataset" / "data-00000-of-00001.arrow"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(10_000_000))
+    size = max(path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir())
+    for _ in range(2):  # two caches in one place have room together
+        cache = LatentCache(str(tmp_path / "cache"), str(tmp_path / "disk"), 3.5 * size / 1e9)
+        np.testing.assert_array_equal(cache.take(np.arange(24), np.zeros(24, bool))[0], moments)
+        assert sum(path.stat().st_size for path in (tmp_path / "disk").glob("*/shard-*.arrow")) <= 3.5 * size
+        manifest = tmp_path / "cache" / "manifest.json"
+        manifest.write_text(manifest.read_text() + "\n")
+    assert other.stat().st_size == 10_000_000
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no finished latent cache .* run `mar cache`"):
         LatentCache(str(tmp_path))

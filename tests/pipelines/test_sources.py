@@ -205,6 +205,18 @@ def test_a_kept_listing_serves_until_the_files_change(images: Images, tmp_path: 
     assert len(list_images(more, kept).rows) == 12
 
 
+def test_a_damaged_listing_is_none(images: Images, tmp_path: Path) -> None:
+    kept = tmp_path / "listing.arrow"
+    listing = list_images(write("ilsvrc", tmp_path / "source", images))
+    keep_listing(str(kept), listing)
+    whole = kept.read_bytes()
+    lost = 0
+    for start in range(0, len(whole), 37):
+        kept.write_bytes(whole[:start] + bytes(32) + whole[start + 32 :])
+        lost += kept_listing(str(kept)) is None  # values alone may be damaged: those the listing does not check
+    assert lost > 5
+
+
 def test_the_digest_tells_data_apart(images: Images, tmp_path: Path) -> None:
     def digest(name: str, changed: Images, **settings: float) -> str:
         return list_images(ImageSettings(source=write_tree(tmp_path / name, changed), **settings)).digest  # type: ignore[arg-type]
