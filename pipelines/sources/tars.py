@@ -1,6 +1,7 @@
 """The members of a tar file by their headers alone: where each one's bytes lie, so that a member is read without unpacking."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from pipelines.errors import UserError
 
 BLOCK = 512
 READ = 2 * BLOCK  # a header, and with it the whole of a small member such as a label
+
+AHEAD = 2**20  # read with each request to S3, where one takes as long as a mebibyte: the headers of small members come along
 
 ReadAt = Callable[[int, int], bytes]  # (offset, bytes) → the bytes there, fewer at the end of the file
 
@@ -37,8 +40,16 @@ def open_at(path: str) -> Iterator[ReadAt]:
             os.close(descriptor)
         return
     with system.open_input_file(inner) as stream:
-        size = stream.size()
-        yield lambda offset, count: bytes(stream.read_at(min(count, size - offset), offset)) if offset < size else b""
+        size, last = stream.size(), threading.local()
+
+        def read_ahead(offset: int, count: int) -> bytes:
+            start, data = getattr(last, "block", (0, b""))
+            if not start <= offset <= offset + count <= start + len(data):
+                start, data = offset, bytes(stream.read_at(min(max(count, AHEAD), size - offset), offset)) if offset < size else b""
+                last.block = start, data
+            return data[offset - start : offset - start + count]
+
+        yield read_ahead
 
 
 def members(path: str, read_at: ReadAt, start: int = 0, stop: int | None = None) -> Iterator[Member]:

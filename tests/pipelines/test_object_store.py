@@ -120,6 +120,16 @@ def test_every_form_of_source_on_s3(server: FaultyS3, tmp_path: Path) -> None:
         assert [read_image(settings, row) for row in rows] == [IMAGES[key] for key in sorted(IMAGES)]
 
 
+def test_a_tar_of_small_members_is_listed_with_few_requests(server: FaultyS3, tmp_path: Path) -> None:
+    images = {f"a/{number:03d}.png": encoded(60, 60, number) for number in range(150)}  # 1.6 MB of noise
+    pattern = write_webdataset(tmp_path, images, shards=1).replace("{000..000}", "000")
+    upload(tmp_path, "s3://data/few")
+    before = server.requests
+    rows = list_images(ImageSettings(source=f"s3://data/few/{Path(pattern).name}", size=16)).rows
+    assert server.requests - before < 15
+    assert [read_image(ImageSettings(source="s3://data/few/train-000.tar"), row) for row in rows] == [images[key] for key in sorted(images)]
+
+
 @pytest.fixture(scope="module")
 def s3_source(server: FaultyS3, tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageSettings, ImageSettings]:
     """The same images on S3 and on the disk."""
