@@ -23,6 +23,7 @@ from pipelines.sources.tars import members, open_at
 from pipelines.sources.webdataset import list_webdataset
 
 READS_AT_ONCE = 16
+FILES = (".tar", ".parquet")  # that hold many images
 FITTING = {"ilsvrc": "one .tar file of tars", "webdataset": ".tar files", "parquet": ".parquet files"}
 
 _row_groups = RowGroups()
@@ -66,6 +67,11 @@ def find_source(source: str, form: str = "auto") -> Source:
             f"images.source {source!r} is not there{f' ({missing[0]} is missing)' if missing[0] != source else ''}; expected a folder "
             "with one folder of images a class, a tar, Parquet files, or a pattern such as shard-{000..146}.tar, local or on s3://"
         )
+    if source.endswith(FILES) and storage.is_directory(source):
+        raise UserError(
+            f"images.source {source!r} is a folder with the name of a file; name what is in it with a pattern, such as "
+            f"{source}/part-{{00000..00007}}.parquet, or rename it"
+        )
     root = root_of(source)
     files = list_files(source) if "{" not in source and storage.is_directory(source) else _sized(source, root)
     form = _form(root, files) if form == "auto" else form
@@ -94,7 +100,7 @@ def root_of(source: str) -> str:
     """The folder that a listing's files are relative to."""
     if "{" in source:
         return posixpath.dirname(source[: source.index("{")])
-    return posixpath.dirname(source) if source.endswith((".tar", ".parquet")) else source
+    return posixpath.dirname(source) if source.endswith(FILES) else source
 
 
 def expanded(pattern: str) -> list[str]:

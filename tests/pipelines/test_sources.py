@@ -188,6 +188,13 @@ def test_mistakes_are_named(images: Images, tmp_path: Path) -> None:
         list_images(replace(settings, format="parquet"))
     with pytest.raises(UserError, match=r"holds no inner tars"):
         list_images(replace(settings, format="ilsvrc", source=str(tmp_path / "train-000.tar")))
+    folder = tmp_path / "data.parquet"  # as Spark writes it
+    folder.mkdir()
+    pattern = write_parquet(folder, images)
+    with pytest.raises(UserError, match=r"data\.parquet' is a folder with the name of a file; name what is in it with a pattern, such as"):
+        list_images(replace(settings, source=str(folder)))
+    found = list_images(replace(settings, source=pattern))
+    assert [read_image(replace(settings, source=pattern), row) for row in found.rows] == [images[key] for key in sorted(images)]
 
 
 def test_a_kept_listing_serves_until_the_files_change(images: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
