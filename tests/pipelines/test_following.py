@@ -47,6 +47,7 @@ class Scraper(threading.Thread):
                 self.seen[f"{name}_{band[1]}" if band else name].add(float(value))
 
 
+@pytest.mark.long
 def test_everywhere_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "300")

@@ -220,6 +220,7 @@ def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, 
         tokenize(images, replace(settings, path=settings.path + "-brought"), seed=1, stage=stage)
 
 
+@pytest.mark.long
 def test_a_workers_user_error_reaches_the_person(
     images: ImageSettings, settings: TokenizerSettings, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
