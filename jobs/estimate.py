@@ -23,8 +23,16 @@ def record_bytes(config: "RunConfig") -> int:
 
 
 def checkpoint_bytes(config: "RunConfig", classes: int) -> int:
-    """The newest checkpoints that are kept, the best, and the one that is being written."""
-    return parameters(config, classes) * bytes_a_parameter(config) * (config.train.checkpoints_kept + bool(config.train.keep_best) + 1)
+    """All checkpoints that a whole run keeps at once."""
+    return parameters(config, classes) * bytes_a_parameter(config) * sum(checkpoints_on_disk(config).values())
+
+
+def checkpoints_on_disk(config: "RunConfig") -> dict[str, int]:
+    """How many there are at the end of a run, by why they are kept."""
+    train = config.train
+    found = {"kept (train.checkpoints_kept)": train.checkpoints_kept, "the best (train.keep_best)": int(bool(train.keep_best))}
+    found["for good (train.keep_every_images)"] = train.images // train.keep_every_images if train.keep_every_images else 0
+    return {**found, "being written": 1}
 
 
 def bytes_a_parameter(config: "RunConfig") -> int:

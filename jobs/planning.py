@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jobs.estimate import bytes_a_parameter, cache_bytes, model_config, record_bytes
+from jobs.estimate import bytes_a_parameter, cache_bytes, checkpoints_on_disk, model_config, record_bytes
 from pipelines.errors import UserError
 from pipelines.gpus import GPU
 
@@ -167,7 +167,7 @@ def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float
 
 def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
     cache, record, each = cache_bytes(config, given.images), record_bytes(config), bytes_a_parameter(config)
-    checkpoint, kept, best = parameters * each, config.train.checkpoints_kept, bool(config.train.keep_best)
+    checkpoint, there = parameters * each, checkpoints_on_disk(config)
     averages = f"{1 + len(config.train.ema_decays)} averages" if config.train.ema_decays else "EMA"
     both = f"{given.images:,} images × 2 (mirrored) × {record:,} bytes, {config.cache.dtype}"
 
@@ -178,12 +178,7 @@ def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_pe
         figure("latent cache", cache, "GB", both),
         figure("read from the cache", images_per_second * record, "MB/s", "speed × one record, by all GPUs"),
         figure("a checkpoint", checkpoint, "GB", f"weights, {averages}, Adam: {each} bytes a parameter"),
-        figure(
-            "checkpoints",
-            checkpoint * (kept + best + 1),
-            "GB",
-            f"{kept} kept (train.checkpoints_kept){', the best' * best}, one being written",
-        ),
+        figure("checkpoints", checkpoint * sum(there.values()), "GB", ", ".join(f"{count} {why}" for why, count in there.items() if count)),
     ]
 
 
