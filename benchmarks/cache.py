@@ -1,6 +1,7 @@
-"""Making a latent cache: images a second beside a bare loop, precision, memory, kills, listing. Each bar with its baseline.
+"""Making a latent cache: images a second beside a bare loop, precision, memory, kills, S3 that fails, listing. Each bar with its baseline.
 
-    python -m benchmarks.cache [--what throughput,precision,memory,kills,listing] [--images 2000]
+    python -m benchmarks.cache [--what throughput,precision,memory,kills,faults,listing] [--images 2000]
+    python -m benchmarks.cache --what forms --source FOLDER_OF_CLASS_FOLDERS
 
 Photographs are made: 500 × 375 JPEG of noise at several scales, about the size of ImageNet's. Ray's start is never part of a speed.
 """
@@ -26,18 +27,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import boto3
 import numpy as np
 import psutil
 import torch
 from PIL import Image
 
+from benchmarks.faulty_s3 import FaultyS3
+from benchmarks.source_forms import write_ilsvrc, write_parquet, write_webdataset
+from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines import progress
+from pipelines import progress, s3, storage
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings, connected, use_threads
 from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
+from pipelines.errors import UserError
 from pipelines.host_memory import keep_freed_memory
 from pipelines.images import ImageSettings, list_images
+from pipelines.latents import MANIFEST, SHARDS, LatentCache
 from pipelines.shards import make, shards_of
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
@@ -282,6 +289,104 @@ def kills(options: argparse.Namespace) -> None:
     row("  images encoded twice, of a kill at most", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
 
 
+def faults(options: argparse.Namespace) -> None:
+    """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on one that stops answering."""
+    with tempfile.TemporaryDirectory() as temporary, FaultyS3() as server:
+        folder, cluster = Path(temporary), ClusterSettings(cpus=2)
+        tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", SMALL))
+        source = write_photographs(folder / "images", options.images, size=(160, 120))
+        server.stall = s3.WRITE_SECONDS + 5  # longer than a client waits
+        os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ["AWS_ENDPOINT_URL"] = server.url
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="data")
+        for path in Path(source).rglob("*.jpg"):
+            client.put_object(Bucket="data", Key=f"images/{path.relative_to(source)}", Body=path.read_bytes())
+
+        def run(source: str, path: str) -> float:
+            settings = CacheSettings(path=path, shard_images=32, batch=BATCH)
+            began = time.perf_counter()
+            cache(ImageSettings(source=source, size=64), tokenizer, settings, Stage("cache", cluster))
+            return time.perf_counter() - began
+
+        def same(path: str) -> bool:
+            names = [name for name in storage.list_files(undisturbed) if name == MANIFEST or name.startswith(SHARDS)]
+            return all(storage.read_bytes(f"{path}/{name}") == storage.read_bytes(f"{undisturbed}/{name}") for name in names)
+
+        with connected(cluster, folder / "ray.log"):
+            undisturbed = str(folder / "undisturbed")
+            found = {"seconds_on_disk": run(source, undisturbed), "seconds_on_s3": run("s3://data/images", "s3://data/well")}
+            before, server.share = server.requests, 0.01
+            found["seconds_with_faults"] = run("s3://data/images", "s3://data/faults")
+            requests, failed, server.share = server.requests - before, dict(server.faults), 0.0
+            same_bytes = same("s3://data/well") and same("s3://data/faults")
+
+            stop = threading.Timer(found["seconds_on_s3"] / 2, lambda: (setattr(server, "kinds", ("503",)), setattr(server, "share", 1.0)))
+            began, message = time.perf_counter(), "NONE"
+            stop.start()
+            try:
+                guarded("cache", "s3://data/lost", lambda: run("s3://data/images", "s3://data/lost"))  # what `mar cache` says
+            except UserError as error:
+                message = str(error)
+            found["seconds_until_told"] = time.perf_counter() - began - found["seconds_on_s3"] / 2
+            server.share = 0.0
+            left = storage.list_files("s3://data/lost")
+            whole = [name for name in left if name.endswith(".arrow") and same_object(f"s3://data/lost/{name}", f"{undisturbed}/{name}")]
+            half = [name for name in left if (name.endswith(".arrow") and name not in whole) or name in (MANIFEST, "summary.json")]
+            half += [one["Key"] for one in client.list_multipart_uploads(Bucket="data").get("Uploads", [])]
+            run("s3://data/images", "s3://data/lost")
+            recovered = same("s3://data/lost")
+    figures = {"requests": requests, "faults": failed, "same_bytes": same_bytes, "told": message, "shards_kept": len(whole)}
+    print(json.dumps({"benchmark": "cache.faults", **figures, "half_visible": half, "same_bytes_afterwards": recovered, **found}))
+    kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items())
+    row("S3 failing 1 % of its requests", "same bytes" if same_bytes else "OTHER BYTES", f"{requests} requests", "", "same bytes")
+    print(f"  {kinds}; {found['seconds_with_faults']:.0f} s, without faults {found['seconds_on_s3']:.0f} s")
+    row("S3 that stops answering: half visible", f"{len(half)} objects", f"{len(whole)} shards kept", "", "none")
+    row("  answering again: the same command", "same bytes" if recovered else "OTHER BYTES", "", "", "same bytes")
+    print(f"  told after {found['seconds_until_told']:.0f} s: {message}")
+
+
+def same_object(path: str, other: str) -> bool:
+    return storage.read_bytes(path) == storage.read_bytes(other)
+
+
+def forms(options: argparse.Namespace) -> None:
+    """The images of a folder in each form of source, cached: the same moments, labels and order."""
+    if not options.source:
+        sys.exit("--what forms needs --source: a folder with a folder of images a class")
+    root, cluster = Path(options.source), ClusterSettings(cpus=2)
+    images = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    with tempfile.TemporaryDirectory() as temporary, connected(cluster, Path(temporary) / "ray.log"):
+        folder = Path(temporary)
+        tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", MIDDLE))
+        for form in ("webdataset", "parquet"):
+            (folder / form).mkdir()
+        sources = {
+            "tree": str(root),
+            "ilsvrc": write_ilsvrc(folder / "train.tar", images),
+            "webdataset": write_webdataset(folder / "webdataset", images),
+            "parquet": write_parquet(folder / "parquet", images),
+        }
+        found: dict[str, tuple[np.ndarray, ...]] = {}
+        for form, source in sources.items():
+            settings = CacheSettings(path=str(folder / f"cache-{form}"), shard_images=32, batch=BATCH)
+            cache(ImageSettings(source=source), tokenizer, settings, Stage("cache", cluster))
+            latents = LatentCache(settings.path)
+            rows = np.arange(len(latents))
+            moments, labels = latents.take(rows, np.zeros(len(rows), bool))
+            found[form] = (moments, latents.take(rows, np.ones(len(rows), bool))[0], labels)
+    same = {form: all(map(np.array_equal, arrays, found["tree"])) for form, arrays in found.items()}
+    print(json.dumps({"benchmark": "cache.forms", "images": {form: len(arrays[2]) for form, arrays in found.items()}, "same": same}))
+    for form in [*same][1:]:
+        row(
+            f"{form}: {len(found[form][2])} images",
+            "the same" if same[form] else "OTHERS",
+            f"tree: {len(found['tree'][2])}",
+            "",
+            "same moments",
+        )
+
+
 def _times(shards: Path) -> dict[str, int]:
     return {one.name: one.stat().st_mtime_ns for one in shards.glob("*.json")}
 
@@ -313,13 +418,15 @@ def row(what: str, found: str, baseline: str, ratio: str, bar: str) -> None:
 
 
 def main() -> None:
-    pieces = {"throughput": throughput, "precision": precision, "memory": memory, "kills": kills, "listing": listing, "stage": run_stage}
+    measured = (throughput, precision, memory, kills, faults, forms, listing)
+    pieces = {**{one.__name__: one for one in measured}, "stage": run_stage}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", default="listing,throughput,precision,memory,kills")
+    parser.add_argument("--what", default="listing,throughput,precision,memory,kills,faults")
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)
-    for name in ("source", "tokenizer", "path"):
+    parser.add_argument("--source", default="", help="of `forms`: a folder with a folder of images a class")
+    for name in ("tokenizer", "path"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=1024, help=argparse.SUPPRESS)
     parser.add_argument("--encoders", type=int, default=1, help=argparse.SUPPRESS)

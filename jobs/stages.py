@@ -109,14 +109,20 @@ def guarded(name: str, path: str, work: Callable[[], T]) -> T:
     """`work()`, with whatever it raises turned into UserError, or into StageFailed with the traceback in `path/error.log`."""
     try:
         return work()
-    except (UserError, StageFailed):
+    except StageFailed:
         raise
     except Exception as error:
+        if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all
+            raise
         mistake = _find(error, UserError)
         if mistake is not None:
             raise UserError(str(mistake)) from error
+        from pipelines import s3
+
         cause = _innermost(error)
-        text = (str(cause).strip() or "no message").splitlines()[-1]
+        text = (str(cause).strip() or "no message").splitlines()[0]
+        if s3.refused(cause):
+            raise UserError(f"{text}; mend that and run the same command: what is finished is kept") from error
         raise StageFailed(f"{name} failed: {type(cause).__name__}: {text}\nthe traceback is in {_log(name, path, error)}") from error
 
 

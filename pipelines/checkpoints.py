@@ -69,7 +69,7 @@ def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tenso
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 if not storage.exists(storage.join(path, STATE)):
                     storage.delete(path)
-            raise OSError(f"{path}: {error}") from error
+            raise OSError(f"{path}: {error.__cause__ or error}") from error
     return path
 
 

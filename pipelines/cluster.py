@@ -171,7 +171,7 @@ def _termination_as_exit() -> Iterator[None]:
 
 
 def _send_chatter_to(log: Path) -> None:
-    """Ray's loggers write to `log` and no longer to the terminal."""
+    """Ray's loggers write to `log` and no longer to the terminal, and an error of ours comes as it is."""
     import ray.data
     import ray.train
 
@@ -186,6 +186,7 @@ def _send_chatter_to(log: Path) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # what Ray wraps it in loses the cause on its way from a worker
 
 
 def cluster_resources() -> tuple[float, float]:

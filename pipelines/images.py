@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageOps
 
-from pipelines import sources, storage
+from pipelines import s3, sources, storage
 from pipelines.errors import UserError
 from pipelines.settings import identity, operational
 from pipelines.sources.imagefolder import SUFFIXES
@@ -207,7 +207,7 @@ def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
     try:
         return sources.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
-        if not (isinstance(error, OSError) and (error.errno in UNANSWERED or "AWS Error" in str(error))):
+        if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
             f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "

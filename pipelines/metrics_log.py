@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines import storage
-from pipelines.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,11 @@ class MetricsLog:
         try:
             self._keep(row)
             self._told = False
-        except (OSError, UserError) as error:
+        except OSError as error:
             self._on_disk = -1
             if not self._told:
                 self._told = True
-                self._say(f"{self.path} can't be written, which is tried again with every line: {error}")
+                self._say(f"{self.path} can't be written, which is tried again with every line: {error.__cause__ or error}")
 
     def _keep(self, row: dict[str, Any]) -> None:
         if storage.is_local(self.path) and self._on_disk == len(self.rows) - 1:
@@ -61,7 +60,7 @@ class MetricsLog:
             self.write()
 
     def write(self) -> None:
-        """Write the whole file, if it does not hold all rows yet. Raises OSError or UserError where that is impossible."""
+        """Write the whole file, if it does not hold all rows yet. Raises storage.UnwritableError where that is impossible."""
         if self._on_disk != len(self.rows):
             storage.write_bytes(self.path, b"".join(_line(row) for row in self.rows))
             self._on_disk, self._written = len(self.rows), time.monotonic()

@@ -11,7 +11,7 @@ from pyarrow import fs
 from pipelines.errors import UserError
 
 ATTEMPTS = 10  # of one request, with growing pauses; a busy bucket answers 503 now and then
-CONNECT_SECONDS, STALL_SECONDS = 5.0, 20.0  # a request without a byte for so long is tried again
+CONNECT_SECONDS, READ_SECONDS, WRITE_SECONDS = 5.0, 5.0, 20.0  # a request without a byte for so long is tried again
 PART = 64 * 2**20
 SINGLE_REQUEST = 2**30  # larger objects go up in parts
 
@@ -54,7 +54,12 @@ def write(path: str, data: bytes) -> None:
     try:
         _client(options, _environment()).upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
     except (S3UploadFailedError, BotoCoreError, ClientError) as error:
-        raise OSError(f"{path} can't be written, after {ATTEMPTS} attempts: {error}") from error
+        raise OSError(f"no answer in {ATTEMPTS} attempts that takes it: {error}") from error
+
+
+def refused(error: BaseException) -> bool:
+    """Whether an error is one of the bucket's answers, or that it gave none: pyarrow raises OSError for these and for much else."""
+    return isinstance(error, OSError) and "AWS Error" in str(error)
 
 
 def abort_uploads(path: str) -> int:
@@ -94,7 +99,7 @@ def _filesystem(bucket: str, options: Options, environment: Options) -> fs.S3Fil
         endpoint_override=endpoint,
         scheme=chosen.get("scheme"),
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
-        request_timeout=STALL_SECONDS,
+        request_timeout=READ_SECONDS,
         connect_timeout=CONNECT_SECONDS,
     )
 
@@ -108,5 +113,5 @@ def _client(options: Options, environment: Options) -> Any:
     endpoint = chosen.get("endpoint_override")
     if endpoint and "://" not in endpoint:
         endpoint = f"{chosen.get('scheme', 'https')}://{endpoint}"
-    config = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=CONNECT_SECONDS, read_timeout=STALL_SECONDS)
+    config = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=CONNECT_SECONDS, read_timeout=WRITE_SECONDS)
     return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=chosen.get("region"), config=config)

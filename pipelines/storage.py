@@ -19,6 +19,11 @@ from pipelines.errors import UserError
 COPIES = "mar-copies-"  # begins the name of a folder of local copies; then the process that made it
 PARTIAL = ".partial"  # ends the name of a file or folder that is still being written
 
+
+class UnwritableError(UserError, OSError):
+    """A file could not be written: the disk is full, the folder is somebody else's, the bucket is out of reach. Its cause says which."""
+
+
 _lock = Lock()
 _copies: tempfile.TemporaryDirectory[str] | None = None
 
@@ -108,21 +113,28 @@ def read_range(path: str, offset: int, count: int) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write one file so that it is there whole or not at all (rename on local disks, one object on S3)."""
+    """Write one file so that it is there whole or not at all (rename on local disks, one object on S3). Raises UnwritableError."""
     system, inner = filesystem(path)
-    if isinstance(system, fs.LocalFileSystem):
-        os.makedirs(os.path.dirname(inner), exist_ok=True)
-        temporary = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-        try:
-            with open(temporary, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, inner)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return
-    s3.write(path, data)
+    try:
+        if isinstance(system, fs.LocalFileSystem):
+            _write_local(inner, data)
+        else:
+            s3.write(path, data)
+    except OSError as error:
+        raise UnwritableError(f"{path} can't be written: {error}; mend that and run the same command: what is finished is kept") from error
+
+
+def _write_local(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def read_json(path: str) -> Any:

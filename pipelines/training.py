@@ -122,10 +122,7 @@ def train(
             track(row)
 
         summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation)
-    try:
-        log.write()
-    except OSError as error:
-        raise UserError(f"{log.path} can't be written: {error}; all images are trained on: mend that and run the same command") from error
+    log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
     return stage.complete(train.path, identity, {**summary, "resumed_from": first})

@@ -139,7 +139,7 @@ def test_a_failure_says_its_cause_and_where_the_traceback_is(mar: Mar, monkeypat
     class GroupFailed(Exception):
         def __init__(self, text: str) -> None:
             super().__init__(text)
-            self.worker_failures = {1: MemoryError("bad\nno memory for 3 GB")}
+            self.worker_failures = {1: MemoryError("no memory for 3 GB\nFailed to apply …")}
 
     def fail() -> dict[str, Any]:
         raise GroupFailed("one of 2 workers")

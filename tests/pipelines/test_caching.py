@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from image_sources import write_ilsvrc, write_parquet, write_tree, write_webdataset
 from PIL import Image
 
+from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, write_webdataset
+from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
 from pipelines import storage
 from pipelines.caching import CacheSettings, cache
@@ -329,3 +330,17 @@ def test_moments_beyond_float16_reject_the_image(images: ImageSettings, tokenize
         assert record == storage.read_json(str(tmp_path / dtype / "shards" / "shard-00000.json"))
         assert record["rows"] == left
         assert [one["reason"] for one in record["rejected"]] == ["the tokenizer's moments are not finite in float16"] * (2 - left)
+
+
+def test_an_encoder_that_cannot_write_says_so_in_one_line(
+    images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "cache" / "shards" / "shard-00000.arrow"
+    blocked.mkdir(parents=True)
+    settings = CacheSettings(path=str(tmp_path / "cache"), shard_images=SHARD, batch=BATCH)
+    with pytest.raises(UserError) as told:
+        guarded("cache", settings.path, lambda: cache(images, tokenizer, settings, stage))
+    assert str(told.value).startswith(f"{blocked} can't be written: [Errno 21] Is a directory")
+    assert "\n" not in str(told.value)
+    blocked.rmdir()
+    assert cache(images, tokenizer, settings, stage)["shards"] > 1

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import ray
 import torch
-from image_sources import encoded, write_tree
 from ray.cluster_utils import Cluster
 
+from benchmarks.source_forms import encoded, write_tree
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines import shards, storage
 from pipelines.cluster import ClusterSettings

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from faulty_s3 import FaultyS3
 from full_disk import largest_file
 from tiny_cache import ARCHITECTURE, write_latents
 
+from benchmarks.faulty_s3 import FaultyS3
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimizer_state
 from mar_model.mar import MAR
 from pipelines import s3
@@ -150,7 +150,7 @@ def test_a_bucket_out_of_reach_during_a_checkpoint(
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(s3, "ATTEMPTS", 2)
-        monkeypatch.setattr(s3, "STALL_SECONDS", 1.0)
+        monkeypatch.setattr(s3, "WRITE_SECONDS", 1.0)
         boto3.client("s3").create_bucket(Bucket="runs")
         job = replace(job, train=replace(job.train, path="s3://runs/one"))
         writer = CheckpointWriter(job, said.append)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_sources import encoded, write_tree
 from PIL import Image
 
+from benchmarks.source_forms import encoded, write_tree
 from jobs.cache_commands import inspect_command, verify_command
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines import storage

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faulty_s3 import FaultyS3
-from image_sources import encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 
+from benchmarks.faulty_s3 import FaultyS3
+from benchmarks.source_forms import encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines import s3, storage
 from pipelines.caching import CacheSettings, cache
@@ -42,7 +42,8 @@ def server() -> Iterator[FaultyS3]:
 @pytest.fixture
 def impatient(server: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """The server, and clients that give up sooner than in production."""
-    monkeypatch.setattr(s3, "STALL_SECONDS", 0.6)
+    monkeypatch.setattr(s3, "READ_SECONDS", 0.6)
+    monkeypatch.setattr(s3, "WRITE_SECONDS", 0.6)
     monkeypatch.setattr(s3, "ATTEMPTS", 3)
     for cached in (s3._filesystem, s3._client):
         cached.cache_clear()
@@ -159,7 +160,7 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
     with pytest.raises(UserError, match=r"images\.source 's3://data/source' can't be read \(a/00 ü\.png: .*what is finished is kept"):
         ShardEncoder(replace(job, images=on_s3, path=str(tmp_path / "other")), rows).make(0, 0, 30)
     impatient.methods = ("PUT",)
-    with pytest.raises(OSError, match=r"s3://data/lost/shards/shard-00000\.arrow can't be written, after 3 attempts"):
+    with pytest.raises(UserError, match=r"s3://data/lost/shards/shard-00000\.arrow can't be written: no answer in 3 attempts"):
         ShardEncoder(replace(job, path="s3://data/lost"), rows).make(0, 0, 30)
     impatient.share = 0.0
     assert storage.list_files("s3://data/lost") == []

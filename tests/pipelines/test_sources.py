@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from image_sources import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 
+from benchmarks.source_forms import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 from pipelines import sources
 from pipelines.errors import UserError
 from pipelines.images import ImageError, ImageSettings, keep_listing, kept_listing, list_images, read_image

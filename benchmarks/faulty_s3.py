@@ -1,5 +1,6 @@
 """An S3 server on the loopback that answers a share of the requests as a bucket on a bad day does."""
 
+import os
 import socket
 import struct
 import threading
@@ -9,9 +10,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 KINDS = ("500", "503", "reset", "stall")
+
+
+class _Handler(WSGIRequestHandler):
+    def log_request(self, *_: object) -> None:
+        """Nothing: the requests are counted."""
+
+    def connection_dropped(self, *_: object) -> None:
+        self.close_connection = True  # there is no socket to read the next request from
 
 
 class FaultyS3:
@@ -25,7 +34,7 @@ class FaultyS3:
         self.requests = 0
         self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self, threaded=True)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
@@ -46,14 +55,14 @@ class FaultyS3:
             if kind:
                 self.faults[kind] += 1
         if kind in ("500", "503"):
-            environ["wsgi.input"].read()
-            start_response(f"{kind} Fault", [("Content-Type", "text/plain")])
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # what is left unread would be taken for the next request
+            start_response(f"{kind} Fault", [("Content-Type", "text/plain"), ("Content-Length", "7")])
             return [b"a fault"]
         if kind == "reset":
             connection: socket.socket = environ["werkzeug.socket"]
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with RST
-            connection.close()
-            return []
+            os.close(connection.detach())  # at once: `close` waits for the files that were made of the socket
+            raise ConnectionAbortedError
         if kind == "stall":
             time.sleep(self.stall)
         return self._app(environ, start_response)  # type: ignore[no-any-return]
