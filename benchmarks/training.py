@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import resource
 import statistics
 import tempfile
@@ -46,7 +47,7 @@ from pipelines.sampler import SampleOrder
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings, model_config, train
-from pipelines.training_worker import Normalisation, TrainingJob
+from pipelines.training_worker import Normalisation, Training, TrainingJob
 
 MODEL = Architecture(
     encoder_depth=4, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, buffer_size=8,
@@ -289,22 +290,62 @@ def node(folder: Path, steps: int) -> dict[str, Any]:
         cluster.shutdown()
 
 
+def record_reads() -> None:
+    """Called by Ray in each process that it starts: a training worker writes down which keys the steps it takes were made of."""
+    read, prepare, step = LatentCache.take, MicroBatches.prepare, Training._step
+    keys: dict[int, list[str]] = {}  # of this worker's share of the global batch that begins at so many images
+    reading: list[str] = []
+
+    def take(self: LatentCache, indices: np.ndarray, *rest: Any, **named: Any) -> Any:
+        reading.extend(self.keys(indices))
+        return read(self, indices, *rest, **named)
+
+    def prepared(self: MicroBatches, images_seen: int) -> GlobalBatch:
+        reading.clear()
+        share = prepare(self, images_seen)
+        keys[images_seen] = list(reading)
+        return share
+
+    def stepped(self: Training, share: GlobalBatch) -> None:
+        step(self, share)
+        with Path(self.train.path, f"keys-{os.getpid()}.txt").open("a") as file:
+            file.write(f"{share.images_seen} {self.worker} {' '.join(keys[share.images_seen])}\n")
+
+    LatentCache.take, MicroBatches.prepare, Training._step = take, prepared, stepped  # type: ignore[method-assign]
+
+
+def keys_of_steps(run: Path) -> list[str]:
+    """The keys of all images of a run, in the order of its steps; of a step that was taken again after a kill those of the last time."""
+    files = sorted(run.glob("keys-*.txt"), key=lambda file: file.stat().st_mtime_ns)
+    lines = [line.split() for file in files for line in file.read_text().splitlines()]
+    last = {(int(images_seen), int(worker)): keys for images_seen, worker, *keys in lines}
+    return [key for _, keys in sorted(last.items()) for key in keys]
+
+
 def resume(folder: Path, steps: int) -> dict[str, Any]:
+    """A run in one go, one that was ended and begun again, and one with a worker killed -9 on the way."""
     cache = write_cache(folder / "cache", rows=200)
     settings = replace(RECIPE, workers=2, images=960, log_images=32, checkpoint_images=480)
-    with connected(ClusterSettings(cpus=2), folder / "ray.log"):
+    ray.init(num_cpus=2, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"worker_process_setup_hook": record_reads})
+    try:
         for name, parts in (("whole", (960,)), ("parts", (480, 960))):
             for images in parts:
                 run = replace(settings, path=str(folder / name), images=images)
                 train(TOKENIZER, CacheSettings(path=cache.path), SMALL, run, 0, Recorded(ClusterSettings()))
-    same = {}
-    for file in (WEIGHTS, AVERAGE, OPTIMIZER):
-        whole, parts_ = (load_file(Path(checkpoint_path(str(folder / name), 960)) / file) for name in ("whole", "parts"))
-        same[file] = all(torch.equal(whole[one], parts_[one]) for one in whole)
-    order = SampleOrder(0, len(cache))
-    keys = cache.keys(order.indices(0, 800))
-    epochs = [sorted(keys[start : start + 200]) for start in range(0, 800, 200)]
-    return {"bitwise": same, "each key once an epoch": all(one == sorted(set(keys)) and len(set(one)) == 200 for one in epochs)}
+        interrupted(cache, folder / "killed", ClusterSettings(), kill_worker, images=960)
+    finally:
+        ray.shutdown()
+    found: dict[str, Any] = {}
+    keys = {name: keys_of_steps(folder / name)[:800] for name in ("whole", "parts", "killed")}
+    for name in ("parts", "killed"):
+        found[f"bitwise, {name}"] = {}
+        for file in (WEIGHTS, AVERAGE, OPTIMIZER):
+            whole, other = (load_file(Path(checkpoint_path(str(folder / one), 960)) / file) for one in ("whole", name))
+            found[f"bitwise, {name}"][file] = all(torch.equal(whole[one], other[one]) for one in whole)
+        epochs = [set(keys[name][start : start + 200]) for start in range(0, 800, 200)]
+        found[f"keys the workers read, {name}"] = "each once in each of 4 epochs" if all(len(one) == 200 for one in epochs) else "OTHERS"
+        found[f"the same images in each step, {name}"] = keys[name] == keys["whole"]
+    return found
 
 
 def scale(folder: Path, steps: int) -> dict[str, Any]:
