@@ -33,7 +33,7 @@ import psutil
 import torch
 from PIL import Image
 
-from benchmarks.faulty_s3 import FaultyS3
+from benchmarks.faulty_s3 import KINDS, FaultyS3
 from benchmarks.source_forms import write_ilsvrc, write_parquet, write_webdataset
 from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
@@ -292,7 +292,7 @@ def kills(options: argparse.Namespace) -> None:
 
 
 def faults(options: argparse.Namespace) -> None:
-    """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on one that stops answering."""
+    """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on one that says 503 for good."""
     with tempfile.TemporaryDirectory() as temporary, FaultyS3() as server:
         folder, cluster = Path(temporary), ClusterSettings(cpus=2)
         tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", SMALL))
@@ -330,20 +330,25 @@ def faults(options: argparse.Namespace) -> None:
                 guarded("cache", "s3://data/lost", lambda: run("s3://data/images", "s3://data/lost"))  # what `mar cache` says
             except UserError as error:
                 message = str(error)
+            stop.cancel()
             found["seconds_until_told"] = time.perf_counter() - began - found["seconds_on_s3"] / 2
             server.share = 0.0
             left = storage.list_files("s3://data/lost")
             whole = [name for name in left if name.endswith(".arrow") and same_object(f"s3://data/lost/{name}", f"{undisturbed}/{name}")]
-            half = [name for name in left if (name.endswith(".arrow") and name not in whole) or name in (MANIFEST, "summary.json")]
+            kept = {name.removesuffix(".arrow") for name in whole}
+            half = [name for name in left if name.startswith(SHARDS) and name.rpartition(".")[0] not in kept]
+            half += [name for name in left if name in (MANIFEST, "summary.json")]
             half += [one["Key"] for one in client.list_multipart_uploads(Bucket="data").get("Uploads", [])]
             run("s3://data/images", "s3://data/lost")
             recovered = same("s3://data/lost")
+    if len(failed) < len(KINDS):
+        sys.exit(f"{requests} requests brought only {failed}; raise --images")
     figures = {"requests": requests, "faults": failed, "same_bytes": same_bytes, "told": message, "shards_kept": len(whole)}
     print(json.dumps({"benchmark": "cache.faults", **figures, "half_visible": half, "same_bytes_afterwards": recovered, **found}))
     kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items())
     row("S3 failing 1 % of its requests", "same bytes" if same_bytes else "OTHER BYTES", f"{requests} requests", "", "same bytes")
     print(f"  {kinds}; {found['seconds_with_faults']:.0f} s, without faults {found['seconds_on_s3']:.0f} s")
-    row("S3 that stops answering: half visible", f"{len(half)} objects", f"{len(whole)} shards kept", "", "none")
+    row("S3 that answers only 503: half visible", f"{len(half)} objects", f"{len(whole)} shards kept", "", "none")
     row("  answering again: the same command", "same bytes" if recovered else "OTHER BYTES", "", "", "same bytes")
     print(f"  told after {found['seconds_until_told']:.0f} s: {message}")
 

@@ -57,6 +57,7 @@ SMALL = replace(MODEL, encoder_depth=1, decoder_depth=1, encoder_width=64, decod
 RECIPE = TrainSettings(
     batch=32, micro_batch=16, learning_rate=1e-3, warmup_images=64, precision="float32", workers=1, checkpoint_images=10**9, failures=3
 )
+SHARE = 64  # images of a global batch that each of two workers takes
 TOKENIZER = TokenizerSettings(path="tokenizer")
 
 
@@ -124,12 +125,14 @@ class BareStep:
         return time.perf_counter() - began
 
 
-def stage_rows(cache: LatentCache, folder: Path, workers: int, steps: int, batch: int = RECIPE.batch) -> list[dict[str, float]]:
-    """The lines of metrics of a run through Ray Train, without the first, in which workers warm up."""
+def stage_rows(
+    cache: LatentCache, folder: Path, workers: int, steps: int, batch: int = RECIPE.batch, line_steps: int = 4
+) -> list[dict[str, float]]:
+    """The lines of metrics, of `line_steps` each, of a run through Ray Train, without the first, in which workers warm up."""
     with connected(ClusterSettings(), folder / "ray.log"):
         stage = Recorded(ClusterSettings())
         settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers, batch=batch)
-        settings = replace(settings, images=batch * (steps + 4), log_images=batch * 4)
+        settings = replace(settings, images=batch * (steps + line_steps), log_images=batch * line_steps)
         train(TOKENIZER, CacheSettings(path=cache.path), MODEL, settings, 0, stage)
     return stage.rows[1:]
 
@@ -154,9 +157,8 @@ def throughput(folder: Path, steps: int) -> dict[str, Any]:
 
 def bare_loop(cache: str, steps: int, first: bool, turn: Barrier, seconds: "Queue[tuple[str, float]]") -> None:
     """One of two processes with a bare loop each: the first runs alone, then both run."""
-    bare = BareStep(LatentCache(cache), batch=RECIPE.micro_batch)
-    for _ in range(3):
-        bare()
+    bare = BareStep(LatentCache(cache), batch=SHARE, batches=2)
+    bare()
     turn.wait()
     if first:
         seconds.put(("alone", statistics.median(bare() for _ in range(steps))))
@@ -179,20 +181,21 @@ def side_by_side(cache: LatentCache, steps: int) -> float:
 
 
 def workers(folder: Path, steps: int) -> dict[str, Any]:
-    """Of a batch of 64: 32 images a worker, where the published recipe has 128."""
+    """Of a global batch of 128, 64 images a worker of two (the published recipe: 128); runs of one and of two take turns."""
     cache = write_cache(folder / "cache")
     speeds: dict[int, list[float]] = {1: [], 2: []}
     communication, bare = [], []
-    for count in (1, 2, 1, 2):
-        rows = stage_rows(cache, folder, count, steps // 2, batch=64)
+    for count in (1, 2) * 4:
+        rows = stage_rows(cache, folder, count, max(steps // 6, 1), batch=2 * SHARE, line_steps=1)
         speeds[count] += [row["images_per_second"] for row in rows]
         communication += [row["communication_share"] for row in rows if count == 2]
-        if count == 2:
-            bare.append(side_by_side(cache, steps))
+    for _ in range(2):
+        bare.append(side_by_side(cache, max(steps // 6, 1)))
     one, two = statistics.median(speeds[1]), statistics.median(speeds[2])
     return {
         "1 worker": one, "2 workers": two, "ratio": two / one, "bar": 1.8, "communication_share": statistics.median(communication),
         "two bare loops side by side": statistics.median(bare),
+        "lines": {count: [round(line, 2) for line in lines] for count, lines in speeds.items()},
     }  # fmt: skip
 
 
@@ -234,7 +237,7 @@ def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def after(run: Path, images: int, event: Callable[[], None]) -> threading.Thread:
+def after(run: Path, images: int, event: Callable[[], object]) -> threading.Thread:
     """`event` as soon as the run has the checkpoint at so many images."""
 
     def act() -> None:
@@ -247,7 +250,7 @@ def after(run: Path, images: int, event: Callable[[], None]) -> threading.Thread
     return thread
 
 
-def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: Callable[[], None], **changed: Any) -> dict[str, Any]:
+def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: Callable[[], object], **changed: Any) -> dict[str, Any]:
     """A run in which `event` happens after the second checkpoint: seconds from then to the next step, by stage."""
     happened: list[float] = []
 
@@ -314,37 +317,43 @@ def record_reads() -> None:
     LatentCache.take, MicroBatches.prepare, Training._step = take, prepared, stepped  # type: ignore[method-assign]
 
 
-def keys_of_steps(run: Path) -> list[str]:
-    """The keys of all images of a run, in the order of its steps; of a step that was taken again after a kill those of the last time."""
+def keys_of_steps(run: Path) -> tuple[list[str], int]:
+    """The keys of all images of a run in the order of its steps, and how many of the workers' steps were taken again after a kill, whose
+    keys are those of the last time."""
     files = sorted(run.glob("keys-*.txt"), key=lambda file: file.stat().st_mtime_ns)
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
     last = {(int(images_seen), int(worker)): keys for images_seen, worker, *keys in lines}
-    return [key for _, keys in sorted(last.items()) for key in keys]
+    return [key for _, keys in sorted(last.items()) for key in keys], len(lines) - len(last)
 
 
 def resume(folder: Path, steps: int) -> dict[str, Any]:
     """A run in one go, one that was ended and begun again, and one with a worker killed -9 on the way."""
     cache = write_cache(folder / "cache", rows=200)
-    settings = replace(RECIPE, workers=2, images=960, log_images=32, checkpoint_images=480)
+    settings = replace(RECIPE, workers=2, images=1280, log_images=32, checkpoint_images=320)
     ray.init(num_cpus=2, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"worker_process_setup_hook": record_reads})
     try:
-        for name, parts in (("whole", (960,)), ("parts", (480, 960))):
+        for name, parts in (("whole", (1280,)), ("parts", (480, 1280))):
             for images in parts:
                 run = replace(settings, path=str(folder / name), images=images)
                 train(TOKENIZER, CacheSettings(path=cache.path), SMALL, run, 0, Recorded(ClusterSettings()))
-        interrupted(cache, folder / "killed", ClusterSettings(), kill_worker, images=960)
+        interrupted(cache, folder / "killed", ClusterSettings(), lambda: (time.sleep(0.15), kill_worker()))  # a few steps later
     finally:
         ray.shutdown()
     found: dict[str, Any] = {}
-    keys = {name: keys_of_steps(folder / name)[:800] for name in ("whole", "parts", "killed")}
+    (expected, _), whole = keys_of_steps(folder / "whole"), checkpoint_path(str(folder / "whole"), 1280)
     for name in ("parts", "killed"):
-        found[f"bitwise, {name}"] = {}
+        keys, again = keys_of_steps(folder / name)
+        path, same = checkpoint_path(str(folder / name), 1280), {}
         for file in (WEIGHTS, AVERAGE, OPTIMIZER):
-            whole, other = (load_file(Path(checkpoint_path(str(folder / one), 960)) / file) for one in ("whole", name))
-            found[f"bitwise, {name}"][file] = all(torch.equal(whole[one], other[one]) for one in whole)
-        epochs = [set(keys[name][start : start + 200]) for start in range(0, 800, 200)]
-        found[f"keys the workers read, {name}"] = "each once in each of 4 epochs" if all(len(one) == 200 for one in epochs) else "OTHERS"
-        found[f"the same images in each step, {name}"] = keys[name] == keys["whole"]
+            one, other = load_file(Path(whole) / file), load_file(Path(path) / file)
+            same[file] = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        epochs = [set(keys[start : start + 200]) for start in range(0, 1200, 200)]
+        found |= {
+            f"{name}: bitwise": same,
+            f"{name}: keys that the workers read": "each once in each of 6 epochs" if all(len(one) == 200 for one in epochs) else "OTHERS",
+            f"{name}: the same images in each step": keys == expected and len(keys) == 1280,
+            f"{name}: steps taken again": again,
+        }
     return found
 
 

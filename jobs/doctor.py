@@ -229,7 +229,8 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
     try:
         return work(), ""
     except (OSError, UserError, sqlite3.Error) as error:
-        return None, f": {' '.join(str(error.__cause__ or error).split())[:200]}"
+        reason = error.__cause__ if isinstance(error, storage.UnwritableError) else error
+        return None, f": {' '.join(str(reason).split())[:200]}"
 
 
 def _bucket_refuses(path: str) -> tuple[str, str] | None:

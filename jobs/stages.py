@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, in_one_line, mistake_of, origin_of
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
@@ -112,18 +112,17 @@ def guarded(name: str, path: str, work: Callable[[], T]) -> T:
     except StageFailed:
         raise
     except Exception as error:
-        if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all
-            raise
-        mistake = _find(error, UserError)
-        if mistake is not None:
-            raise UserError(str(mistake)) from error
         from pipelines import s3
 
-        cause = _innermost(error)
-        text = (str(cause).strip() or "no message").splitlines()[0]
-        if s3.refused(cause):
+        mistake, origin = mistake_of(error), origin_of(error)
+        if mistake is error:
+            raise
+        if mistake is not None:
+            raise UserError(mistake.text) from error
+        text = in_one_line(origin)
+        if s3.refused(origin):
             raise UserError(f"{text}; mend that and run the same command: what is finished is kept") from error
-        raise StageFailed(f"{name} failed: {type(cause).__name__}: {text}\nthe traceback is in {_log(name, path, error)}") from error
+        raise StageFailed(f"{name} failed: {type(origin).__name__}: {text}\n{_log(name, path, error)}") from error
 
 
 def value_at(config: "RunConfig", key: str) -> Any:
@@ -138,35 +137,14 @@ def run_directory(config: "RunConfig") -> str:
 
 
 def _log(name: str, path: str, error: BaseException) -> str:
+    """Write the traceback into `path`, or where that can't be written into the working directory; says where it is."""
     from pipelines import storage
 
-    target = storage.join(path, "error.log")
     text = "".join(traceback.format_exception(error)).encode()
-    try:
-        storage.write_bytes(target, text)
-    except Exception:
-        target = f"{name}-error.log"
-        storage.write_bytes(target, text)
-    return target
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The errors behind one: what Ray's wrappers (`cause`, `worker_failures`) and Python's chain lead to."""
-    found: list[BaseException] = []
-    waiting: list[Any] = [error]
-    while waiting:
-        one = waiting.pop(0)
-        if not isinstance(one, BaseException) or any(one is each for each in found):
-            continue
-        found.append(one)
-        failures = getattr(one, "worker_failures", None) or {}
-        waiting += [getattr(one, "cause", None), *failures.values(), one.__cause__]
-    return found
-
-
-def _find(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    return next((one for one in reversed(_causes(error)) if isinstance(one, kind)), None)
-
-
-def _innermost(error: BaseException) -> BaseException:
-    return _causes(error)[-1]
+    for target in (storage.join(path, "error.log"), f"{name}-error.log"):
+        try:
+            storage.write_bytes(target, text)
+            return f"the traceback is in {target}"
+        except Exception as unwritten:
+            reason = unwritten
+    return f"the traceback is nowhere: {reason}"

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from jobs.shortcuts import as_assignments
 from jobs.stages import STAGES, value_at
 from pipelines.errors import UserError
+from pipelines.host_memory import ENVIRONMENT
 from pipelines.tracking import without_password
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int
     Raises UserError for an address that does not answer or refuses the token.
     """
     client = _client(address)
-    runtime = {"working_dir": str(PROJECT), "excludes": EXCLUDES, "env_vars": variables}
+    runtime = {"working_dir": str(PROJECT), "excludes": EXCLUDES, "env_vars": ENVIRONMENT | variables}
     job_id = _submitted(client, job.entrypoint(), runtime)
     if detach:
         print(job_id)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import UserError
-from pipelines.host_memory import keep_freed_memory
+from pipelines.host_memory import ENVIRONMENT, keep_freed_memory
 from pipelines.progress import output_in
 from pipelines.settings import operational
 
@@ -80,7 +80,7 @@ def _join(address: str) -> None:
             address=address,
             log_to_driver=False,
             configure_logging=False,
-            runtime_env=None if inside_job else {"py_modules": modules},
+            runtime_env=None if inside_job else {"py_modules": modules, "env_vars": ENVIRONMENT},
         )
     except Exception as error:
         raise UserError(
@@ -111,6 +111,7 @@ def _check_listening(address: str) -> None:
 def _start(cluster: ClusterSettings) -> None:
     import ray
 
+    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -171,9 +172,9 @@ def _termination_as_exit() -> Iterator[None]:
 
 
 def _send_chatter_to(log: Path) -> None:
-    """Ray's loggers write to `log` and no longer to the terminal, and an error of ours comes as it is."""
+    """Ray's loggers write to `log` and no longer to the terminal."""
     import ray.data
-    import ray.train
+    import ray.train  # noqa: F401  # so that their loggers are there
 
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -183,6 +184,13 @@ def _send_chatter_to(log: Path) -> None:
             logger.handlers = [one for one in logger.handlers if not isinstance(one, logging.StreamHandler)]
     root = logging.getLogger("ray")
     root.handlers, root.propagate = [handler], False
+    set_up_ray_data()
+
+
+def set_up_ray_data() -> None:
+    """In a process that is to run Ray Data: it draws nothing, and what a worker raises arrives as it is."""
+    import ray.data
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -218,10 +226,12 @@ def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_ea
 
 
 def use_threads(cluster: ClusterSettings) -> None:
-    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; keep freed memory."""
+    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; without a GPU, keep freed
+    memory."""
     import torch
 
-    keep_freed_memory()
+    if not cluster.gpus_per_worker:
+        keep_freed_memory()
     torch.set_num_threads(cluster.threads)
 
 

@@ -1,4 +1,8 @@
-"""The one exception that a person's mistake ends in: the command line prints its text and nothing else."""
+"""The one exception that a person's mistake ends in, and what is behind an error that came through Ray."""
+
+from typing import Any
+
+WRAPPERS = ("SystemException", "ControllerError", "UserCodeException")  # Ray's, around what happened
 
 
 class UserError(Exception):
@@ -10,3 +14,36 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.text  # and not `args`, to which Ray Data adds advice of its own
+
+
+def mistake_of(error: BaseException) -> UserError | None:
+    """The person's mistake that `error` is, or that is behind it; None where it is no mistake."""
+    if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all
+        return error
+    return next((one for one in reversed(_causes(error)) if isinstance(one, UserError)), None)
+
+
+def origin_of(error: BaseException) -> BaseException:
+    """What happened, without what Ray puts around it."""
+    causes = _causes(error)
+    return next((one for one in reversed(causes) if type(one).__name__ not in WRAPPERS), error)
+
+
+def in_one_line(error: BaseException) -> str:
+    """The line of the error's text that says most: its first, of Ray's own the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return lines[-1 if type(error).__module__.startswith("ray.") else 0]
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """The errors behind one: what Ray's wrappers (`cause`, `worker_failures`) and Python's chain lead to."""
+    found: list[BaseException] = []
+    waiting: list[Any] = [error]
+    while waiting:
+        one = waiting.pop(0)
+        if not isinstance(one, BaseException) or any(one is each for each in found):
+            continue
+        found.append(one)
+        failures = getattr(one, "worker_failures", None) or {}
+        waiting += [getattr(one, "cause", None), *failures.values(), one.__cause__]
+    return found

@@ -155,30 +155,22 @@ class MetricsChannel:
 
         An exception in the callback is raised at the end of the body.
         """
-        ended, errors = threading.Event(), list[BaseException]()
+        errors = list[BaseException]()
 
         def listen() -> None:
-            while True:
-                last = ended.is_set()
-                if last:
-                    time.sleep(0.2)  # what was sent before the end may still be on its way
-                try:
-                    for message in self._queue.get_nowait_batch(self._queue.qsize()):
-                        if not errors:
-                            callback(message)
-                except BaseException as error:
-                    errors.append(error)
-                    return
-                if last:
-                    return
-                ended.wait(0.2)
+            try:
+                while message := self._queue.get():
+                    callback(message)
+            except BaseException as error:
+                errors.append(error)
 
         thread = threading.Thread(target=listen, name="metrics", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            ended.set()
+            time.sleep(0.2)  # what was sent before the end may still be on its way
+            self.send({})
             thread.join(timeout=30)
             self._queue.shutdown(force=True)
         if errors:

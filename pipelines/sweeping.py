@@ -16,8 +16,8 @@ from mar_model.config import Architecture
 from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import newest_checkpoint
-from pipelines.cluster import ClusterSettings, cluster_resources, require_workers
-from pipelines.errors import UserError
+from pipelines.cluster import ClusterSettings, cluster_resources, require_workers, set_up_ray_data
+from pipelines.errors import UserError, in_one_line, mistake_of, origin_of
 from pipelines.evaluation import EvaluateSettings
 from pipelines.features import network_digest
 from pipelines.generation import GenerateSettings
@@ -173,6 +173,7 @@ def run_trial(
 ) -> dict[str, Any]:
     """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome."""
     trial = trials[config["trial"]]
+    set_up_ray_data()
     began = time.monotonic()
     outcome: dict[str, Any] = {"metrics": {}, "error": None}
     try:
@@ -184,8 +185,8 @@ def run_trial(
             outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
     except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
         storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
-        last = ([line for line in str(error).splitlines() if line.strip()] or ["no message"])[-1].strip()
-        outcome["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {last[:500]}"
+        mistake, origin = mistake_of(error), origin_of(error)
+        outcome["error"] = mistake.text if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
     return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
 
 

@@ -152,6 +152,20 @@ def test_a_failure_says_its_cause_and_where_the_traceback_is(mar: Mar, monkeypat
     assert "GroupFailed: one of 2 workers" in (tmp_path / "error.log").read_text()
 
 
+def test_a_failure_in_a_worker_of_ray_data_says_what_happened_there(mar: Mar, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ray.data.exceptions import SystemException
+    from ray.exceptions import RayTaskError
+
+    def fail() -> dict[str, Any]:
+        cause = RuntimeError("no kernel for that\nFailed to apply UDF transform after 1/1 attempts")
+        raise RayTaskError("map", "Traceback: …", cause).as_instanceof_cause() from SystemException()
+
+    stand_in(monkeypatch, fail)
+    result = mar("train", "--set", f"train.path={tmp_path}")
+    assert result.status == 1
+    assert "mar: train failed: RuntimeError: no kernel for that\n" in result.err
+
+
 def test_ctrl_c_says_how_to_go_on(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> dict[str, Any]:
         raise KeyboardInterrupt
