@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
-from pipelines.errors import UserError
+from pipelines.errors import UserError, in_one_line
 from pipelines.progress import MetricsChannel
 from pipelines.requests import PREEMPTED, RESIZED, Requests
 
@@ -115,7 +115,7 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
             hanging = f"worker {', '.join(map(str, silent))} hangs: " if silent else ""
             return f"{hanging}worker {worker} has waited {_seconds()} s for the others (train.hang_seconds)"
     worker, error = next(iter(errors.items()))
-    return f"worker {worker} failed ({type(error).__name__}: {_reason(str(error))})"
+    return f"worker {worker} failed ({type(error).__name__}: {in_one_line(error)[:300]})"
 
 
 def _seconds() -> str:
