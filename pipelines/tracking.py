@@ -91,6 +91,8 @@ class Tracker:
         """A run nested under this one, in the same store; None, and a word to the person, while that is away."""
         try:
             return Tracker.open(self._settings, name, configuration, path, self, self._say)
+        except storage.UnwritableError:  # no word of MLflow's
+            raise
         except UserError as error:
             self._say(f"{name} is not in MLflow: {error}")
             return None
