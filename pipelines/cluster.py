@@ -111,7 +111,7 @@ def _check_listening(address: str) -> None:
 def _start(cluster: ClusterSettings) -> None:
     import ray
 
-    os.environ |= {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    os.environ |= ENVIRONMENT
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(

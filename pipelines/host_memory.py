@@ -6,10 +6,11 @@ here does anything.
 """
 
 import ctypes
+import os
 
 # Of a worker's process, from its start: threads share the one heap that `keep_freed_memory` speaks of. Ray calls actors and trains on
 # threads, and in a thread's own heap glibc gives back what is large, whatever it is told.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+ENVIRONMENT = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 
 
 def keep_freed_memory() -> None:
