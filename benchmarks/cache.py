@@ -321,7 +321,7 @@ def faults(options: argparse.Namespace) -> None:
 
         def same(path: str) -> bool:
             names = [name for name in storage.list_files(undisturbed) if name == MANIFEST or name.startswith(SHARDS)]
-            return all(storage.read_bytes(f"{path}/{name}") == storage.read_bytes(f"{undisturbed}/{name}") for name in names)
+            return all(same_object(f"{path}/{name}", f"{undisturbed}/{name}") for name in names)
 
         with connected(cluster, folder / "ray.log"):
             undisturbed = str(folder / "undisturbed")
