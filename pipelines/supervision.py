@@ -1,15 +1,23 @@
-"""What surrounds a worker group: how long Ray waits for what, why a group started again, and what no new start would mend."""
+"""What surrounds a worker group: how long Ray waits for what, why a group starts again, and what no new start would mend."""
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+import ray
+from ray.exceptions import RayActorError, RayError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipelines.errors import UserError, in_one_line
 from pipelines.progress import MetricsChannel
@@ -20,8 +28,9 @@ MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, Impor
 GROUP_START_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
 POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
 PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
+START_SECONDS = 30  # that a group may take to begin once it has room, however short train.hang_seconds is
+PING_SECONDS = 1.0  # for a worker that is well to answer
 SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
-ANSWER_SECONDS = 1.0  # between looks at whether anybody is left who could end as he was asked to
 LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
 
 
@@ -47,18 +56,36 @@ def ray_train_waits(hang_seconds: int) -> Iterator[None]:
 class Supervision(ControllerCallback, WorkerGroupCallback):
     """Runs in Ray Train's controller, which calls it at every turn of a worker group."""
 
-    def __init__(self, channel: MetricsChannel, requests: Requests) -> None:
+    def __init__(self, channel: MetricsChannel, requests: Requests, hang_seconds: int, restarts: int) -> None:
         self.channel, self.requests = channel, requests
-        self._running = self._noticed = False
+        self.start_seconds, self.restarts = max(hang_seconds, START_SECONDS), restarts
+        self._running = self._noticed = self._waits = False
+        self._failed_starts = 0  # in a row
 
     def after_controller_start(self, train_run_context: object) -> None:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(SHUTDOWN_SECONDS))
+        SupervisedWorkerGroup.supervision = self
+        TrainController.worker_group_cls = SupervisedWorkerGroup
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._running = self._noticed = False
         self.requests.new_group()
 
+    def finds_no_room(self, workers: int) -> None:
+        """Said once; Ray Train looks anew until there is some."""
+        if not self._waits:
+            self.channel.say(f"the cluster has no room for {workers} workers at present: waiting for it")
+        self._waits = True
+
+    def start_failed(self, cause: str) -> None:
+        """Raises UserError when that was one time too many."""
+        self._failed_starts += 1
+        if self._failed_starts > self.restarts:
+            raise UserError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures); at last {cause}")
+        self.channel.send({"say": f"{cause}; starting again", "broke": time.time()})
+
     def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._waits, self._failed_starts = False, 0
         self._running = True
         self.requests.group_works(True)
 
@@ -90,6 +117,54 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         deadline = time.monotonic() + LEAVING_SECONDS
         while not self.requests.has_answer() and time.monotonic() < deadline:
             time.sleep(0.2)
+
+
+class SupervisedWorkerGroup(WorkerGroup):
+    """A worker group that begins to train in time, or is gone. Ray's own waits without a limit for a worker that hangs meanwhile; a
+    worker that dies while the process group forms or its training is launched leaves the room of the others taken, or ends the run."""
+
+    supervision: Supervision
+
+    def _create_placement_group(self, *arguments: Any) -> Any:
+        self._room = super()._create_placement_group(*arguments)
+        return self._room
+
+    def _create_workers(self, *arguments: Any, **options: Any) -> list[Any]:
+        Thread(target=self._end_in_time, name="start of a group", daemon=True).start()
+        self._workers = super()._create_workers(*arguments, **options)
+        return self._workers
+
+    def _start(self) -> None:
+        self._over, self._silent, self._workers = Event(), "", []
+        try:
+            super()._start()
+        except WorkerGroupStartupTimeoutError as error:
+            self.supervision.finds_no_room(error.num_workers)
+            raise
+        except (RayError, WorkerGroupStartupFailedError) as error:
+            if self.has_started():
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            cause = error.__cause__ if isinstance(error, WorkerGroupStartupFailedError) else error
+            if isinstance(cause, MISTAKES):
+                raise cause from None
+            self.supervision.start_failed(self._silent or f"a worker was lost while they started ({_reason(str(cause))})")
+            raise WorkerGroupStartupFailedError(str(cause)) from error
+        finally:
+            self._over.set()
+
+    def _end_in_time(self) -> None:
+        """On a thread, while the controller's own waits: what takes the room away ends all who are in it."""
+        if self._over.wait(self.supervision.start_seconds):
+            return
+        pings = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
+        waiting = ray.wait(list(pings), num_returns=len(pings), timeout=PING_SECONDS)[1] if pings else []
+        silent = [pings[one] for one in waiting]
+        names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
+        if not self._over.is_set():
+            seconds = f"{self.supervision.start_seconds:.0f} s after the start the group has not begun to train"
+            self._silent = f"{' or '.join(names) or 'a worker that has not come up'} hangs: {seconds}"
+            self._room.shutdown()
 
 
 def _nodes(notice: Any) -> str:
@@ -126,41 +201,4 @@ def _reason(text: str) -> str:
     """The line of Ray's report that says why."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
     telling = [line for line in lines if "because" in line or "SIG" in line or "exit" in line.lower()]
-    return (telling or lines)[-1][:300]
-
-
-def finish_when_asked(
-    work: Callable[[], object], ask: Callable[[], None] | None = None, somebody_works: Callable[[], bool] = lambda: True
-) -> BaseException | None:
-    """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord, as long as there is
-    somebody who works and so can hear of it; a second one leaves at once, as the first does without `ask`. Returns the first
-    (KeyboardInterrupt, SystemExit), None if there was none; raises what the work raised.
-
-    On the main thread Ray Train's `fit` would put a handler of its own in the place of Ctrl-C's, and leave it there.
-    """
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-        ended.set()
-
-    ended = Event()  # a join that a signal interrupts takes the thread for ended from then on
-    Thread(target=run, name="training", daemon=True).start()
-    interruption: BaseException | None = None
-    try:
-        ended.wait()
-    except (KeyboardInterrupt, SystemExit) as signal:
-        if ask is None:
-            raise
-        interruption = signal
-        ask()
-        while not ended.wait(ANSWER_SECONDS):
-            if not somebody_works():
-                ended.wait(SHUTDOWN_SECONDS)  # a run that is just giving up says why
-                break
-    if errors:
-        raise errors[0]
-    return interruption
+    return (telling or lines)[-1].partition(" Some common causes")[0][:300]

@@ -109,7 +109,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from pipelines.supervision import finish_when_asked
+    from pipelines.interruption import finish_when_asked
     from pipelines.tokenizing_worker import TokenizerJob, tokenize_worker
 
     if storage.is_local(tokenizer.path):

@@ -14,6 +14,7 @@ from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start, start_from
+from pipelines.interruption import finish_when_asked
 from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
@@ -22,7 +23,7 @@ from pipelines.progress import MetricsChannel
 from pipelines.requests import STOP, Requests
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import IDENTITY, Stage
-from pipelines.supervision import Supervision, finish_when_asked, ray_train_waits
+from pipelines.supervision import Supervision, ray_train_waits
 from pipelines.telemetry import in_short
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training_worker import TrainingJob, train_worker
@@ -211,7 +212,7 @@ def fit(
             storage_path=train.path if storage.is_local(train.path) else storage.filesystem(train.path)[1],
             storage_filesystem=None if storage.is_local(train.path) else storage.filesystem(train.path)[0],
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
-            callbacks=[Supervision(channel, requests)],
+            callbacks=[Supervision(channel, requests, train.hang_seconds, train.failures)],
         ),
     )
 

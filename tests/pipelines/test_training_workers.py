@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -151,6 +152,70 @@ def test_a_hung_and_a_killed_worker_change_nothing(undisturbed: Path, cache: Cac
     text = "\n".join(stage.said)
     assert text.index("hangs") < text.index("was lost")
     assert text.count("2 workers at work again") == 2
+
+
+def named(part: str) -> list[psutil.Process]:
+    """Processes of Ray's that are at this, by their titles."""
+    found = []
+    for one in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if f"ray::{part}" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
+
+
+@contextlib.contextmanager
+def as_soon_as(doing: str, kind: signal.Signals, times: int = 1) -> Iterator[None]:
+    """The first processes that are found at this get this signal at once."""
+    done = set[int]()
+
+    def act() -> None:
+        while len(done) < times:
+            for process in named(doing)[: times - len(done)]:
+                if process.pid not in done:
+                    process.send_signal(kind)
+                    done.add(process.pid)
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    yield
+    thread.join(timeout=1)
+    assert not thread.is_alive(), f"nobody did {doing}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("doing", "kind", "cause"),
+    [
+        ("RayTrainWorker", signal.SIGSTOP, "a worker that has not come up hangs"),
+        ("RayTrainWorker.init_train_context", signal.SIGSTOP, r"worker [01] \(process \d+ on [\d.]+\) hangs"),
+        ("execute._setup_torch", signal.SIGSTOP, "worker .* hangs"),
+        ("execute._setup_torch", signal.SIGKILL, "a worker was lost while they started"),
+    ],
+)
+def test_a_worker_that_hangs_or_dies_while_its_group_starts(
+    undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path, doing: str, kind: signal.Signals, cause: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("pipelines.supervision.START_SECONDS", 15)
+    with as_soon_as(doing, kind):
+        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+    assert_bitwise(tmp_path, undisturbed)
+    told = [line for line in stage.said if "starting again" in line]
+    assert len(told) == 1
+    assert re.match(cause, told[0])
+
+
+@pytest.mark.long
+def test_a_group_that_never_starts_is_given_up(cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
+    run = replace(RECIPE, path=str(tmp_path), workers=1, failures=1)
+    with (
+        as_soon_as("RayTrainWorker", signal.SIGKILL, 2),
+        pytest.raises(UserError, match=r"not begin to train, 2 times in a row"),
+    ):
+        train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+    assert sum("starting again" in line for line in stage.said) == 1
 
 
 @pytest.mark.long

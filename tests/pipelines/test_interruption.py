@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from pipelines.supervision import finish_when_asked
+from pipelines.interruption import finish_when_asked
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -39,8 +39,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_so_does_the_first_where_nothing_can_
 
 
 def test_where_nobody_works_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ANSWER_SECONDS", "SHUTDOWN_SECONDS"):
-        monkeypatch.setattr(f"pipelines.supervision.{name}", 0.05)
+    for name in ("ANSWER_SECONDS", "LAST_WORD_SECONDS"):
+        monkeypatch.setattr(f"pipelines.interruption.{name}", 0.05)
     never, looks = threading.Event(), iter([True, True, False])
     ctrl_c()
     assert isinstance(finish_when_asked(never.wait, lambda: None, lambda: next(looks)), KeyboardInterrupt)
