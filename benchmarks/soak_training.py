@@ -24,7 +24,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.training import RECIPE, SMALL, TOKENIZER, Recorded, write_cache
+from benchmarks.training_runs import RECIPE, SMALL, TOKENIZER, Recorded, write_cache
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import checkpoint_path, newest_checkpoint

@@ -7,13 +7,10 @@ One torch thread a worker, a small model on a cache of random latents; prints a 
 
 import argparse
 import json
-import logging
 import multiprocessing
-import os
 import resource
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -23,73 +20,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import psutil
-import ray
 import torch
-from ray.cluster_utils import Cluster
-from safetensors.torch import load_file
 
+from benchmarks.training_interrupted import node, restart, resume
+from benchmarks.training_runs import MODEL, RECIPE, SMALL, TOKENIZER, Recorded, write_cache
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, optimizer_state
 from mar_model.config import Architecture
 from mar_model.ema import WeightAverage
 from mar_model.mar import MAR, TrainingDraws
 from mar_model.recipe import parameter_groups
-from pipelines import storage
 from pipelines.caching import CacheSettings
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
-from pipelines.checkpoints import checkpoint_path, checkpoint_state, publish_checkpoint
+from pipelines.checkpoints import checkpoint_state, publish_checkpoint
 from pipelines.cluster import ClusterSettings, connected, use_threads
-from pipelines.latents import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
 from pipelines.micro_batches import GlobalBatch, MicroBatches, share_of
 from pipelines.sampler import SampleOrder
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings, model_config, train
-from pipelines.training_worker import Normalisation, Training, TrainingJob
+from pipelines.training import model_config, train
+from pipelines.training_worker import Normalisation, TrainingJob
 
-MODEL = Architecture(
-    encoder_depth=4, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, buffer_size=8,
-    denoiser_depth=3, denoiser_width=512,
-)  # fmt: skip
-SMALL = replace(MODEL, encoder_depth=1, decoder_depth=1, encoder_width=64, decoder_width=64, denoiser_depth=1, denoiser_width=64)
-RECIPE = TrainSettings(
-    batch=32, micro_batch=16, learning_rate=1e-3, warmup_images=64, precision="float32", workers=1, checkpoint_images=10**9, failures=3
-)
 SHARE = 64  # images of a global batch that each of two workers takes
-TOKENIZER = TokenizerSettings(path="tokenizer")
-
-
-def write_cache(path: Path, rows: int = 2048, size: int = 8, channels: int = 8) -> LatentCache:
-    draw = np.random.default_rng(0)
-    moments, flipped = draw.normal(size=(2, rows, 2 * channels, size, size)).astype(np.float16)
-    data = shard_bytes([f"{row:06d}" for row in range(rows)], [row % 10 for row in range(rows)], moments, flipped)
-    storage.write_bytes(str(path / "shards" / shard_name(0)), data)
-    statistics_ = LatentStatistics.of(moments)
-    manifest = Manifest(
-        format_version=FORMAT_VERSION, rows=rows, class_names=[str(one) for one in range(10)], image_size=8 * size, latent_size=size,
-        latent_channels=channels, shards=[{"name": shard_name(0), "rows": rows, "sha256": storage.digest(data), "bytes": len(data)}],
-        dtype="float16", latent_mean=statistics_.mean, latent_std=statistics_.std, latent_min=statistics_.min,
-        latent_max=statistics_.max, tokenizer={"path": "tokenizer", "digest": "0"}, images={}, rejected=0,
-    )  # fmt: skip
-    storage.write_json(str(path / "manifest.json"), manifest.as_dict())
-    return LatentCache(str(path))
-
-
-class Recorded(Stage):
-    """A stage whose lines and metrics are kept, with the time at which they came."""
-
-    def __init__(self, cluster: ClusterSettings) -> None:
-        super().__init__("train", cluster)
-        self.said: list[tuple[float, str]] = []
-        self.rows: list[dict[str, float]] = []
-
-    def say(self, text: str) -> None:
-        self.said.append((time.time(), text))
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self.rows.append(metrics)
 
 
 class BareStep:
@@ -233,126 +184,6 @@ def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
         "steps": [len(times[True]), len(times[False])], "copy_s": statistics.median(copies[1:]),
         "write_s": statistics.median(written), "checkpoint_mb": size / 1e6,
     }  # fmt: skip
-
-
-def after(run: Path, images: int, event: Callable[[], object]) -> threading.Thread:
-    """`event` as soon as the run has the checkpoint at so many images."""
-
-    def act() -> None:
-        while not Path(checkpoint_path(str(run), images)).exists():
-            time.sleep(0.01)
-        event()
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    return thread
-
-
-def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: Callable[[], object], **changed: Any) -> dict[str, Any]:
-    """A run in which `event` happens after the second checkpoint: seconds from then to the next step, by stage."""
-    happened: list[float] = []
-
-    def happen() -> None:
-        happened.append(time.time())
-        event()
-
-    stage = Recorded(cluster)
-    settings = replace(RECIPE, path=str(run), workers=2, images=1280, log_images=32, checkpoint_images=320)
-    after(run, 640, happen)
-    train(TOKENIZER, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), 0, stage)
-    noticed, cause = next((at, text) for at, text in stage.said if "starting again" in text)
-    again = next(text for _, text in stage.said if "at work again" in text)
-    later = float(again.split("(")[1].split(" s later")[0])
-    return {"noticed_s": noticed - happened[0], "to the next step_s": noticed - happened[0] + later, "cause": cause, "told": again}
-
-
-def kill_worker() -> None:
-    found = [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
-    found[-1].kill()
-
-
-def restart(folder: Path, steps: int) -> dict[str, Any]:
-    cache = write_cache(folder / "cache")
-    with connected(ClusterSettings(), folder / "ray.log"):
-        return {"bar_s": 30, **interrupted(cache, folder / "run", ClusterSettings(), kill_worker)}
-
-
-def node(folder: Path, steps: int) -> dict[str, Any]:
-    cache = write_cache(folder / "cache")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    other = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        lose = lambda: cluster.remove_node(other, allow_graceful=False)  # noqa: E731
-        return {"bar_s": 45, **interrupted(cache, folder / "run", ClusterSettings(), lose, workers_min=1)}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-
-
-def record_reads() -> None:
-    """Called by Ray in each process that it starts: a training worker writes down which keys the steps it takes were made of."""
-    read, prepare, step = LatentCache.take, MicroBatches.prepare, Training._step
-    keys: dict[int, list[str]] = {}  # of this worker's share of the global batch that begins at so many images
-    reading: list[str] = []
-
-    def take(self: LatentCache, indices: np.ndarray, *rest: Any, **named: Any) -> Any:
-        reading.extend(self.keys(indices))
-        return read(self, indices, *rest, **named)
-
-    def prepared(self: MicroBatches, images_seen: int) -> GlobalBatch:
-        reading.clear()
-        share = prepare(self, images_seen)
-        keys[images_seen] = list(reading)
-        return share
-
-    def stepped(self: Training, share: GlobalBatch) -> None:
-        step(self, share)
-        with Path(self.train.path, f"keys-{os.getpid()}.txt").open("a") as file:
-            file.write(f"{share.images_seen} {self.worker} {' '.join(keys[share.images_seen])}\n")
-
-    LatentCache.take, MicroBatches.prepare, Training._step = take, prepared, stepped  # type: ignore[method-assign]
-
-
-def keys_of_steps(run: Path) -> tuple[list[str], int]:
-    """The keys of all images of a run in the order of its steps, and how many of the workers' steps were taken again after a kill, whose
-    keys are those of the last time."""
-    files = sorted(run.glob("keys-*.txt"), key=lambda file: file.stat().st_mtime_ns)
-    lines = [line.split() for file in files for line in file.read_text().splitlines()]
-    last = {(int(images_seen), int(worker)): keys for images_seen, worker, *keys in lines}
-    return [key for _, keys in sorted(last.items()) for key in keys], len(lines) - len(last)
-
-
-def resume(folder: Path, steps: int) -> dict[str, Any]:
-    """A run in one go, one that was ended and begun again, and one with a worker killed -9 on the way."""
-    cache = write_cache(folder / "cache", rows=200)
-    settings = replace(RECIPE, workers=2, images=1280, log_images=32, checkpoint_images=320)
-    ray.init(num_cpus=2, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"worker_process_setup_hook": record_reads})
-    try:
-        for name, parts in (("whole", (1280,)), ("parts", (480, 1280))):
-            for images in parts:
-                run = replace(settings, path=str(folder / name), images=images)
-                train(TOKENIZER, CacheSettings(path=cache.path), SMALL, run, 0, Recorded(ClusterSettings()))
-        interrupted(cache, folder / "killed", ClusterSettings(), lambda: (time.sleep(0.15), kill_worker()))  # a few steps later
-    finally:
-        ray.shutdown()
-    found: dict[str, Any] = {}
-    (expected, _), whole = keys_of_steps(folder / "whole"), checkpoint_path(str(folder / "whole"), 1280)
-    for name in ("parts", "killed"):
-        keys, again = keys_of_steps(folder / name)
-        path, same = checkpoint_path(str(folder / name), 1280), {}
-        for file in (WEIGHTS, AVERAGE, OPTIMIZER):
-            one, other = load_file(Path(whole) / file), load_file(Path(path) / file)
-            same[file] = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-        epochs = [set(keys[start : start + 200]) for start in range(0, 1200, 200)]
-        found |= {
-            f"{name}: bitwise": same,
-            f"{name}: keys that the workers read": "each once in each of 6 epochs" if all(len(one) == 200 for one in epochs) else "OTHERS",
-            f"{name}: the same images in each step": keys == expected and len(keys) == 1280,
-            f"{name}: steps taken again": again,
-        }
-    return found
 
 
 def scale(folder: Path, steps: int) -> dict[str, Any]:
