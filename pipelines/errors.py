@@ -2,7 +2,7 @@
 
 from typing import Any
 
-WRAPPERS = ("SystemException", "ControllerError", "UserCodeException")  # Ray's, around what happened
+WRAPPERS = ("SystemException", "RaySystemError", "ControllerError", "UserCodeException")  # Ray's, around what happened
 
 
 class UserError(Exception):
@@ -20,12 +20,12 @@ def mistake_of(error: BaseException) -> UserError | None:
     """The person's mistake that `error` is, or that is behind it; None where it is no mistake."""
     if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all
         return error
-    return next((one for one in reversed(_causes(error)) if isinstance(one, UserError)), None)
+    return next((one for one in reversed(causes_of(error)) if isinstance(one, UserError)), None)
 
 
 def origin_of(error: BaseException) -> BaseException:
     """What happened, without what Ray puts around it."""
-    causes = _causes(error)
+    causes = causes_of(error)
     return next((one for one in reversed(causes) if type(one).__name__ not in WRAPPERS), error)
 
 
@@ -35,8 +35,8 @@ def in_one_line(error: BaseException) -> str:
     return lines[-1 if type(error).__module__.startswith("ray.") else 0]
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """The errors behind one: what Ray's wrappers (`cause`, `worker_failures`) and Python's chain lead to."""
+def causes_of(error: BaseException) -> list[BaseException]:
+    """The errors behind one: what Ray's wrappers (`cause`, `client_exc`, `worker_failures`) and Python's chain lead to."""
     found: list[BaseException] = []
     waiting: list[Any] = [error]
     while waiting:
@@ -45,5 +45,5 @@ def _causes(error: BaseException) -> list[BaseException]:
             continue
         found.append(one)
         failures = getattr(one, "worker_failures", None) or {}
-        waiting += [getattr(one, "cause", None), *failures.values(), one.__cause__]
+        waiting += [getattr(one, "cause", None), getattr(one, "client_exc", None), *failures.values(), one.__cause__]
     return found

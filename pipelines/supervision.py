@@ -1,10 +1,11 @@
 """What surrounds a worker group: how long Ray waits for what, why a group starts again, and what no new start would mend."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-from pipelines.errors import UserError, in_one_line
+from pipelines.errors import UserError, causes_of, in_one_line, origin_of
 from pipelines.progress import MetricsChannel
 from pipelines.requests import PREEMPTED, RESIZED, Requests
 
@@ -28,7 +29,8 @@ MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, Impor
 GROUP_START_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
 POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
 PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
-START_SECONDS = 30  # that a group may take to begin once it has room, however short train.hang_seconds is
+START_SECONDS = 120  # that a group may take to begin once it has room, however short train.hang_seconds is
+LONGEST_PAUSE_SECONDS = 60.0  # between starts that fail one after the other
 PING_SECONDS = 1.0  # for a worker that is well to answer
 SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
 LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
@@ -78,11 +80,13 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         self._waits = True
 
     def start_failed(self, cause: str) -> None:
-        """Raises UserError when that was one time too many."""
+        """Waits a little longer each time. Raises RuntimeError when that was one time too many."""
         self._failed_starts += 1
         if self._failed_starts > self.restarts:
-            raise UserError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures); at last {cause}")
+            raise RuntimeError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures): {cause}")
         self.channel.send({"say": f"{cause}; starting again", "broke": time.time()})
+        if self._failed_starts > 1:
+            time.sleep(min(2**self._failed_starts, LONGEST_PAUSE_SECONDS))
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._waits, self._failed_starts = False, 0
@@ -135,9 +139,13 @@ class SupervisedWorkerGroup(WorkerGroup):
         return self._workers
 
     def _start(self) -> None:
-        self._over, self._silent, self._workers = Event(), "", []
+        self._deciding, self._over, self._hanging, self._workers = Lock(), Event(), "", []
         try:
-            super()._start()
+            try:
+                super()._start()
+            finally:
+                with self._deciding:
+                    self._over.set()
         except WorkerGroupStartupTimeoutError as error:
             self.supervision.finds_no_room(error.num_workers)
             raise
@@ -145,26 +153,35 @@ class SupervisedWorkerGroup(WorkerGroup):
             if self.has_started():
                 self._worker_group_state.shutdown()
                 self._clear_state()
-            cause = error.__cause__ if isinstance(error, WorkerGroupStartupFailedError) else error
-            if isinstance(cause, MISTAKES):
-                raise cause from None
-            self.supervision.start_failed(self._silent or f"a worker was lost while they started ({_reason(str(cause))})")
+            mistake = next((one for one in causes_of(error) if isinstance(one, MISTAKES)), None)
+            if mistake is not None and not self._hanging:
+                raise mistake from error
+            cause = error.__cause__ or error
+            if not getattr(cause, "preempted", False):
+                self.supervision.start_failed(self._hanging or f"{_why(cause)} while the group started")
             raise WorkerGroupStartupFailedError(str(cause)) from error
-        finally:
-            self._over.set()
 
     def _end_in_time(self) -> None:
         """On a thread, while the controller's own waits: what takes the room away ends all who are in it."""
-        if self._over.wait(self.supervision.start_seconds):
+        seconds = self.supervision.start_seconds
+        if self._over.wait(seconds):
             return
-        pings = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
-        waiting = ray.wait(list(pings), num_returns=len(pings), timeout=PING_SECONDS)[1] if pings else []
-        silent = [pings[one] for one in waiting]
+        asked = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
+        silent = [asked[one] for one in ray.wait(list(asked), num_returns=len(asked), timeout=PING_SECONDS)[1]] if asked else []
         names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
-        if not self._over.is_set():
-            seconds = f"{self.supervision.start_seconds:.0f} s after the start the group has not begun to train"
-            self._silent = f"{' or '.join(names) or 'a worker that has not come up'} hangs: {seconds}"
-            self._room.shutdown()
+        if not asked:
+            who = "a worker that has not come up hangs"
+        elif 0 < len(names) < len(asked):
+            who = f"{', '.join(names[:4])}{' …' if names[4:] else ''} hangs"
+        else:  # one that hangs, and those that wait for it: which is which does not show
+            who = "a worker hangs, the others wait for it" if len(asked) > 1 else f"{names[0] if names else 'the worker'} hangs"
+        with self._deciding:
+            if not self._over.is_set():
+                self._hanging = f"{who}: {seconds:.0f} s after the start the group has not begun to train"
+        while self._hanging and not self._over.is_set():
+            with contextlib.suppress(RayError):  # for a while Ray may not be there to hear of it
+                self._room.shutdown()
+            self._over.wait(PING_SECONDS)
 
 
 def _nodes(notice: Any) -> str:
@@ -191,6 +208,16 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
             return f"{hanging}worker {worker} has waited {_seconds()} s for the others (train.hang_seconds)"
     worker, error = next(iter(errors.items()))
     return f"worker {worker} failed ({type(error).__name__}: {in_one_line(error)[:300]})"
+
+
+def _why(error: BaseException) -> str:
+    """Why a start failed, of which it is not known whose error it is."""
+    if isinstance(error, RayActorError):
+        return f"a worker was lost ({_reason(str(error))})"
+    if "timed out" in str(error).lower():
+        return f"a worker hangs: another has waited {_seconds()} s for it (train.hang_seconds)"
+    origin = origin_of(error)
+    return f"a worker failed ({type(origin).__name__}: {in_one_line(origin)[:300]})"
 
 
 def _seconds() -> str:

@@ -72,7 +72,9 @@ class TrainSettings:
     peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
     validation_images: int = operational(0, "images between validations, which begin with a checkpoint; 0: none")
     validation_samples: int = operational(1000, "samples that a validation draws and judges")
-    failures: int = operational(8, "restarts after failed workers before the run gives up (lost nodes that gave notice not counted)")
+    failures: int = operational(
+        8, "failures of workers, and starts that fail in a row, before the run gives up (notices not counted)"
+    )
     hang_seconds: int = operational(600, "a worker that the others wait for this long counts as hung: the group starts again")
     nonfinite_limit: int = operational(20, "steps in a row skipped for a loss or gradient that is not finite, before the run stops")
 
@@ -189,6 +191,7 @@ def fit(
         elif "started" in message:
             if broke or message["workers"] != train.workers:
                 say(f"{message['workers']} workers at work again, {message['started']:,} images seen{_seconds(message, broke)}")
+            broke.clear()
         elif "validated" in message:
             on_validation(message)
         else:
@@ -245,7 +248,7 @@ def _seconds(started: dict[str, Any], broke: list[float]) -> str:
         return ""
     began, resumed, stepped = (started[one] for one in ("began", "resumed", "stepped"))
     return (
-        f" ({stepped - broke[-1]:.1f} s later: {began - broke[-1]:.1f} s to start them, {resumed - began:.1f} s to load, "
+        f" ({stepped - broke[0]:.1f} s later: {began - broke[0]:.1f} s to start them, {resumed - began:.1f} s to load, "
         f"{stepped - resumed:.1f} s for a step)"
     )
 

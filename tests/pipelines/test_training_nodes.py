@@ -55,7 +55,13 @@ def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSetti
     nodes.wait_for_nodes()
     stage = Listening(ClusterSettings())
     run = replace(RECIPE, path=str(tmp_path), images=3200, workers=3, workers_min=1)
-    with meanwhile(tmp_path, [(160, lambda: nodes.remove_node(first, allow_graceful=False)), (320, lambda: drain(second.node_id, 60))]):
+
+    def give_notice() -> None:
+        while not any("at work again" in line for line in stage.said):
+            time.sleep(0.05)
+        drain(second.node_id, 60)
+
+    with meanwhile(tmp_path, [(160, lambda: nodes.remove_node(first, allow_graceful=False)), (320, give_notice)]):
         summary = train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
     assert summary["images_seen"] == 3200
     text = "\n".join(stage.said)
