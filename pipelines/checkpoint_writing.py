@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import posixpath
 import threading
 import time
 from collections import deque
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints import checkpoint_state, drop_old_checkpoints, publish_checkpoint, score_of, scores_of
+from pipelines.checkpoints import Scores, checkpoint_state, drop_old_checkpoints, publish_checkpoint
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class CheckpointWriter:
         self.job, self.say = job, say
         self.newest = -1  # images seen by the newest that is written
         self.written: deque[str] = deque()  # paths that nobody has asked for yet
-        self._scores = scores_of(job.train.path, job.train.keep_best)
+        self._scores = Scores(job.train.path, job.train.keep_best)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_step_back)
         self._writing: Future[None] | None = None
         self._failed: OSError | None = None
@@ -92,10 +91,8 @@ class CheckpointWriter:
             self.say(f"checkpoint at {state['images_seen']:,} images failed, training goes on without it: {error}")
             return
         self._failed, self.newest = None, state["images_seen"]
-        score = score_of(state, train.keep_best) if train.keep_best else None
-        if score is not None:
-            self._scores[posixpath.basename(path)] = score
         try:
+            self._scores.refresh()
             drop_old_checkpoints(path, train.checkpoints_kept, train.keep_every_images, self._scores)
         except OSError as error:
             self.say(f"older checkpoints could not be deleted: {error}")

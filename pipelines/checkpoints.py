@@ -102,21 +102,30 @@ def last_validated(train_path: str, images_seen: int) -> int:
     return max((seen for seen in map(images_of, names) if seen <= images_seen), default=0)
 
 
-def score_of(state: Mapping[str, Any], metric: str) -> float | None:
-    """The metric's value in the newest line of metrics that a checkpoint holds; None where there is none."""
-    lines = [line[metric] for line in state.get("intervals", []) if metric in line]
-    return float(lines[-1]) if lines else None
+class Scores(dict[str, float]):
+    """The checkpoints of a run that have a value of `metric`, name → value: a metric of training in the newest line that the checkpoint
+    holds, or a `validation_…` that a validation of it has found."""
 
+    def __init__(self, train_path: str, metric: str) -> None:
+        super().__init__()
+        self.train_path, self.metric = train_path, metric
+        self.refresh()
 
-def scores_of(train_path: str, metric: str) -> dict[str, float]:
-    """The checkpoints of a run that have a value of `metric`: name → value."""
-    scores: dict[str, float] = {}
-    for name in checkpoint_names(train_path) if metric else ():
-        file = storage.join(train_path, "checkpoints", name, STATE)
-        score = score_of(storage.read_json(file), metric) if storage.exists(file) else None
-        if score is not None:
-            scores[name] = score
-    return scores
+    def refresh(self) -> None:
+        """Read what has come since."""
+        for name in checkpoint_names(self.train_path) if self.metric else ():
+            if name not in self and (value := self._value(name)) is not None:
+                self[name] = float(value)
+
+    def _value(self, name: str) -> float | None:
+        validated = self.metric.startswith(f"{VALIDATION}_")
+        file = storage.join(VALIDATION, f"{name}.json") if validated else storage.join("checkpoints", name, STATE)
+        if not storage.exists(path := storage.join(self.train_path, file)):
+            return None
+        found = storage.read_json(path)
+        if validated:
+            return found["metrics"].get(self.metric.removeprefix(f"{VALIDATION}_"))  # type: ignore[no-any-return]
+        return next((line[self.metric] for line in reversed(found.get("intervals", [])) if self.metric in line), None)
 
 
 def checkpoint_names(train_path: str) -> list[str]:

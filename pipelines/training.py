@@ -67,7 +67,7 @@ class TrainSettings:
     checkpoint_images: int = operational(1_281_167, "images between checkpoints")
     checkpoints_kept: int = operational(3, "newest checkpoints kept")
     keep_every_images: int = operational(0, "of every so many images one checkpoint is kept for good; 0: none")
-    keep_best: str = operational("", "a metric, e.g. loss: the checkpoint where it was lowest is kept too")
+    keep_best: str = operational("", "a metric, e.g. loss or validation_fid: the checkpoint where it was lowest is kept too")
     log_images: int = operational(51_200, "images between lines of metrics")
     peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
     validation_images: int = operational(0, "images between validations, which begin with a checkpoint; 0: none")
@@ -80,7 +80,7 @@ class TrainSettings:
 
 
 LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
-METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name
+METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name, beside a validation's
 FIGURES = (  # of the last interval, kept in the summary
     *LOSS_COLUMNS, "images_per_second", "tflops_per_worker", "mfu", "data_wait_share", "communication_share", "checkpoint_share",
     "parameters",
@@ -179,6 +179,10 @@ def fit(
     config = model_config(model, latents)
     LatentDataset(latents, seed, train.shuffle_window)  # whether the local disk holds what that order reads, said before any work
     _check_batches(train, cluster)
+    best = [*METRICS, *([validation.metric] if validation else [])]
+    if train.keep_best and train.keep_best not in best:
+        known = f"{', '.join(best)}{'' if validation else ', or what a validation finds where train.validation_images is set'}"
+        raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")
     channel, requests = MetricsChannel(), Requests()
     last: dict[str, Any] = {}
     broke: list[float] = []
@@ -276,8 +280,6 @@ def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
             f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
             f"{train.micro_batch}: expected at least one a worker; lower train.workers or train.micro_batch"
         )
-    if train.keep_best and train.keep_best not in METRICS:
-        raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {', '.join(METRICS)}")
     decays = [train.ema_decay, *train.ema_decays]
     if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
         raise UserError(f"train.ema_decays is {train.ema_decays}, expected shares below 1, none twice and none train.ema_decay's")

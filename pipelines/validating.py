@@ -80,6 +80,11 @@ class Validation:
     seed: int
     cluster: ClusterSettings
 
+    @property
+    def metric(self) -> str:
+        """The name under which what it finds goes to MLflow."""
+        return f"{VALIDATION}_{metric_name(self.features)}"
+
     def config(self, channel: MetricsChannel, requests: Requests) -> "ValidationConfig":
         """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
         from ray.train import ValidationConfig
@@ -93,7 +98,7 @@ class Validation:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s"
         stage.say(f"validation at {found['validated']:,} images: {shown} ({effort})")
-        stage.log({f"validation_{name}": value for name, value in metrics.items()}, step=found["validated"])
+        stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found["validated"])
         gauges.of_validation(metrics)
         if storage.is_local(found["picture"]):
             stage.artifact(found["picture"])

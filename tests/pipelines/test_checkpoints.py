@@ -14,7 +14,7 @@ from tiny_cache import ARCHITECTURE, write_latents
 from benchmarks.faulty_s3 import FaultyS3
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimizer_state
 from mar_model.mar import MAR
-from pipelines import s3
+from pipelines import s3, storage
 from pipelines.checkpoint_writing import CheckpointWriter
 from pipelines.checkpoints import checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
 from pipelines.errors import UserError
@@ -63,6 +63,20 @@ def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
     model, state = load_model(Path(newest_checkpoint(job.train.path) or ""))
     assert state["step"] == 50
     assert all(torch.equal(value, tensors[WEIGHTS][name]) for name, value in model.named_parameters())
+
+
+def test_the_best_by_what_validations_found_is_kept_once_they_have_found_it(
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    job = replace(job, train=replace(job.train, keep_best="validation_fid"))
+    writer = CheckpointWriter(job, print)
+    for images, validated, distance in ((10, 0, 0.0), (20, 10, 9.0), (30, 20, 7.0), (40, 30, 8.0), (50, 40, 7.5)):
+        if validated:  # while the next checkpoint is written
+            found = {"validated": validated, "metrics": {"fid": distance}}
+            storage.write_json(f"{job.train.path}/validation/images-{validated:012d}.json", found)
+        writer.begin(tensors, progress(images, loss=float(images)))
+        writer.wait()
+    assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 40, 50)]
 
 
 def test_one_of_every_so_many_images_is_kept_for_good(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:

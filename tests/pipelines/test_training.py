@@ -110,11 +110,15 @@ def test_every_image_once_an_epoch_whatever_the_workers(sections: tuple[Tokenize
     assert [list(share_of(worker, 3, 5)) for worker in range(3)] == [[0], [1, 2], [3, 4]]
 
 
-def test_more_workers_than_the_cluster_holds(sections: tuple[TokenizerSettings, CacheSettings], stage: Stage, tmp_path: Path) -> None:
+def test_what_cannot_be_is_said_before_any_work(sections: tuple[TokenizerSettings, CacheSettings], stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.workers 3: 3 workers.*the cluster has 2 CPUs"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=3), 0, stage)
     with pytest.raises(UserError, match="only 4 micro-batches"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=5), 0, stage)
+    with pytest.raises(
+        UserError, match=r"keep_best is 'validation_fid', expected one of loss, .* where train\.validation_images is set"
+    ):
+        train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), keep_best="validation_fid"), 0, stage)
 
 
 def test_blocks_are_compiled_when_asked_for(sections: tuple[TokenizerSettings, CacheSettings]) -> None:

@@ -47,6 +47,7 @@ def sections(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSetting
         "train": TrainSettings(
             path=str(root / "train"), images=96, batch=16, micro_batch=8, warmup_images=16, workers=1, precision="float32",
             checkpoint_images=32, log_images=48, validation_images=32, validation_samples=SAMPLES, failures=0, peak_tflops=0.1,
+            keep_best=f"validation_{NAME}",
         ),
         "generate": GenerateSettings(ar_steps=2, diffusion_steps=2, batch=4, precision="float32"),
         "evaluate": EvaluateSettings(path=str(root / "evaluation"), images=SAMPLES, features="efficientnet-lite0", batch=8),
