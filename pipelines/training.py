@@ -72,9 +72,7 @@ class TrainSettings:
     peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
     validation_images: int = operational(0, "images between validations, which begin with a checkpoint; 0: none")
     validation_samples: int = operational(1000, "samples that a validation draws and judges")
-    failures: int = operational(
-        8, "failures of workers, and starts that fail in a row, before the run gives up (notices not counted)"
-    )
+    failures: int = operational(8, "failures of workers, and starts that fail in a row, before the run gives up (notices not counted)")
     hang_seconds: int = operational(600, "a worker that the others wait for this long counts as hung: the group starts again")
     nonfinite_limit: int = operational(20, "steps in a row skipped for a loss or gradient that is not finite, before the run stops")
 

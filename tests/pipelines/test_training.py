@@ -115,9 +115,7 @@ def test_what_cannot_be_is_said_before_any_work(sections: tuple[TokenizerSetting
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=3), 0, stage)
     with pytest.raises(UserError, match="only 4 micro-batches"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=5), 0, stage)
-    with pytest.raises(
-        UserError, match=r"keep_best is 'validation_fid', expected one of loss, .* where train\.validation_images is set"
-    ):
+    with pytest.raises(UserError, match=r"keep_best is 'validation_fid', expected one of loss, .* where train\.validation_images is set"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), keep_best="validation_fid"), 0, stage)
 
 
