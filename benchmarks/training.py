@@ -157,7 +157,7 @@ def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) 
 def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
     cache = write_cache(folder / "cache")
     bare = BareStep(cache, architecture=replace(MODEL, encoder_width=512, decoder_width=512, denoiser_width=768), batch=4)
-    writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config), print), HostMemory()
+    writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config), print, 0), HostMemory()
     for _ in range(3):
         bare()
     times: dict[bool, list[float]] = {True: [], False: []}

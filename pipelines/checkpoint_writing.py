@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints import Scores, checkpoint_state, drop_old_checkpoints, publish_checkpoint
+from pipelines.checkpoints import Scores, checkpoint_names, checkpoint_state, drop_old_checkpoints, images_of, publish_checkpoint
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,11 +49,13 @@ class CheckpointWriter:
     One that can't be written (disk full, bucket out of reach) is told to `say`, and training goes on: the next is tried as usual.
     """
 
-    def __init__(self, job: "TrainingJob", say: Callable[[str], None]) -> None:
+    def __init__(self, job: "TrainingJob", say: Callable[[str], None], images_seen: int) -> None:
+        """For a run that goes on from the checkpoint at `images_seen`: the later ones on disk are damaged."""
         self.job, self.say = job, say
         self.newest = -1  # images seen by the newest that is written
         self.written: deque[str] = deque()  # paths that nobody has asked for yet
-        self._scores = Scores(job.train.path, job.train.keep_best)
+        self._damaged = {name for name in checkpoint_names(job.train.path) if images_of(name) > images_seen}
+        self._scores = Scores(job.train.path, job.train.keep_best, job.validated_as)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_step_back)
         self._writing: Future[None] | None = None
         self._failed: OSError | None = None
@@ -91,9 +93,10 @@ class CheckpointWriter:
             self.say(f"checkpoint at {state['images_seen']:,} images failed, training goes on without it: {error}")
             return
         self._failed, self.newest = None, state["images_seen"]
+        self._damaged.discard(path.rpartition("/")[2])
         try:
             self._scores.refresh()
-            drop_old_checkpoints(path, train.checkpoints_kept, train.keep_every_images, self._scores)
+            drop_old_checkpoints(path, train.checkpoints_kept, train.keep_every_images, self._scores, self._damaged)
         except OSError as error:
             self.say(f"older checkpoints could not be deleted: {error}")
         self.written.append(path)

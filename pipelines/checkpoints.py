@@ -73,20 +73,21 @@ def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tenso
     return path
 
 
-def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float]) -> None:
+def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float], damaged: set[str]) -> None:
     """Delete what is older than `newest`, a checkpoint's path, but for `kept` − 1 of them, the one with the lowest finite value of
-    `scores` (name → value), and the first one of every `every_images` images (0: none).
-
-    What is on disk beyond `newest` was damaged when the run went on from before it, and counts for nothing.
+    `scores` (name → value), and the first one of every `every_images` images (0: none). The `damaged` that the run went on from before
+    are none of these, and stay until it has passed them.
     """
     folder, _, last = newest.rpartition("/")
     names = [name for name in checkpoint_names(folder.rpartition("/")[0]) if name <= last]
+    passed = [name for name in names if name in damaged and name != last]
+    names = [name for name in names if name not in passed]
     ranked = {name: scores[name] for name in names if math.isfinite(scores.get(name, math.nan))}
     lasting = {min(ranked, key=lambda name: ranked[name])} if ranked else set[str]()
     if every_images:
         firsts = {images_of(name) // every_images: name for name in reversed(names)}
         lasting |= {name for number, name in firsts.items() if number}
-    for name in names[:-kept]:
+    for name in [*passed, *names[:-kept]]:
         if name not in lasting:
             storage.delete(storage.join(folder, name))
 
@@ -104,28 +105,32 @@ def last_validated(train_path: str, images_seen: int) -> int:
 
 class Scores(dict[str, float]):
     """The checkpoints of a run that have a value of `metric`, name → value: a metric of training in the newest line that the checkpoint
-    holds, or a `validation_…` that a validation of it has found."""
+    holds, or a `validation_…` that a validation of this identity has found for it (see `Validation.identity`)."""
 
-    def __init__(self, train_path: str, metric: str) -> None:
+    def __init__(self, train_path: str, metric: str, validated_as: str = "") -> None:
         super().__init__()
-        self.train_path, self.metric = train_path, metric
+        self.train_path, self.metric, self.validated_as = train_path, metric, validated_as
         self.refresh()
 
     def refresh(self) -> None:
         """Read what has come since."""
-        for name in checkpoint_names(self.train_path) if self.metric else ():
-            if name not in self and (value := self._value(name)) is not None:
-                self[name] = float(value)
+        for name in reversed(checkpoint_names(self.train_path)) if self.metric else ():
+            if name not in self:
+                with contextlib.suppress(ValueError, LookupError):  # there is none, or it is damaged
+                    self[name] = self._value(name)
 
-    def _value(self, name: str) -> float | None:
+    def _value(self, name: str) -> float:
+        """Raises LookupError where there is none, ValueError where it is damaged."""
         validated = self.metric.startswith(f"{VALIDATION}_")
         file = storage.join(VALIDATION, f"{name}.json") if validated else storage.join("checkpoints", name, STATE)
         if not storage.exists(path := storage.join(self.train_path, file)):
-            return None
+            raise KeyError(path)
         found = storage.read_json(path)
-        if validated:
-            return found["metrics"].get(self.metric.removeprefix(f"{VALIDATION}_"))  # type: ignore[no-any-return]
-        return next((line[self.metric] for line in reversed(found.get("intervals", [])) if self.metric in line), None)
+        if not validated:
+            return float([line[self.metric] for line in found["intervals"] if self.metric in line][-1])
+        if found["identity"] != self.validated_as:
+            raise KeyError(self.validated_as)
+        return float(found["metrics"][self.metric.removeprefix(f"{VALIDATION}_")])
 
 
 def checkpoint_names(train_path: str) -> list[str]:

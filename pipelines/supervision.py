@@ -23,6 +23,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from pipelines.errors import UserError, causes_of, in_one_line, origin_of
 from pipelines.progress import MetricsChannel
 from pipelines.requests import PREEMPTED, RESIZED, Requests
+from pipelines.watchdog import PATIENCE
 
 # Errors that the next attempt would meet again: settings, files and code are what they were.
 MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
@@ -60,7 +61,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
 
     def __init__(self, channel: MetricsChannel, requests: Requests, hang_seconds: int, restarts: int) -> None:
         self.channel, self.requests = channel, requests
-        self.start_seconds, self.restarts = max(hang_seconds, START_SECONDS), restarts
+        self.start_seconds, self.restarts = max(PATIENCE * hang_seconds, START_SECONDS), restarts
         self._running = self._noticed = self._waits = False
         self._failed_starts = 0  # in a row
 
@@ -82,7 +83,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
     def start_failed(self, cause: str) -> None:
         """Waits a little longer each time. Raises RuntimeError when that was one time too many."""
         self._failed_starts += 1
-        if self._failed_starts > self.restarts:
+        if 0 <= self.restarts < self._failed_starts:
             raise RuntimeError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures): {cause}")
         self.channel.send({"say": f"{cause}; starting again", "broke": time.time()})
         if self._failed_starts > 1:
@@ -179,7 +180,7 @@ class SupervisedWorkerGroup(WorkerGroup):
             if not self._over.is_set():
                 self._hanging = f"{who}: {seconds:.0f} s after the start the group has not begun to train"
         while self._hanging and not self._over.is_set():
-            with contextlib.suppress(RayError):  # for a while Ray may not be there to hear of it
+            with contextlib.suppress(Exception):  # for a while nobody may be there to hear of it
                 self._room.shutdown()
             self._over.wait(PING_SECONDS)
 
@@ -214,10 +215,8 @@ def _why(error: BaseException) -> str:
     """Why a start failed, of which it is not known whose error it is."""
     if isinstance(error, RayActorError):
         return f"a worker was lost ({_reason(str(error))})"
-    if "timed out" in str(error).lower():
-        return f"a worker hangs: another has waited {_seconds()} s for it (train.hang_seconds)"
-    origin = origin_of(error)
-    return f"a worker failed ({type(origin).__name__}: {in_one_line(origin)[:300]})"
+    origin, hangs = origin_of(error), "timed out" in str(error).lower()
+    return f"a worker {'hangs or is out of reach' if hangs else 'failed'} ({type(origin).__name__}: {in_one_line(origin)[:300]})"
 
 
 def _seconds() -> str:

@@ -14,7 +14,7 @@ from pipelines.evaluation import EvaluateSettings
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
 from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import METRICS, TrainSettings
+from pipelines.training import TrainSettings
 
 if TYPE_CHECKING:
     from pipelines.sweeping import SweepSettings
@@ -87,7 +87,7 @@ def grid(sections: Sections, sweep: "SweepSettings") -> list[Trial]:
         own_paths = {"evaluate.path": storage.join(path, "evaluation"), "generate.path": storage.join(path, "samples")}
         if sweep.over == "train":
             own_paths |= {"train.path": path, "generate.checkpoint": ""}
-            if sections.train.keep_best not in METRICS:  # trials are not validated
+            if sections.train.keep_best.startswith("validation_"):  # trials are not validated
                 own_paths |= {"train.keep_best": ""}
         values = {**parameters, **own_paths, "evaluate.images": sweep.images}
         trials[name] = Trial(name, path, parameters, sections.with_values(values))

@@ -204,7 +204,11 @@ def fit(
     gpus = cluster.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": TrainingJob(config, train, latents, tokenizer.path, seed, cluster, channel, requests, start)},
+        train_loop_config={
+            "job": TrainingJob(
+                config, train, latents, tokenizer.path, seed, cluster, channel, requests, start, validation.identity if validation else ""
+            )
+        },
         validation_config=validation.config(channel, requests) if validation else None,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(

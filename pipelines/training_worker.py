@@ -34,15 +34,12 @@ from pipelines.requests import PREEMPTED, RESIZED, Requests
 from pipelines.strategies import load_whole, strategy_of
 from pipelines.telemetry import Telemetry
 from pipelines.training_step import OptimizerStep, Outcome
-from pipelines.watchdog import Watchdog
+from pipelines.watchdog import PATIENCE, Watchdog
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig
 
     from pipelines.training import TrainSettings
-
-
-PATIENCE = 1.25  # times train.hang_seconds: who waits for another in a collective, or doesn't answer Ray, is found before
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ class TrainingJob:
     channel: MetricsChannel
     requests: Requests
     start: Start | None  # of a run that is fine-tuning
+    validated_as: str = ""  # what makes the distances of two validations comparable
 
 
 def train_worker(loop_config: dict[str, TrainingJob]) -> None:
@@ -104,7 +102,7 @@ class Training:
             job.cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
             shuffle_window=train.shuffle_window,
         )  # fmt: skip
-        self.writer = CheckpointWriter(job, job.channel.say) if worker == 0 else None
+        self.writer = CheckpointWriter(job, job.channel.say, self.images_seen) if worker == 0 else None
         self.memory, self.seconds_saving = HostMemory(), 0.0
         self.asked = job.requests.watched() if worker == 0 else lambda: ""
         self.watchdog = Watchdog(f"worker {worker}", PATIENCE * train.hang_seconds, job.channel.say)

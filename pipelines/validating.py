@@ -2,6 +2,7 @@
 training workers, on resources of their own, by Ray Train's asynchronous validation. Training does not wait."""
 
 import functools
+import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from pipelines.progress import MetricsChannel
 from pipelines.prometheus import Gauges, run_label
 from pipelines.references import find_reference, source_statistics
 from pipelines.requests import Requests
+from pipelines.settings import identity_of
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
@@ -84,6 +86,13 @@ class Validation:
     def metric(self) -> str:
         """The name under which what it finds goes to MLflow."""
         return f"{VALIDATION}_{metric_name(self.features)}"
+
+    @property
+    def identity(self) -> str:
+        """Of all that a distance depends on beside the weights: distances of the same identity can be compared."""
+        drawn = identity_of(generate=self.generate, seed=self.seed)
+        judged = {"samples": self.train.validation_samples, "network": self.digest, "reference": self.reference.identity()}
+        return storage.digest(json.dumps({**drawn, **judged}, sort_keys=True).encode())
 
     def config(self, channel: MetricsChannel, requests: Requests) -> "ValidationConfig":
         """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
@@ -148,7 +157,7 @@ def _measured(path: str, validation: Validation, requests: Requests) -> dict[str
     samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
     about = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
-    storage.write_json(f"{target}.json", {**found, **about})
+    storage.write_json(f"{target}.json", {**found, **about, "identity": validation.identity})
     return found
 
 

@@ -12,11 +12,11 @@ from full_disk import largest_file
 from tiny_cache import ARCHITECTURE, write_latents
 
 from benchmarks.faulty_s3 import FaultyS3
-from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, load_model, optimizer_state
+from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, load_model, optimizer_state
 from mar_model.mar import MAR
 from pipelines import s3, storage
 from pipelines.checkpoint_writing import CheckpointWriter
-from pipelines.checkpoints import checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
+from pipelines.checkpoints import Scores, checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
 from pipelines.errors import UserError
 from pipelines.latents import LatentCache
 from pipelines.training import TrainSettings, model_config
@@ -51,12 +51,12 @@ def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(job, said.append)
+    writer = CheckpointWriter(job, said.append, 0)
     for images, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0)):
         writer.begin(tensors, progress(images, loss))
     writer.wait()
     assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 30, 40)]
-    again = CheckpointWriter(job, said.append)  # after a kill: what was best is read from the disk
+    again = CheckpointWriter(job, said.append, 40)  # after a kill: what was best is read from the disk
     again.finish(tensors, progress(50, 2.0))
     assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 40, 50)]
     assert (again.newest, said) == (50, [])
@@ -68,20 +68,24 @@ def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
 def test_the_best_by_what_validations_found_is_kept_once_they_have_found_it(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    job = replace(job, train=replace(job.train, keep_best="validation_fid"))
-    writer = CheckpointWriter(job, print)
+    job = replace(job, train=replace(job.train, keep_best="validation_fid"), validated_as="these")
+    writer = CheckpointWriter(job, print, 0)
     for images, validated, distance in ((10, 0, 0.0), (20, 10, 9.0), (30, 20, 7.0), (40, 30, 8.0), (50, 40, 7.5)):
         if validated:  # while the next checkpoint is written
-            found = {"validated": validated, "metrics": {"fid": distance}}
+            found = {"validated": validated, "metrics": {"fid": distance}, "identity": "these"}
             storage.write_json(f"{job.train.path}/validation/images-{validated:012d}.json", found)
         writer.begin(tensors, progress(images, loss=float(images)))
         writer.wait()
     assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 40, 50)]
+    assert Scores(job.train.path, "validation_fid", "these") == {"images-000000000020": 7.0, "images-000000000040": 7.5}
+    assert Scores(job.train.path, "validation_fid", "of more samples") == {}
 
 
 def test_one_of_every_so_many_images_is_kept_for_good(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_every_images=100, keep_best="", checkpoints_kept=1)), said.append)
+    writer = CheckpointWriter(
+        replace(job, train=replace(job.train, keep_every_images=100, keep_best="", checkpoints_kept=1)), said.append, 0
+    )
     for images in range(40, 401, 40):
         writer.begin(tensors, progress(images))
     writer.wait()
@@ -89,21 +93,28 @@ def test_one_of_every_so_many_images_is_kept_for_good(job: TrainingJob, tensors:
     assert said == []
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, STATE])
 def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_one(
-    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
+    job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]], file: str
 ) -> None:
     said: list[str] = []
-    job = replace(job, train=replace(job.train, checkpoints_kept=1))
-    writer = CheckpointWriter(job, said.append)
-    for images, loss in ((100, math.nan), (200, 1.0), (300, 2.0)):
-        writer.begin(tensors, progress(images, loss))
-        writer.wait()
+    writer = CheckpointWriter(job, said.append, 0)
+    for images, loss in ((100, math.nan), (200, 1.0), (300, 0.5)):
+        writer.finish(tensors, progress(images, loss))
     newest = Path(job.train.path, "checkpoints", f"images-{300:012d}")
-    (newest / WEIGHTS).write_bytes(b"damaged")
+    (newest / file).write_bytes(b"{")
     assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{200:012d}"))
-    writer.finish(tensors, progress(250, 3.0))  # went on from 200, and was asked to end
-    assert [int(name[-3:]) for name in checkpoint_names(job.train.path)] == [200, 250, 300]  # the best, the newest, the damaged one
-    assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{250:012d}"))
+    again = CheckpointWriter(replace(job, train=replace(job.train, checkpoints_kept=1)), said.append, 200)
+    again.finish(tensors, progress(250, 3.0))
+    assert kept(job) == [200, 250, 300]  # the best, the newest, the damaged one
+    again.finish(tensors, progress(350, 4.0))
+    assert kept(job) == [200, 350]
+    assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{350:012d}"))
+    assert len(said) == 1
+
+
+def kept(job: TrainingJob) -> list[int]:
+    return [int(name[-3:]) for name in checkpoint_names(job.train.path)]
 
 
 def test_the_newest_that_was_validated(tmp_path: Path) -> None:
@@ -119,7 +130,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 ) -> None:
     monkeypatch.setattr("pipelines.checkpoint_writing.PAUSE_SECONDS", 0.01)
     said: list[str] = []
-    writer = CheckpointWriter(job, said.append)
+    writer = CheckpointWriter(job, said.append, 0)
     writer.begin(tensors, progress(10))
     writer.wait()
     with largest_file(20_000):
@@ -136,7 +147,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 
 def test_damage_is_told_and_the_one_before_is_used(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_best="")), said.append)
+    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_best="")), said.append, 0)
     for images in (10, 20, 30):
         writer.begin(tensors, progress(images))
     writer.wait()
@@ -167,7 +178,7 @@ def test_a_bucket_out_of_reach_during_a_checkpoint(
         monkeypatch.setattr(s3, "WRITE_SECONDS", 1.0)
         boto3.client("s3").create_bucket(Bucket="runs")
         job = replace(job, train=replace(job.train, path="s3://runs/one"))
-        writer = CheckpointWriter(job, said.append)
+        writer = CheckpointWriter(job, said.append, 0)
         writer.begin(tensors, progress(10))
         writer.wait()
         server.kinds = ("reset",)

@@ -11,6 +11,7 @@ from tiny_cache import ARCHITECTURE, write_latents
 from tiny_run import CLASSES, SIZE, write_images, write_tokenizer
 
 from pipelines import storage
+from pipelines.checkpoints import Scores
 from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, evaluate, metric_name
@@ -70,6 +71,8 @@ def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_lo
     assert found.keys() <= {32, 64, 96}  # one that was written while another waited to be reported gives way to it
     assert all(one["samples"] == SAMPLES and one["reference_images"] == 24 for one in found.values())
     assert len({one["metrics"][NAME] for one in found.values()}) == len(found)  # other weights each time
+    scores = Scores(sections["train"].path, sections["train"].keep_best, found[96]["identity"])
+    assert scores == {f"images-{seen:012d}": one["metrics"][NAME] for seen, one in found.items()}
     with Image.open(folder / "images-000000000096.png") as picture:
         assert picture.size[0] > 3 * SIZE
 
