@@ -167,15 +167,9 @@ class SupervisedWorkerGroup(WorkerGroup):
         seconds = self.supervision.start_seconds
         if self._over.wait(seconds):
             return
-        asked = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
-        silent = [asked[one] for one in ray.wait(list(asked), num_returns=len(asked), timeout=PING_SECONDS)[1]] if asked else []
-        names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
-        if not asked:
-            who = "a worker that has not come up hangs"
-        elif 0 < len(names) < len(asked):
-            who = f"{', '.join(names[:4])}{' …' if names[4:] else ''} hangs"
-        else:  # one that hangs, and those that wait for it: which is which does not show
-            who = "a worker hangs, the others wait for it" if len(asked) > 1 else f"{names[0] if names else 'the worker'} hangs"
+        who = "a worker hangs"
+        with contextlib.suppress(RayError):
+            who = self._who_hangs()
         with self._deciding:
             if not self._over.is_set():
                 self._hanging = f"{who}: {seconds:.0f} s after the start the group has not begun to train"
@@ -183,6 +177,17 @@ class SupervisedWorkerGroup(WorkerGroup):
             with contextlib.suppress(Exception):  # for a while nobody may be there to hear of it
                 self._room.shutdown()
             self._over.wait(PING_SECONDS)
+
+    def _who_hangs(self) -> str:
+        if not self._workers:
+            return "a worker that has not come up hangs"
+        asked = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
+        _, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=PING_SECONDS)
+        silent = [asked[one] for one in waiting]
+        if len(silent) in (0, len(asked)) and len(asked) > 1:  # who waits for another in the process group does not answer either
+            return "a worker hangs, the others wait for it"
+        names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
+        return f"{', '.join(names[:4]) or 'the worker'}{' …' if names[4:] else ''} hangs"
 
 
 def _nodes(notice: Any) -> str:

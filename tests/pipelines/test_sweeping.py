@@ -243,6 +243,7 @@ def test_what_a_sweep_needs_is_checked_first(
         run(sections, SweepSettings(path=str(tmp_path), over=over, metric=metric, parameters=parameters), Stage("sweep", ray_local))
 
 
+@pytest.mark.long  # the journey of tests/e2e sweeps over generation too
 def test_a_sweep_over_generation_draws_from_one_checkpoint_and_trains_nothing(ray_local: ClusterSettings, tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer)
