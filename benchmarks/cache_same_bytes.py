@@ -1,4 +1,4 @@
-"""The same cache whatever happens: who makes it is killed, S3 fails, the images come in another form."""
+"""The same cache whatever happens: who makes it is killed, S3 fails, the images come in another form. Run by `benchmarks.cache`."""
 
 import argparse
 import itertools

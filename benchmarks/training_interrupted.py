@@ -1,4 +1,5 @@
-"""Training whose workers are killed, whose nodes are lost, that is ended and begun again: seconds to the next step, bits and keys."""
+"""Training whose workers are killed, whose nodes are lost, that is ended and begun again: seconds to the next step, bits and keys.
+Run by `benchmarks.training`."""
 
 import logging
 import os

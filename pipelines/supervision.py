@@ -27,7 +27,7 @@ from pipelines.watchdog import PATIENCE
 
 # Errors that the next attempt would meet again: settings, files and code are what they were.
 MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
-GROUP_START_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
+ROOM_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
 POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
 PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
 START_SECONDS = 120  # that a group may take to begin once it has room, however short train.hang_seconds is
@@ -41,7 +41,7 @@ LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its c
 def ray_train_waits(hang_seconds: int) -> Iterator[None]:
     """The environment variables by which Ray Train is told how long to wait; those that the person has set stay."""
     wanted = {
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": GROUP_START_SECONDS,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ROOM_SECONDS,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_SECONDS,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_SECONDS,
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": hang_seconds,
