@@ -1,5 +1,6 @@
 """The one exception that a person's mistake ends in, and what is behind an error that came through Ray."""
 
+from collections.abc import Callable
 from typing import Any
 
 WRAPPERS = ("SystemException", "RaySystemError", "ControllerError", "UserCodeException")  # Ray's, around what happened
@@ -32,18 +33,34 @@ def origin_of(error: BaseException) -> BaseException:
 def in_one_line(error: BaseException) -> str:
     """The line of the error's text that says most: its first, of Ray's own the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-    return lines[-1 if type(error).__module__.startswith("ray.") else 0]
+    return lines[-1 if _is_rays(error) else 0]
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """The errors behind one: what Ray's wrappers (`cause`, `client_exc`, `worker_failures`) and Python's chain lead to."""
+    """The error and those behind it: what Ray's wrappers and Python's chain lead to."""
+    return _reached(error, _behind)
+
+
+def carried_by(error: BaseException) -> list[BaseException]:
+    """What was raised before Ray put its own errors around it; not what lies behind that in turn."""
+    return [one for one in _reached(error, lambda one: _behind(one) if _is_rays(one) else []) if not _is_rays(one)]
+
+
+def _is_rays(error: BaseException) -> bool:
+    return type(error).__module__.startswith("ray.")
+
+
+def _behind(error: BaseException) -> list[Any]:
+    failures = getattr(error, "worker_failures", None) or {}
+    return [getattr(error, "cause", None), getattr(error, "client_exc", None), *failures.values(), error.__cause__]
+
+
+def _reached(error: BaseException, behind: Callable[[BaseException], list[Any]]) -> list[BaseException]:
     found: list[BaseException] = []
     waiting: list[Any] = [error]
     while waiting:
         one = waiting.pop(0)
-        if not isinstance(one, BaseException) or any(one is each for each in found):
-            continue
-        found.append(one)
-        failures = getattr(one, "worker_failures", None) or {}
-        waiting += [getattr(one, "cause", None), getattr(one, "client_exc", None), *failures.values(), one.__cause__]
+        if isinstance(one, BaseException) and not any(one is each for each in found):
+            found.append(one)
+            waiting += behind(one)
     return found

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
-from pipelines.errors import UserError, causes_of, in_one_line, origin_of
+from pipelines.errors import UserError, carried_by, in_one_line, origin_of
 from pipelines.progress import MetricsChannel
 from pipelines.requests import PREEMPTED, RESIZED, Requests
 from pipelines.watchdog import PATIENCE
@@ -105,9 +105,8 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         if not errors or not self._running:
             return
         self._running = False
-        mistake = next((one for one in errors.values() if isinstance(one, MISTAKES)), None)
-        if mistake is not None:
-            raise mistake
+        for error in errors.values():
+            _end_at_mistake(error)
         self.requests.group_works(False)
         text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
         self.channel.send({"say": text, "broke": time.time()})
@@ -154,9 +153,8 @@ class SupervisedWorkerGroup(WorkerGroup):
             if self.has_started():
                 self._worker_group_state.shutdown()
                 self._clear_state()
-            mistake = next((one for one in causes_of(error) if isinstance(one, MISTAKES)), None)
-            if mistake is not None and not self._hanging:
-                raise mistake from error
+            if not self._hanging:
+                _end_at_mistake(error)
             cause = error.__cause__ or error
             if not getattr(cause, "preempted", False):
                 self.supervision.start_failed(self._hanging or f"{_why(cause)} while the group started")
@@ -188,6 +186,13 @@ class SupervisedWorkerGroup(WorkerGroup):
             return "a worker hangs, the others wait for it"
         names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
         return f"{', '.join(names[:4]) or 'the worker'}{' …' if names[4:] else ''} hangs"
+
+
+def _end_at_mistake(error: BaseException) -> None:
+    """Raises what a worker has raised, where the next start would only meet it again."""
+    for one in carried_by(error):
+        if isinstance(one, MISTAKES):
+            raise one
 
 
 def _nodes(notice: Any) -> str:
