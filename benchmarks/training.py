@@ -153,7 +153,7 @@ def workers(folder: Path, steps: int) -> dict[str, Any]:
 def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) -> TrainingJob:
     nobody: Any = SimpleNamespace()
     settings = replace(RECIPE, path=str(path), checkpoints_kept=1)
-    return TrainingJob(model_config(architecture, cache), settings, cache, "tokenizer", 0, nobody, nobody, nobody, None)
+    return TrainingJob(model_config(architecture, cache), settings, cache, "tokenizer", 0, nobody, nobody, None)
 
 
 def checkpoint(folder: Path, steps: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
+OWN = {"RAY_task_events_report_interval_ms": "0"}  # of a Ray of our own: what only a dashboard would show is not collected
 
 
 @dataclass
@@ -111,7 +112,7 @@ def _check_listening(address: str) -> None:
 def _start(cluster: ClusterSettings) -> None:
     import ray
 
-    os.environ |= ENVIRONMENT
+    os.environ |= {**ENVIRONMENT, **OWN}
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -121,6 +122,7 @@ def _start(cluster: ClusterSettings) -> None:
                 log_to_driver=False,
                 configure_logging=False,
             )
+            ray._private.worker._global_node.kill_log_monitor()  # it sends logs to drivers that want them: this one doesn't
             return
         except Exception as error:
             logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)

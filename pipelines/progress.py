@@ -1,5 +1,6 @@
 """How far a stage is: one live bar on a terminal, a line now and then elsewhere; and metrics on their way from workers to the driver."""
 
+import asyncio
 import os
 import sys
 import threading
@@ -133,17 +134,32 @@ def on_this_node() -> "NodeAffinitySchedulingStrategy":
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
+class Messages:
+    """The actor behind `MetricsChannel`."""
+
+    def __init__(self) -> None:
+        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+
+    async def put(self, message: dict[str, Any]) -> None:
+        self._messages.put_nowait(message)
+
+    async def get(self) -> dict[str, Any]:
+        return await self._messages.get()
+
+
 class MetricsChannel:
     """Carries metrics from Ray workers to the driver, which alone writes them down. Made in the driver, sent to the workers."""
 
-    def __init__(self) -> None:
-        from ray.util.queue import Queue
+    actor: type[Messages] = Messages
 
-        self._queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": on_this_node()})
+    def __init__(self) -> None:
+        import ray
+
+        self._actor: Any = ray.remote(self.actor).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
 
     def send(self, metrics: dict[str, Any]) -> None:
         """From a worker; does not wait for the driver."""
-        self._queue.actor.put_nowait.remote(metrics)
+        self._actor.put.remote(metrics)
 
     def say(self, text: str) -> None:
         """A line for the person, as the message {"say": text}."""
@@ -155,11 +171,13 @@ class MetricsChannel:
 
         An exception in the callback is raised at the end of the body.
         """
+        import ray
+
         errors = list[BaseException]()
 
         def listen() -> None:
             try:
-                while message := self._queue.get():
+                while message := ray.get(self._actor.get.remote()):
                     callback(message)
             except BaseException as error:
                 errors.append(error)
@@ -172,6 +190,6 @@ class MetricsChannel:
             time.sleep(0.2)  # what was sent before the end may still be on its way
             self.send({})
             thread.join(timeout=30)
-            self._queue.shutdown(force=True)
+            ray.kill(self._actor)
         if errors:
             raise errors[0]

@@ -10,6 +10,8 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -21,8 +23,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from pipelines.errors import UserError, carried_by, in_one_line, origin_of
-from pipelines.progress import MetricsChannel
-from pipelines.requests import PREEMPTED, RESIZED, Requests
+from pipelines.training_channel import PREEMPTED, RESIZED, TrainingChannel
 from pipelines.watchdog import PATIENCE
 
 # Errors that the next attempt would meet again: settings, files and code are what they were.
@@ -56,11 +57,18 @@ def ray_train_waits(hang_seconds: int) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+class Trainer(TorchTrainer):
+    """Starts no actor that hands out Ray Datasets: workers read the cache, and every start of a group would wait for it."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+
+
 class Supervision(ControllerCallback, WorkerGroupCallback):
     """Runs in Ray Train's controller, which calls it at every turn of a worker group."""
 
-    def __init__(self, channel: MetricsChannel, requests: Requests, hang_seconds: int, restarts: int) -> None:
-        self.channel, self.requests = channel, requests
+    def __init__(self, channel: TrainingChannel, hang_seconds: int, restarts: int) -> None:
+        self.channel = channel
         self.start_seconds, self.restarts = max(PATIENCE * hang_seconds, START_SECONDS), restarts
         self._running = self._noticed = self._waits = False
         self._failed_starts = 0  # in a row
@@ -72,7 +80,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._running = self._noticed = False
-        self.requests.new_group()
+        self.channel.new_group()
 
     def finds_no_room(self, workers: int) -> None:
         """Said once; Ray Train looks anew until there is some."""
@@ -92,7 +100,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._waits, self._failed_starts = False, 0
         self._running = True
-        self.requests.group_works(True)
+        self.channel.group_works(True)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Raises what no restart would mend, which ends the run."""
@@ -101,13 +109,13 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         if notice is not None and not self._noticed and not errors:
             self._noticed = True
             self.channel.say(f"{_nodes(notice)} will be taken away: writing a checkpoint, to go on without")
-            self.requests.ask(PREEMPTED)
+            self.channel.ask(PREEMPTED)
         if not errors or not self._running:
             return
         self._running = False
         for error in errors.values():
             _end_at_mistake(error)
-        self.requests.group_works(False)
+        self.channel.group_works(False)
         text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
         self.channel.send({"say": text, "broke": time.time()})
 
@@ -117,9 +125,9 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
             return
         self._running = False
         self.channel.say(f"the cluster has room for {resize_decision.num_workers} workers: writing a checkpoint, to go on with them")
-        self.requests.ask(RESIZED)
+        self.channel.ask(RESIZED)
         deadline = time.monotonic() + LEAVING_SECONDS
-        while not self.requests.has_answer() and time.monotonic() < deadline:
+        while not self.channel.has_answer() and time.monotonic() < deadline:
             time.sleep(0.2)
 
 

@@ -19,13 +19,12 @@ from pipelines.latent_dataset import LatentDataset
 from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
 from pipelines.precision import resolved
-from pipelines.progress import MetricsChannel
-from pipelines.requests import STOP, Requests
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import IDENTITY, Stage
-from pipelines.supervision import Supervision, ray_train_waits
+from pipelines.supervision import Supervision, Trainer, ray_train_waits
 from pipelines.telemetry import in_short
 from pipelines.tokenizing import TokenizerSettings
+from pipelines.training_channel import STOP, TrainingChannel
 from pipelines.training_worker import TrainingJob, train_worker
 
 if TYPE_CHECKING:
@@ -167,7 +166,7 @@ def fit(
     """
     import ray.train
     from ray.train import ControllerError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     if storage.is_local(train.path):
         train = replace(train, path=str(Path(train.path).resolve()))
@@ -181,7 +180,7 @@ def fit(
     if train.keep_best and train.keep_best not in best:
         known = f"{', '.join(best)}{'' if validation else ', or what a validation finds where train.validation_images is set'}"
         raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")
-    channel, requests = MetricsChannel(), Requests()
+    channel = TrainingChannel()
     last: dict[str, Any] = {}
     broke: list[float] = []
 
@@ -202,14 +201,14 @@ def fit(
 
     forget_lost_attempts(train.path)
     gpus = cluster.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
             "job": TrainingJob(
-                config, train, latents, tokenizer.path, seed, cluster, channel, requests, start, validation.identity if validation else ""
+                config, train, latents, tokenizer.path, seed, cluster, channel, start, validation.identity if validation else ""
             )
         },
-        validation_config=validation.config(channel, requests) if validation else None,
+        validation_config=validation.config(channel) if validation else None,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,
@@ -221,17 +220,17 @@ def fit(
             storage_path=train.path if storage.is_local(train.path) else storage.filesystem(train.path)[1],
             storage_filesystem=None if storage.is_local(train.path) else storage.filesystem(train.path)[0],
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
-            callbacks=[Supervision(channel, requests, train.hang_seconds, train.failures)],
+            callbacks=[Supervision(channel, train.hang_seconds, train.failures)],
         ),
     )
 
     def stop() -> None:
         say("ending: the workers write a checkpoint (once more, and it ends without)")
-        requests.ask(STOP)
+        channel.ask(STOP)
 
     try:
         with ray_train_waits(train.hang_seconds), channel.listening(receive):
-            interruption = finish_when_asked(trainer.fit, stop, requests.somebody_works)
+            interruption = finish_when_asked(trainer.fit, stop, channel.somebody_works)
     except ControllerError as error:
         raise error.controller_failure from error
     checkpoint = newest_checkpoint(train.path, say)

@@ -28,11 +28,10 @@ from pipelines.latents import LatentCache, Manifest
 from pipelines.metrics_log import CHECKPOINTED
 from pipelines.micro_batches import GlobalBatch, MicroBatch, MicroBatches, owner_of
 from pipelines.precision import autocast
-from pipelines.progress import MetricsChannel
 from pipelines.prometheus import run_label
-from pipelines.requests import PREEMPTED, RESIZED, Requests
 from pipelines.strategies import load_whole, strategy_of
 from pipelines.telemetry import Telemetry
+from pipelines.training_channel import PREEMPTED, RESIZED, TrainingChannel
 from pipelines.training_step import OptimizerStep, Outcome
 from pipelines.watchdog import PATIENCE, Watchdog
 
@@ -52,8 +51,7 @@ class TrainingJob:
     tokenizer_path: str
     seed: int
     cluster: ClusterSettings
-    channel: MetricsChannel
-    requests: Requests
+    channel: TrainingChannel
     start: Start | None  # of a run that is fine-tuning
     validated_as: str = ""  # what makes the distances of two validations comparable
 
@@ -104,7 +102,7 @@ class Training:
         )  # fmt: skip
         self.writer = CheckpointWriter(job, job.channel.say, self.images_seen) if worker == 0 else None
         self.memory, self.seconds_saving = HostMemory(), 0.0
-        self.asked = job.requests.watched() if worker == 0 else lambda: ""
+        self.asked = job.channel.watched() if worker == 0 else lambda: ""
         self.watchdog = Watchdog(f"worker {worker}", PATIENCE * train.hang_seconds, job.channel.say)
         self.ending = False  # a request to end has reached all workers
         self.skipped = 0  # steps in a row
@@ -277,7 +275,7 @@ class Training:
         reason = collective.broadcast_from_rank_zero(self.asked() if self.ending else "")  # after the first worker has written
         self._report()
         if reason == RESIZED and self.worker == 0:
-            self.job.requests.answer()
+            self.job.channel.answer()
         if reason == PREEMPTED:
             raise RayActorError(error_msg=f"pre-empted, with a checkpoint at {self.images_seen:,} images", preempted=True)
 

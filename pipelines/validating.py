@@ -23,14 +23,13 @@ from pipelines.generation_worker import LoadedModel
 from pipelines.images import ImageSettings
 from pipelines.metrics import FeatureStatistics, FeatureSums
 from pipelines.precision import resolved
-from pipelines.progress import MetricsChannel
 from pipelines.prometheus import Gauges, run_label
 from pipelines.references import find_reference, source_statistics
-from pipelines.requests import Requests
 from pipelines.settings import identity_of
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
+from pipelines.training_channel import TrainingChannel
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
@@ -94,11 +93,11 @@ class Validation:
         judged = {"samples": self.train.validation_samples, "network": self.digest, "reference": self.reference.identity()}
         return storage.digest(json.dumps({**drawn, **judged}, sort_keys=True).encode())
 
-    def config(self, channel: MetricsChannel, requests: Requests) -> "ValidationConfig":
+    def config(self, channel: TrainingChannel) -> "ValidationConfig":
         """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
         from ray.train import ValidationConfig
 
-        run = functools.partial(validate, validation=self, channel=channel, requests=requests)
+        run = functools.partial(validate, validation=self, channel=channel)
         return ValidationConfig(run, ray_remote_kwargs=worker_resources(self.cluster))
 
     def tell(self, found: dict[str, Any], stage: Stage, gauges: Gauges) -> None:
@@ -113,19 +112,19 @@ class Validation:
             stage.artifact(found["picture"])
 
 
-def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: MetricsChannel, requests: Requests) -> dict[str, float]:
+def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:
     """Validate the checkpoint at `path`: `validation/images-….json` and the samples as `.png` beside. Returns the metrics by name, none
     where the person has asked the run to end: it would wait for this.
 
     Sample i is the same function of the weights every time. What goes wrong here is told, and training goes on.
     """
-    if requests.stopping():
+    if channel.stopping():
         return {}
     if not storage.exists(path):
         channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
         return {}
     try:
-        found = _measured(path, validation, requests)
+        found = _measured(path, validation, channel)
     except Exception as error:
         channel.send({"say": f"validation of {path} failed, training goes on: {type(error).__name__}: {error}"})
         raise  # Ray Train writes the traceback into its log
@@ -135,7 +134,7 @@ def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channe
     return dict(found["metrics"])
 
 
-def _measured(path: str, validation: Validation, requests: Requests) -> dict[str, Any] | None:
+def _measured(path: str, validation: Validation, channel: TrainingChannel) -> dict[str, Any] | None:
     began = time.monotonic()
     count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
     target = storage.join(validation.train.path, VALIDATION, path.rstrip("/").rpartition("/")[2])
@@ -146,7 +145,7 @@ def _measured(path: str, validation: Validation, requests: Requests) -> dict[str
     shown = samples.grid_samples(count, len(drawing.labels))
     kept = []
     for start in range(0, count, generate.batch):
-        if requests.stopping():
+        if channel.stopping():
             return None
         numbers = range(start, min(start + generate.batch, count))
         images, _ = model.images(_labels(drawing.labels, numbers), numbers)

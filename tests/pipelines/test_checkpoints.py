@@ -29,7 +29,7 @@ def job(tmp_path: Path) -> TrainingJob:
     cache = LatentCache(write_latents(tmp_path / "cache").path)
     train = TrainSettings(path=str(tmp_path / "train"), checkpoints_kept=2, keep_best="loss")
     nobody: Any = SimpleNamespace()
-    return TrainingJob(model_config(ARCHITECTURE, cache), train, cache, "tokenizer", 0, nobody, nobody, nobody, None)
+    return TrainingJob(model_config(ARCHITECTURE, cache), train, cache, "tokenizer", 0, nobody, nobody, None)
 
 
 @pytest.fixture

@@ -17,12 +17,11 @@ from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, evaluate, metric_name
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
-from pipelines.progress import MetricsChannel
-from pipelines.requests import STOP, Requests
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
 from pipelines.tracking import Tracker, TrackingSettings
 from pipelines.training import TrainSettings
+from pipelines.training_channel import STOP, TrainingChannel
 from pipelines.validating import plan_validation, train, validate
 
 pytestmark = pytest.mark.long
@@ -91,12 +90,12 @@ def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_lo
 
 def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(sections: dict[str, Any], stage: Stage, tmp_path: Path) -> None:
     rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
-    validation, channel, told = plan_validation(**rest, stage=stage), MetricsChannel(), list[str]()
+    validation, channel, told = plan_validation(**rest, stage=stage), TrainingChannel(), list[str]()
     (tmp_path / "images-000000000032").mkdir()
     with channel.listening(lambda message: told.append(message["say"])):
-        assert validate(None, str(tmp_path / "images-000000000016"), validation, channel, Requests()) == {}  # type: ignore[arg-type]
+        assert validate(None, str(tmp_path / "images-000000000016"), validation, channel) == {}  # type: ignore[arg-type]
         with pytest.raises(UserError):
-            validate(None, str(tmp_path / "images-000000000032"), validation, channel, Requests())  # type: ignore[arg-type]
+            validate(None, str(tmp_path / "images-000000000032"), validation, channel)  # type: ignore[arg-type]
     assert len(told) == 2
     assert "images-000000000016 was dropped before its validation began: raise train.validation_images" in told[0]
     assert "images-000000000032 failed, training goes on: UserError" in told[1]
@@ -104,13 +103,13 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(secti
 
 def test_a_run_that_is_asked_to_end_does_not_wait_for_validations(sections: dict[str, Any], stage: Stage) -> None:
     rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
-    validation, channel, requests = plan_validation(**rest, stage=stage), MetricsChannel(), Requests()
+    validation, channel = plan_validation(**rest, stage=stage), TrainingChannel()
     path = f"{sections['train'].path}/checkpoints/images-{96:012d}"
     assert storage.exists(path)
     told: list[Any] = []
     with channel.listening(told.append):
-        requests.ask(STOP)
-        assert validate(None, path, validation, channel, requests) == {}  # type: ignore[arg-type]
+        channel.ask(STOP)
+        assert validate(None, path, validation, channel) == {}  # type: ignore[arg-type]
     assert told == []
 
 

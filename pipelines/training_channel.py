@@ -1,19 +1,20 @@
-"""Requests to a running worker group: end with a checkpoint, because the person, a pre-emption notice or a change of size asks for it."""
+"""The channel between a training run's driver, its controller and its workers: metrics and lines for the person one way, requests to end
+with a checkpoint the other, because the person, a pre-emption notice or a change of size asks for it."""
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
-from pipelines.progress import on_this_node
+from pipelines.progress import Messages, MetricsChannel
 
 STOP, PREEMPTED, RESIZED = "stop", "pre-empted", "resized"
 ASKED_EVERY_SECONDS = 1.0
 
 
-class _Board:
-    """The actor behind `Requests`."""
+class _Board(Messages):
+    """The actor behind `TrainingChannel`; one for all, for each takes a hundredth of a core, whatever it does."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.stopping = False  # by the person: holds for every group that starts
         self.asked = ""  # of the present group
         self.answered = False
@@ -42,32 +43,29 @@ class _Board:
         return self.working
 
 
-class Requests:
-    """Made in the driver; the controller and the first worker hold it too."""
+class TrainingChannel(MetricsChannel):
+    """Made in the driver; the controller, the workers and validations hold it too."""
 
-    def __init__(self) -> None:
-        import ray
-
-        self._board: Any = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
+    actor = _Board
 
     def ask(self, reason: str) -> None:
         """Ask the workers to write a checkpoint and end."""
-        self._board.ask.remote(reason)
+        self._actor.ask.remote(reason)
 
     def new_group(self) -> None:
         """A worker group begins: what the last one was asked is done with, unless the person asked."""
-        self._board.new_group.remote()
+        self._actor.new_group.remote()
 
     def group_works(self, working: bool) -> None:
         """From the controller: the group has begun to train, or is broken."""
-        self._board.work.remote(working)
+        self._actor.work.remote(working)
 
     def somebody_works(self) -> bool:
         """Whether there is a group that can answer."""
         import ray
 
         try:
-            return bool(ray.get(self._board.is_working.remote()))
+            return bool(ray.get(self._actor.is_working.remote()))
         except ray.exceptions.RayError:  # with the board all is lost
             return False
 
@@ -75,16 +73,16 @@ class Requests:
         """Whether the person has asked the run to end."""
         import ray
 
-        return bool(ray.get(self._board.reason.remote()) == STOP)
+        return bool(ray.get(self._actor.reason.remote()) == STOP)
 
     def answer(self) -> None:
         """From a worker: the checkpoint is written."""
-        self._board.answer.remote()
+        self._actor.answer.remote()
 
     def has_answer(self) -> bool:
         import ray
 
-        return bool(ray.get(self._board.has_answer.remote()))
+        return bool(ray.get(self._actor.has_answer.remote()))
 
     def watched(self) -> Callable[[], str]:
         """In the first worker: what is asked of the group ("" for nothing), looked up on a thread, so that no step waits for it."""
@@ -95,7 +93,7 @@ class Requests:
         def watch() -> None:
             while not found[0]:
                 try:
-                    found[0] = ray.get(self._board.reason.remote())
+                    found[0] = ray.get(self._actor.reason.remote())
                 except ray.exceptions.RayError:  # the run has ended
                     return
                 ended.wait(ASKED_EVERY_SECONDS)
