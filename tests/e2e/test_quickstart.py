@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.digits import write_digits
+
 SETTINGS = [
     "tokenizer.images=1024", "tokenizer.width=8", "model.encoder_depth=1", "model.decoder_depth=1", "model.encoder_width=48",
     "model.decoder_width=48", "model.denoiser_depth=1", "model.denoiser_width=32", "train.images=2560", "train.checkpoint_images=512",
@@ -21,7 +23,14 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(tmp_path_factory.mktemp("journey"))
+    """With a third of the demo's digits: 150 a class, and its 50 held out."""
+    folder = Path(tmp_path_factory.mktemp("journey"))
+    digits = folder / "runs" / "demo" / "digits"
+    write_digits(str(digits))
+    for file in digits.glob("train/*/*.png"):
+        if int(file.stem) >= 200:
+            file.unlink()
+    return folder
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -67,7 +76,7 @@ def test_killed_and_started_again_it_ends_whole(folder: Path) -> None:
     assert set(summary["frechet_distance"]) == {"generated", "real_train", "noise"}
     assert summary["frechet_distance"]["noise"] > summary["frechet_distance"]["real_train"] > 0
     assert 0 <= summary["label_agreement"] <= 1
-    assert summary["classifier_accuracy_real"] >= 0.97
+    assert summary["classifier_accuracy_real"] >= 0.95
     assert {"tokenize", "cache", "train", "sweep-generate", "sweep-train", "evaluate"} <= set(summary["seconds_by_stage"])
     assert summary["peak_memory_gb"] > 0.1
     assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
