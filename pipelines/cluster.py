@@ -112,7 +112,9 @@ def _check_listening(address: str) -> None:
 def _start(cluster: ClusterSettings) -> None:
     import ray
 
-    os.environ |= {**ENVIRONMENT, **OWN}
+    os.environ |= ENVIRONMENT
+    for name, value in OWN.items():
+        os.environ.setdefault(name, value)
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -122,7 +124,8 @@ def _start(cluster: ClusterSettings) -> None:
                 log_to_driver=False,
                 configure_logging=False,
             )
-            ray._private.worker._global_node.kill_log_monitor()  # it sends logs to drivers that want them: this one doesn't
+            node = ray._private.worker._global_node
+            node.kill_log_monitor(check_alive=False)  # it sends logs to drivers that want them
             return
         except Exception as error:
             logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)

@@ -150,12 +150,12 @@ class Messages:
 class MetricsChannel:
     """Carries metrics from Ray workers to the driver, which alone writes them down. Made in the driver, sent to the workers."""
 
-    actor: type[Messages] = Messages
+    actor_class: type[Messages] = Messages
 
     def __init__(self) -> None:
         import ray
 
-        self._actor: Any = ray.remote(self.actor).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
+        self._actor: Any = ray.remote(self.actor_class).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
 
     def send(self, metrics: dict[str, Any]) -> None:
         """From a worker; does not wait for the driver."""
@@ -167,7 +167,7 @@ class MetricsChannel:
 
     @contextmanager
     def listening(self, callback: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-        """In the driver: `callback` gets each message, in the order sent, on a thread of its own, until the body ends.
+        """In the driver: `callback` gets each message, one after the other, on a thread of its own, until the body ends.
 
         An exception in the callback is raised at the end of the body.
         """

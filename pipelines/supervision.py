@@ -58,7 +58,7 @@ def ray_train_waits(hang_seconds: int) -> Iterator[None]:
 
 
 class Trainer(TorchTrainer):
-    """Starts no actor that hands out Ray Datasets: workers read the cache, and every start of a group would wait for it."""
+    """Without what hands out Ray Datasets, which our workers don't read: an actor in every start of a group, and a call to each worker."""
 
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
@@ -200,6 +200,8 @@ def _end_at_mistake(error: BaseException) -> None:
     """Raises what a worker has raised, where the next start would only meet it again."""
     for one in carried_by(error):
         if isinstance(one, MISTAKES):
+            if one is not error:
+                one.add_note(str(error))  # the worker's traceback
             raise one
 
 

@@ -107,9 +107,10 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     """The Ray Train run."""
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from pipelines.interruption import finish_when_asked
+    from pipelines.supervision import Trainer
     from pipelines.tokenizing_worker import TokenizerJob, tokenize_worker
 
     if storage.is_local(tokenizer.path):
@@ -124,7 +125,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     channel = MetricsChannel()
     job = TokenizerJob(images, tokenizer, ray.put(listing), seed, stage.cluster, channel)
     gpus = stage.cluster.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = Trainer(
         tokenize_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),

@@ -46,7 +46,7 @@ class _Board(Messages):
 class TrainingChannel(MetricsChannel):
     """Made in the driver; the controller, the workers and validations hold it too."""
 
-    actor = _Board
+    actor_class = _Board
 
     def ask(self, reason: str) -> None:
         """Ask the workers to write a checkpoint and end."""

@@ -1,5 +1,6 @@
 """Validation while training, through a real Ray Train: what it measures, where it is told, what it does not stop."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,8 @@ def test_a_run_that_is_asked_to_end_does_not_wait_for_validations(sections: dict
     told: list[Any] = []
     with channel.listening(told.append):
         channel.ask(STOP)
+        while not channel.stopping():
+            time.sleep(0.05)
         assert validate(None, path, validation, channel) == {}  # type: ignore[arg-type]
     assert told == []
 
