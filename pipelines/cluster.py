@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
-OWN = {"RAY_task_events_report_interval_ms": "0"}  # of a Ray of our own: what only a dashboard would show is not collected
+OWN = {  # of a Ray of our own: the environment variables that spare processes and work that nobody has a use for
+    "RAY_task_events_report_interval_ms": "0",  # what only a dashboard would show
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
+}
 
 
 @dataclass
@@ -54,7 +57,7 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
     say(f"Ray's own messages go to {log}")
-    with _termination_as_exit(), output_in(log):
+    with _termination_as_exit(), output_in(log), environment({} if address else OWN):
         _send_chatter_to(log)
         if address:
             _join(address)
@@ -65,6 +68,18 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
                 yield
         finally:
             _leave(own=not address)
+
+
+@contextmanager
+def environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables for the body; those that the person has set stay as they are."""
+    ours = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _join(address: str) -> None:
@@ -113,8 +128,6 @@ def _start(cluster: ClusterSettings) -> None:
     import ray
 
     os.environ |= ENVIRONMENT
-    for name, value in OWN.items():
-        os.environ.setdefault(name, value)
     for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
@@ -125,7 +138,8 @@ def _start(cluster: ClusterSettings) -> None:
                 configure_logging=False,
             )
             node = ray._private.worker._global_node
-            node.kill_log_monitor(check_alive=False)  # it sends logs to drivers that want them
+            for idle in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # no logs here, no nodes to add, no pages
+                idle(check_alive=False)
             return
         except Exception as error:
             logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)

@@ -3,8 +3,8 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -22,6 +23,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from pipelines.cluster import environment
 from pipelines.errors import UserError, carried_by, in_one_line, origin_of
 from pipelines.training_channel import PREEMPTED, RESIZED, TrainingChannel
 from pipelines.watchdog import PATIENCE
@@ -38,45 +40,52 @@ SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process 
 LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
 
 
-@contextmanager
-def ray_train_waits(hang_seconds: int) -> Iterator[None]:
+def ray_train_waits(hang_seconds: int) -> AbstractContextManager[None]:
     """The environment variables by which Ray Train is told how long to wait; those that the person has set stay."""
-    wanted = {
+    seconds = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ROOM_SECONDS,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_SECONDS,
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": PREEMPTION_POLL_SECONDS,
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": hang_seconds,
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": hang_seconds,
     }
-    ours = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: str(wanted[name]) for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
+    return environment({name: str(value) for name, value in seconds.items()})
 
 
 class Trainer(TorchTrainer):
-    """Without what hands out Ray Datasets, which our workers don't read: an actor in every start of a group, and a call to each worker."""
+    """Without what hands out Ray Datasets, which our workers don't read: an actor in every start of a group, and a call to each worker.
+    Where there is no dashboard, without the actor that would ask it whether the controller is lost, and then free its room."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
+        node = ray._private.worker._global_node  # none in a client of a Ray elsewhere
+        idle = (DatasetsCallback,) if node is None or node.webui_url else (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, idle)]
 
 
 class Supervision(ControllerCallback, WorkerGroupCallback):
     """Runs in Ray Train's controller, which calls it at every turn of a worker group."""
 
-    def __init__(self, channel: TrainingChannel, hang_seconds: int, restarts: int) -> None:
-        self.channel = channel
+    def __init__(self, channel: TrainingChannel, hang_seconds: int, restarts: int, fewest: int) -> None:
+        self.channel, self.fewest = channel, fewest
         self.start_seconds, self.restarts = max(PATIENCE * hang_seconds, START_SECONDS), restarts
         self._running = self._noticed = self._waits = False
         self._failed_starts = 0  # in a row
+        self._decided = 0.0  # when Ray Train last decided anything
 
     def after_controller_start(self, train_run_context: object) -> None:
+        self._decided = time.monotonic()
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(SHUTDOWN_SECONDS))
         SupervisedWorkerGroup.supervision = self
         TrainController.worker_group_cls = SupervisedWorkerGroup
+
+    def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
+        """An elastic group is not tried without room for its fewest: Ray Train looks again and again, without a pause or a word."""
+        if current_state is not previous_state:
+            self._decided = time.monotonic()
+            return
+        time.sleep(POLL_SECONDS)
+        if time.monotonic() - self._decided > ROOM_SECONDS:
+            self.finds_no_room(self.fewest)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         self._running = self._noticed = False

@@ -220,7 +220,7 @@ def fit(
             storage_path=train.path if storage.is_local(train.path) else storage.filesystem(train.path)[1],
             storage_filesystem=None if storage.is_local(train.path) else storage.filesystem(train.path)[0],
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
-            callbacks=[Supervision(channel, train.hang_seconds, train.failures)],
+            callbacks=[Supervision(channel, train.hang_seconds, train.failures, train.workers_min or train.workers)],
         ),
     )
 

@@ -1,7 +1,8 @@
-"""Training on a cluster whose nodes go: one without a word, one with a notice; it goes on with those that are left."""
+"""Training on a cluster whose nodes come and go, one without a word, one with a notice: it goes on with those that are there."""
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
 from pipelines.caching import CacheSettings
 from pipelines.cluster import ClusterSettings
+from pipelines.supervision import ROOM_SECONDS
 from pipelines.training import train
 
 pytestmark = pytest.mark.long
@@ -48,6 +50,21 @@ def drain(node_id: str, seconds: float) -> None:
         node_id, DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"), "spot", int((time.time() + seconds) * 1000)
     )
     assert accepted, reason
+
+
+def test_a_group_waits_for_room_for_its_fewest(nodes: Cluster, cache: CacheSettings, tmp_path: Path) -> None:
+    stage, run = Listening(ClusterSettings(autoscaling=True)), replace(RECIPE, path=str(tmp_path), workers=3, workers_min=2)
+    waiting, began = "the cluster has no room for 2 workers at present: waiting for it", time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+        while waiting not in stage.said and not training.done():
+            time.sleep(0.05)
+        assert time.monotonic() - began > ROOM_SECONDS
+        second = nodes.add_node(num_cpus=1)
+        assert training.result()["images_seen"] == RECIPE.images
+    nodes.remove_node(second)
+    assert stage.said.count(waiting) == 1
+    assert [line[0] for line in stage.said if "workers at work again" in line] == ["2"]
 
 
 def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSettings, tmp_path: Path) -> None:
