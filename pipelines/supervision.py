@@ -9,6 +9,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import ray
+from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -57,8 +58,7 @@ class Trainer(TorchTrainer):
     Where there is no dashboard, without the actor that would ask it whether the controller is lost, and then free its room."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        node = ray._private.worker._global_node  # none in a client of a Ray elsewhere
-        idle = (DatasetsCallback,) if node is None or node.webui_url else (DatasetsCallback, PlacementGroupCleanerCallback)
+        idle = (DatasetsCallback,) if get_webui_url_from_internal_kv() else (DatasetsCallback, PlacementGroupCleanerCallback)
         return [one for one in super()._create_default_callbacks() if not isinstance(one, idle)]
 
 
@@ -70,10 +70,9 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         self.start_seconds, self.restarts = max(PATIENCE * hang_seconds, START_SECONDS), restarts
         self._running = self._noticed = self._waits = False
         self._failed_starts = 0  # in a row
-        self._decided = 0.0  # when Ray Train last decided anything
+        self._undecided: float | None = None  # since when Ray Train has found nothing to do
 
     def after_controller_start(self, train_run_context: object) -> None:
-        self._decided = time.monotonic()
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(SHUTDOWN_SECONDS))
         SupervisedWorkerGroup.supervision = self
         TrainController.worker_group_cls = SupervisedWorkerGroup
@@ -81,10 +80,11 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
     def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
         """An elastic group is not tried without room for its fewest: Ray Train looks again and again, without a pause or a word."""
         if current_state is not previous_state:
-            self._decided = time.monotonic()
+            self._undecided = None
             return
+        self._undecided = self._undecided or time.monotonic()
         time.sleep(POLL_SECONDS)
-        if time.monotonic() - self._decided > ROOM_SECONDS:
+        if time.monotonic() - self._undecided > ROOM_SECONDS:
             self.finds_no_room(self.fewest)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
