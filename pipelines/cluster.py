@@ -154,8 +154,8 @@ def _start(cluster: ClusterSettings) -> None:
 
 
 def _end_orphans() -> None:
-    """End what a Ray of our own has left whose driver was killed: it holds ports and memory until it finds out, and now and then one of
-    its processes never ends (Ray 2.60 can lock itself in its own exit)."""
+    """End what a Ray of our own has left whose driver was killed: now and then one of its processes never ends (Ray 2.60 can lock itself
+    in its own exit)."""
     import psutil
 
     for process in psutil.process_iter():
@@ -163,7 +163,7 @@ def _end_orphans() -> None:
             if process.ppid() != 1:
                 continue
             environ = Path(f"/proc/{process.pid}/environ").read_bytes()  # psutil reads none where a process has named itself
-            driver = re.search(rf"\0{DRIVER}=(\d+)\0".encode(), environ)
+            driver = re.search(rf"(?:^|\0){DRIVER}=(\d+)\0".encode(), environ)
             if driver and not psutil.pid_exists(int(driver[1])):
                 for one in [*process.children(recursive=True), process]:
                     with suppress(psutil.NoSuchProcess):
