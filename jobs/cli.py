@@ -188,10 +188,9 @@ def plan(
     """Print what training takes: memory, time, disk, network."""
     loaded = _load(config, preset, assignments, print_config)
     from jobs import planning
-    from pipelines import gpus as known
 
     there, classes = planning.images_and_classes(loaded)
-    kind = known.gpu(gpu, peak_tflops, memory_gb)
+    kind = planning.gpu(gpu, peak_tflops, memory_gb)
     given = planning.Assumptions(kind, gpus, epochs, images or there, classes, efficiency, rate)
     print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
 

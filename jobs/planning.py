@@ -1,12 +1,14 @@
 """What a training run will take, before it does: memory, time, disk and network, each figure with what it is made of."""
 
+import difflib
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.estimate import bytes_a_parameter, cache_bytes, checkpoints_on_disk, model_config, record_bytes
+from mar_model.gpus import GPU
+from mar_model.gpus import KNOWN as KNOWN_GPUS
 from pipelines.errors import UserError
-from pipelines.gpus import GPU
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
@@ -39,6 +41,25 @@ class Assumptions:
     classes: int = IMAGENET[1]
     efficiency: float = EFFICIENCY
     images_per_second_per_gpu: float | None = None  # in the place of `efficiency`
+
+
+def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = None) -> GPU:
+    """The known GPU of that name, with the given figures in place of its own, or a GPU of which both figures are given.
+
+    Raises UserError for an unknown name without both figures.
+    """
+    known = KNOWN_GPUS.get(name.lower())
+    if known is None and (peak_tflops is None or memory_gb is None):
+        near = [one for one in KNOWN_GPUS if one.startswith(name.lower())] or difflib.get_close_matches(name.lower(), KNOWN_GPUS, n=1)
+        nearest = f"; nearest: {' or '.join(near)}" if near else ""
+        raise UserError(
+            f"--gpu {name!r} is not known, expected one of {', '.join(KNOWN_GPUS)}{nearest}; of another give --peak-tflops (dense bf16) "
+            "and --memory-gb"
+        )
+    tflops = peak_tflops or (known.tflops if known else 0.0)
+    memory = memory_gb or (known.memory_gb if known else 0.0)
+    given = peak_tflops is not None or memory_gb is not None
+    return GPU(name, tflops, memory, known.source if known and not given else "as given")
 
 
 def images_and_classes(config: "RunConfig") -> tuple[int, int]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mar_model.config import MARConfig
 from mar_model.flops import training_flops
-from pipelines.gpus import of_device
+from mar_model.gpus import of_device
 from pipelines.prometheus import Gauges
 
 GATHERED = ("data_wait_share", "communication_share", "checkpoint_share", "memory_gb", "gpu_memory_gb")

@@ -13,10 +13,12 @@ from torch import Tensor
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, average_file, load_optimizer, optimizer_state
 from mar_model.config import MARConfig
 from mar_model.ema import WeightAverage
-from mar_model.mar import MAR, TrainingDraws
+from mar_model.mar import MAR
 from mar_model.noise import to_device
 from mar_model.recipe import initial_weights, learning_rate, parameter_groups
+from mar_model.strategies import load_whole, strategy_of
 from mar_model.tokenizers import sample_posterior
+from mar_model.training_step import OptimizerStep, Outcome, forward_backward
 from pipelines import storage
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
 from pipelines.checkpoints import images_of, last_validated, newest_checkpoint
@@ -29,10 +31,8 @@ from pipelines.metrics_log import CHECKPOINTED
 from pipelines.micro_batches import GlobalBatch, MicroBatch, MicroBatches, owner_of
 from pipelines.precision import autocast
 from pipelines.prometheus import run_label
-from pipelines.strategies import load_whole, strategy_of
 from pipelines.telemetry import Telemetry
 from pipelines.training_channel import PREEMPTED, RESIZED, TrainingChannel
-from pipelines.training_step import OptimizerStep, Outcome
 from pipelines.watchdog import PATIENCE, Watchdog
 
 if TYPE_CHECKING:
@@ -185,14 +185,11 @@ class Training:
         tokens = self.train.batch * share.masked * self.job.model.diffusion_repeats  # losses are summed, then divided once
         with self.strategy.micro_batch(last):
             latents = self.normalise(micro_batch.moments, micro_batch.posterior_noise)
-            draws = TrainingDraws(*(to_device(one, self.device) for one in micro_batch.draws))
-            torch.manual_seed(micro_batch.dropout_seed)
-            with autocast(self.train.precision, self.device):
-                labels = to_device(micro_batch.labels, self.device)
-                loss, timesteps = self.strategy.module(latents, labels, share.masked, draws, finite=False)  # `OptimizerStep` looks
-            total = loss.total.sum()
-            (total * (self.workers / tokens if counted else 0.0)).backward()  # gradients are averaged over the workers
-        finite = torch.isfinite(total.detach())
+            loss, timesteps, finite = forward_backward(
+                self.strategy.module, latents, micro_batch.labels, share.masked, micro_batch.draws, micro_batch.dropout_seed,
+                self.workers / tokens if counted else 0.0,  # gradients are averaged over the workers
+                autocast(self.train.precision, self.device),
+            )  # fmt: skip
         if counted:
             self.interval.add(loss, timesteps, finite)
         return finite.logical_not().float()

@@ -11,8 +11,8 @@ from torch import nn
 
 from mar_model.config import MARConfig
 from mar_model.flops import training_flops
+from mar_model.gpus import of_device
 from pipelines import telemetry
-from pipelines.gpus import of_device
 from pipelines.prometheus import run_label
 from pipelines.telemetry import ExposedCommunication, Telemetry, in_short
 

@@ -13,7 +13,7 @@ from mar_model.checkpoint import describe_misfit, shapes_of
 from mar_model.mar import MAR
 
 if TYPE_CHECKING:
-    from pipelines.sharding import Sharded
+    from mar_model.sharding import Sharded
 
 
 class Replicated:
@@ -50,7 +50,7 @@ def strategy_of(name: Literal["ddp", "fsdp"], model: MAR, workers: int, device: 
     """A model on one worker is whole, whatever the strategy. Optimizer and averages are to be made of the model afterwards."""
     if name == "ddp" or workers == 1:
         return Replicated(model, workers)
-    from pipelines.sharding import Sharded  # PyTorch's sharding takes a second to import: those who don't shard go without
+    from mar_model.sharding import Sharded  # PyTorch's sharding takes a second to import: those who don't shard go without
 
     return Sharded(model, workers, device, precision)
 

@@ -1,10 +1,7 @@
 """GPUs by name: what their data sheets say, for planning a run and for its MFU."""
 
-import difflib
 import re
 from dataclasses import dataclass
-
-from pipelines.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,25 +30,6 @@ KNOWN = {
         GPU("v100-16gb", 125, 16, "NVIDIA V100 data sheet; fp16, it has no bf16"),
     )
 }
-
-
-def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = None) -> GPU:
-    """The known GPU of that name with what is given in place of its figures, or one that is given whole.
-
-    Raises UserError for an unknown name without both figures.
-    """
-    known = KNOWN.get(name.lower())
-    if known is None and (peak_tflops is None or memory_gb is None):
-        near = [one for one in KNOWN if one.startswith(name.lower())] or difflib.get_close_matches(name.lower(), KNOWN, n=1)
-        nearest = f"; nearest: {' or '.join(near)}" if near else ""
-        raise UserError(
-            f"--gpu {name!r} is not known, expected one of {', '.join(KNOWN)}{nearest}; of another give --peak-tflops (dense bf16) "
-            "and --memory-gb"
-        )
-    tflops = peak_tflops or (known.tflops if known else 0.0)
-    memory = memory_gb or (known.memory_gb if known else 0.0)
-    given = peak_tflops is not None or memory_gb is not None
-    return GPU(name, tflops, memory, known.source if known and not given else "as given")
 
 
 def of_device(device_name: str) -> GPU | None:

@@ -37,7 +37,7 @@ class Sharded:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Every worker must ask for the same tensors in the same order."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return, no-untyped-call]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def place(self, whole: Tensor, beside: Tensor) -> Tensor:
         if not isinstance(beside, DTensor):

@@ -1,18 +1,48 @@
-"""The optimizer's step over a global batch: gradients clipped, a step with a non-finite loss or gradient skipped.
+"""A training step: forward and backward of each micro-batch, then the optimizer's step over the global batch, with gradients clipped and
+a step with a non-finite loss or gradient skipped.
 
 All of it is decided on the device. The host reads what was decided a step later, when the device has long done it, so that neither waits
 for the other; the averages of the weights move then, before the weights do again.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mar_model.diffusion import TokenLoss
 from mar_model.ema import WeightAverage, update_averages
+from mar_model.mar import TrainingDraws
 from mar_model.noise import to_device
-from pipelines.strategies import Strategy
+from mar_model.strategies import Strategy
+
+
+def forward_backward(
+    module: nn.Module,
+    latents: Tensor,
+    labels: Tensor,
+    masked: int,
+    draws: TrainingDraws,
+    dropout_seed: int,
+    scale: float,
+    autocast: AbstractContextManager[Any],
+) -> tuple[TokenLoss, Tensor, Tensor]:
+    """Forward and backward of one micro-batch; its gradients are added to those of the micro-batches before.
+
+    latents (B, C, H, W), normalised, are on the training device; labels (B,) and draws are copied to it. The gradients are those of the sum
+    of all token losses, multiplied by `scale`. Returns the losses (R·B·M,), their timesteps, and whether the sum is finite (bool, no
+    dimensions), all on the device. The host does not wait for the device.
+    """
+    device = latents.device
+    there = TrainingDraws(*(to_device(one, device) for one in draws))
+    torch.manual_seed(dropout_seed)
+    with autocast:
+        loss, timesteps = module(latents, to_device(labels, device), masked, there, finite=False)  # `OptimizerStep` looks
+    total = loss.total.sum()
+    (total * scale).backward()
+    return loss, timesteps, torch.isfinite(total.detach())
 
 
 class Outcome(NamedTuple):

@@ -4,9 +4,8 @@ import torch
 from torch import nn
 
 from mar_model.ema import WeightAverage
-from pipelines.intervals import Interval
-from pipelines.strategies import Replicated
-from pipelines.training_step import OptimizerStep
+from mar_model.strategies import Replicated
+from mar_model.training_step import OptimizerStep
 
 CLIP = 0.5
 
@@ -84,17 +83,3 @@ def test_a_gradient_or_loss_that_is_not_finite_moves_nothing_and_is_named() -> N
     step(torch.zeros(2), [False])
     assert step.settle(1) is not None
     assert not any(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer, averages), strict=True))
-
-
-def test_an_interval_leaves_out_what_is_not_finite() -> None:
-    from mar_model.diffusion import TokenLoss
-
-    interval = Interval(torch.device("cpu"))
-    timesteps = torch.tensor([10, 990])
-    for value in (1.0, float("nan"), 3.0):
-        loss = torch.full((2,), value)
-        interval.add(TokenLoss(loss, loss, loss), timesteps, torch.tensor(value == value))
-    interval.steps(8, torch.tensor(2.0), torch.tensor(1.0), 0.1)
-    interval.steps(8, torch.tensor(0.0), torch.tensor(0.0), 0.2)
-    row = interval.close(1)
-    assert (row["loss"], row["loss_band_0"], row["loss_band_3"], row["gradient_norm"], row["learning_rate"]) == (2.0, 2.0, 2.0, 2.0, 0.2)
