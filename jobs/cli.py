@@ -83,7 +83,7 @@ def _stage_command(name: str) -> Callable[..., None]:
         _run(name, config, preset, assignments, print_config)
 
     def run_generate(
-        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
+        label: Label = None, image: Image = None, mask: Mask = None, film: Film = False, out: Out = None,
         config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
     ) -> None:  # fmt: skip
         short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})

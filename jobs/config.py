@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.sizes import misfits
+from jobs.yaml_text import DuplicateKey, parse, parse_text, write_text
 from mar_model.config import Architecture
 from pipelines.caching import CacheSettings
 from pipelines.cluster import ClusterSettings
@@ -27,6 +28,7 @@ from pipelines.tracking import TrackingSettings, without_password
 from pipelines.training import TrainSettings
 
 PRESETS = Path(__file__).parent / "presets"
+YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class RunConfig(BaseModel):
@@ -110,14 +112,19 @@ class _Layers:
             self.values[section] = value
         self.origins[key] = origin
 
-    def put_mapping(self, mapping: Any, origin: str) -> None:
+    def put_file(self, file: "ConfigurationFile") -> None:
+        mapping, origin = file.values, file.name
         if mapping is None:
             return
         if not isinstance(mapping, Mapping):
             raise UserError(f"{origin} holds {_shown(mapping)}, expected sections: {', '.join([*SECTIONS, 'seed'])}")
         for section, values in mapping.items():
             if section not in SECTIONS:
-                self.put(str(section), values, origin)
+                key = str(section)
+                nested = mapping.get(key.partition(".")[0])
+                if isinstance(nested, Mapping) and key.partition(".")[2] in nested:
+                    raise UserError(f"{origin}: {key} is given twice, in section {key.partition('.')[0]} and as {key}; keep one of them")
+                self.put(key, values, origin)
             elif not isinstance(values, Mapping | None):
                 raise UserError(f"{section} in {origin} is {_shown(values)}, expected a section with keys such as {_keys_of(section)[0]}")
             else:
@@ -127,48 +134,71 @@ class _Layers:
     def put_assignment(self, text: str) -> None:
         key, equals, value = text.partition("=")
         key = key.strip()
-        if not equals:
-            raise UserError(f"--set {text!r} has no value, expected section.key=value, e.g. --set train.batch=128")
+        if not equals or not key:
+            missing = "key" if equals else "value"
+            raise UserError(f"--set {text!r} has no {missing}, expected section.key=value, e.g. --set train.batch=128")
         if key in SECTIONS:
             raise UserError(f"--set {key!r} names a whole section, expected one of its keys: {', '.join(_keys_of(key))}")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = parse_text(value) if TYPES.get(key) is str else parse(value)
+        except DuplicateKey as error:
+            raise UserError(f"--set {text!r}: {error}") from error
         except yaml.YAMLError as error:
-            if TYPES.get(key) is not str:
-                raise UserError(f"--set {text!r} is no YAML value: {_one_line(error)}") from error
-            parsed = value
-        if TYPES.get(key) is str and not isinstance(parsed, str):
-            parsed = value  # 2024, no and 1.0 are text where text is expected
+            raise UserError(f"--set {text!r} is no YAML value: {_one_line(error)}") from error
         self.put(key, parsed, "--set")
 
 
-def load(preset: str | None = None, file: str | None = None, assignments: Sequence[str] = ()) -> RunConfig:
+@dataclass(frozen=True)
+class ConfigurationFile:
+    """A configuration file as it was read. A pipe can be read only once, so nothing else holds its values."""
+
+    name: str
+    values: Any
+
+
+def load(preset: str | None = None, file: str | ConfigurationFile | None = None, assignments: Sequence[str] = ()) -> RunConfig:
     """The configuration: defaults, then the preset, then the YAML file, then each `section.key=value` (YAML values).
 
     Raises UserError with one line for each fault: the key, the value found, where it is from, and what is allowed.
     """
     layers = _Layers()
     if preset is not None:
-        layers.put_mapping(_read_yaml(_preset_file(preset), f"preset {preset}"), f"preset {preset}")
+        layers.put_file(_read_yaml(_preset_file(preset), f"preset {preset}"))
     if file is not None:
-        layers.put_mapping(_read_yaml(_configuration_file(file), file), file)
+        layers.put_file(read_file(file) if isinstance(file, str) else file)
     for text in assignments:
         layers.put_assignment(text)
     return _validated(layers)
 
 
-def file_as_assignments(file: str) -> list[str]:
+def read_file(name: str) -> ConfigurationFile:
+    """Read a YAML file, or a pipe such as the shell's <(…). Raises UserError for one that is not there or is no YAML."""
+    path = Path(name).expanduser()
+    if name and path.is_dir() and name not in presets():
+        raise UserError(f"--config {name!r} is a directory, expected a YAML file{_nearest(name, _yaml_files(path))}")
+    if name and path.exists() and not path.is_dir():
+        return _read_yaml(path, name)
+    if name in presets():
+        raise UserError(f"--config {name!r} is no file; the preset of that name is --preset {name}")
+    raise UserError(f"--config {name!r} is not there, expected a YAML file{_nearest(name, _yaml_files(path.parent))}")
+
+
+def _yaml_files(folder: Path) -> list[str]:
+    return [str(one) for one in folder.glob("*.y*ml")] if folder.is_dir() else []
+
+
+def file_as_assignments(file: str | ConfigurationFile) -> list[str]:
     """A configuration file as `section.key=value` texts that `load` takes in its place, where the file itself can't go along.
 
     Raises UserError as `load` does for the file's name, its syntax and its keys.
     """
     layers = _Layers()
-    layers.put_mapping(_read_yaml(_configuration_file(file), file), file)
+    layers.put_file(read_file(file) if isinstance(file, str) else file)
     texts = []
     for key in layers.origins:
         value = _value_at(layers.values, key)
-        plain = isinstance(value, str) and value and yaml.safe_load(f"[{value!r}, {value}]") == [value, value]
-        texts.append(f"{key}={value if plain else json.dumps(value)}")
+        as_text = TYPES[key] is str and isinstance(value, str)
+        texts.append(f"{key}={write_text(value) if as_text else json.dumps(value, ensure_ascii=False)}")
     return texts
 
 
@@ -183,21 +213,15 @@ def _preset_file(name: str) -> Path:
     return PRESETS / f"{name}.yaml"
 
 
-def _configuration_file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if name in presets():
-        raise UserError(f"--config {name!r} is no file; the preset of that name is --preset {name}")
-    beside = [str(one) for one in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    raise UserError(f"--config {name!r} is not there, expected a YAML file{_nearest(name, beside)}")
-
-
-def _read_yaml(path: Path, origin: str) -> Any:
+def _read_yaml(path: Path, origin: str) -> ConfigurationFile:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return ConfigurationFile(origin, parse(path.read_text(encoding="utf-8")))
+    except DuplicateKey as error:
+        raise UserError(f"{origin}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{origin} is no YAML: {_one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"{origin} can't be read: {error.strerror}; give a file that you may read") from error
 
 
 def _validated(layers: _Layers) -> RunConfig:
@@ -205,7 +229,8 @@ def _validated(layers: _Layers) -> RunConfig:
     for key in layers.origins:
         section, _, name = key.partition(".")
         holder, name = (layers.values[section], name) if name else (layers.values, section)
-        if isinstance(holder[name], bool) and TYPES[key] is not bool and TYPES[key] is not str:
+        given = holder[name] if isinstance(holder[name], list) else [holder[name]]
+        if any(isinstance(one, bool) for one in given) and TYPES[key] is not bool and TYPES[key] is not str:
             faults.append(_wrong_value(key, holder[name], layers))  # pydantic would take true for 1
         holder[name] = _number(holder[name], TYPES[key])
         if key == "sweep.parameters" and isinstance(holder[name], dict):
@@ -250,7 +275,9 @@ def _sweep_faults(config: RunConfig) -> list[str]:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    """YAML 1.1 reads 1e6 as text; where a number is expected it is one."""
+    """`parse` gives 1e6 and `off` as text; where a number, or true or false, is expected they are that."""
+    if kind is bool and isinstance(value, str):
+        return YES_NO.get(value.lower(), value)
     if kind in (int, float) and isinstance(value, str) and "e" in value.lower():
         try:
             number = float(value)

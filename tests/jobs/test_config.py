@@ -20,7 +20,7 @@ MISTAKES = [
     ("train.batch", ["'train.batch' has no value", "section.key=value"]),
     ("train.batch=many", ["train.batch is 'many'", "expected a whole number", "--set"]),
     ("train.batch=2.5", ["train.batch is 2.5", "expected a whole number"]),
-    ("train.batch=yes", ["train.batch is True", "expected a whole number"]),
+    ("train.batch=true", ["train.batch is True", "expected a whole number"]),
     ("train.batch=[1", ["'train.batch=[1' is no YAML"]),
     ("train.flip=perhaps", ["train.flip is 'perhaps'", "expected true or false"]),
     ("train.learning_rate=fast", ["train.learning_rate is 'fast'", "expected a number"]),
