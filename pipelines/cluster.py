@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import loopback
 from pipelines.errors import UserError
 from pipelines.host_memory import ENVIRONMENT, keep_freed_memory
 from pipelines.progress import output_in
@@ -26,9 +27,10 @@ START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their po
 STOP_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
 DRIVER = "MAR_RAY_DRIVER"  # in the environment of the processes of a Ray of our own: whose it is
-OWN = {  # of a Ray of our own: the environment variables that spare processes and work that nobody has a use for
+OWN = {  # of a Ray of our own: the environment variables that spare work that nobody has a use for, and keep others out
     "RAY_task_events_report_interval_ms": "0",  # what only a dashboard would show
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
+    **loopback.ENVIRONMENT,
 }
 
 
@@ -133,7 +135,7 @@ def _start(cluster: ClusterSettings) -> None:
     os.environ |= ENVIRONMENT
     for attempt in range(START_ATTEMPTS):
         try:
-            with environment({DRIVER: str(os.getpid())}):
+            with environment({DRIVER: str(os.getpid())}), loopback.address_of_this_node():
                 ray.init(
                     address="local",
                     num_cpus=cluster.cpus or None,
