@@ -2,20 +2,21 @@
 
 import logging
 import os
-import re
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import loopback
 from pipelines.errors import UserError
 from pipelines.host_memory import ENVIRONMENT, keep_freed_memory
+from pipelines.orphans import DRIVER, end_orphans, identity_of
 from pipelines.progress import output_in
 from pipelines.settings import operational
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
-DRIVER = "MAR_RAY_DRIVER"  # in the environment of the processes of a Ray of our own: whose it is
-OWN = {  # of a Ray of our own: the environment variables that spare processes and work that nobody has a use for
+OWN = {  # of a Ray of our own: the environment variables that spare work that nobody has a use for, and keep others out
     "RAY_task_events_report_interval_ms": "0",  # what only a dashboard would show
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
+    **loopback.ENVIRONMENT,
 }
 
 
@@ -129,11 +130,11 @@ def _check_listening(address: str) -> None:
 def _start(cluster: ClusterSettings) -> None:
     import ray
 
-    _end_orphans()
+    end_orphans()
     os.environ |= ENVIRONMENT
     for attempt in range(START_ATTEMPTS):
         try:
-            with environment({DRIVER: str(os.getpid())}):
+            with environment({DRIVER: identity_of(os.getpid())}), loopback.address_of_this_node():
                 ray.init(
                     address="local",
                     num_cpus=cluster.cpus or None,
@@ -151,23 +152,6 @@ def _start(cluster: ClusterSettings) -> None:
             if attempt == START_ATTEMPTS - 1:
                 raise UserError(f"a Ray of this machine's own did not start: {error}") from error
             time.sleep(2.0 * (attempt + 1))
-
-
-def _end_orphans() -> None:
-    """End what a Ray of our own has left whose driver was killed: now and then one of its processes never ends (Ray 2.60 can lock itself
-    in its own exit)."""
-    import psutil
-
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.ppid() != 1:
-                continue
-            environ = Path(f"/proc/{process.pid}/environ").read_bytes()  # psutil reads none where a process has named itself
-            driver = re.search(rf"(?:^|\0){DRIVER}=(\d+)\0".encode(), environ)
-            if driver and not psutil.pid_exists(int(driver[1])):
-                for one in [*process.children(recursive=True), process]:
-                    with suppress(psutil.NoSuchProcess):
-                        one.kill()
 
 
 def _leave(own: bool) -> None:

@@ -166,7 +166,8 @@ def fit(
     """
     import ray.train
     from ray.train import ControllerError
-    from ray.train.torch import TorchConfig
+
+    from pipelines.process_group import ProcessGroupConfig
 
     if storage.is_local(train.path):
         train = replace(train, path=str(Path(train.path).resolve()))
@@ -209,7 +210,7 @@ def fit(
             )
         },
         validation_config=validation.config(channel) if validation else None,
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
+        torch_config=ProcessGroupConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,
             use_gpu=gpus > 0,
