@@ -47,7 +47,8 @@ def write_cache(path: str, moments: np.ndarray, records: int, shard: int = SHARD
     manifest = Manifest(
         format_version=FORMAT_VERSION, rows=records, shards=entries, class_names=[str(one) for one in range(1000)], image_size=256,
         latent_size=moments.shape[2], latent_channels=channels, dtype="float16", latent_mean=[0.0] * channels,
-        latent_std=[1.0] * channels, latent_min=[-1.0] * channels, latent_max=[1.0] * channels, tokenizer={}, images={}, rejected=0,
+        latent_std=[1.0] * channels, latent_min=[-1.0] * channels, latent_max=[1.0] * channels,
+        tokenizer={"digest": "0" * 64}, images={}, rejected=0,
     )  # fmt: skip
     storage.write_json(storage.join(path, MANIFEST), manifest.as_dict())
     return LatentCache(path)

@@ -34,7 +34,7 @@ def inspect_command(
         _show(found)
         where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
         if not where or not storage.exists(storage.join(where, "config.json")):
-            print("no picture: give the tokenizer's directory with --tokenizer")
+            print(f"no picture: {storage.join(cache, 'configuration.json')} names no tokenizer that is there; give one with --tokenizer")
             return
         path = wall or storage.join(cache, "inspect.png")
         print(f"{write_wall(found.cache, where, path)} images decoded: {path}")
@@ -55,11 +55,11 @@ def verify_command(
         import torch
 
         from pipelines.latents import LatentCache
-        from pipelines.verifying import damages, encode_again, forget
+        from pipelines.verifying import damaged_records, damages, encode_again, forget
 
         opened = LatentCache(cache)
-        found = list(damages(opened))
-        for _, text in found:
+        found, records = list(damages(opened)), list(damaged_records(cache))
+        for text in [*(text for _, text in found), *records]:
             print(f"✗ {text}")
         print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
         if found:
@@ -79,8 +79,8 @@ def verify_command(
                 f"{'✓' if same else '✗'} {again.images} images encoded again: at most {again.largest:.2g} standard deviations apart "
                 f"({again.allowed:.2g} allowed)"
             )
-            return same
-        return True
+            return same and not records
+        return not records
 
     if not guarded("verify", cache, work):
         raise typer.Exit(1)
@@ -89,10 +89,12 @@ def verify_command(
 def _recorded(cache: str, section: str) -> dict[str, Any]:
     """That section of the configuration that the cache was made with; empty where it was not kept."""
     from pipelines import storage
+    from pipelines.stage import CONFIGURATION, Configuration
 
-    path = storage.join(cache, "configuration.json")
-    found: dict[str, Any] = storage.read_json(path).get(section, {}) if storage.exists(path) else {}
-    return found
+    path = storage.join(cache, CONFIGURATION)
+    remedy = "name what is missing with --tokenizer or --source; or run `mar cache` with the cache's settings: it writes the file again"
+    found: dict[str, Any] = storage.read_json(path, Configuration, remedy) if storage.exists(path) else {}
+    return found.get(section) or {}
 
 
 def _image_settings(cache: str, source: str) -> "ImageSettings":

@@ -138,7 +138,28 @@ def input_check(key: str, path: str) -> Check:
     if refused := _bucket_refuses(path):
         return Check(key, False, f"{path}: {refused[0]}", refused[1])
     there, reason = _attempt(lambda: storage.exists(path))
-    return Check(key, bool(there), f"{path}{'' if there else reason or ': not there'}", f"correct {key}, or bring that file")
+    if there:
+        _, reason = _attempt(lambda: _read_input(key, path))
+    else:
+        reason = reason or ": not there"
+    return Check(key, not reason, f"{path}{reason}", f"correct {key}, or bring that file")
+
+
+def _read_input(key: str, path: str) -> None:
+    """Raises UserError where what a stage reads first is damaged."""
+    from pipelines.checkpoints import read_checkpoint
+    from pipelines.classifier import load_classifier
+    from pipelines.latents import MANIFEST, read_manifest
+    from pipelines.metrics import FeatureStatistics
+
+    if key == "evaluate.classifier":
+        load_classifier(path)
+    elif key == "generate.checkpoint" and not path.endswith(".pth"):
+        read_checkpoint(path)
+    elif path.endswith(".npz"):
+        FeatureStatistics.load(path)
+    elif storage.exists(storage.join(path, MANIFEST)):
+        read_manifest(path)
 
 
 def output_check(key: str, path: str) -> Check:
@@ -181,7 +202,7 @@ def tracking_check(uri: str) -> Check:
 
 def tokenizer_check(config: "RunConfig") -> Check:
     """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing import tokenizer_digest
+    from pipelines.tokenizing import check_tokenizer_files, tokenizer_digest
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))
@@ -189,7 +210,8 @@ def tokenizer_check(config: "RunConfig") -> Check:
         return Check("tokenizer weights", False, f"{path}{reason}", "correct tokenizer.path")
     if not there:
         return Check("tokenizer weights", True, f"{path}: not there yet, `mar tokenize` writes them")
-    digest, reason = _attempt(lambda: tokenizer_digest(path))
+    _, reason = _attempt(lambda: check_tokenizer_files(path))
+    digest, reason = (None, reason) if reason else _attempt(lambda: tokenizer_digest(path))
     return Check("tokenizer weights", bool(digest), f"{path}: {digest}" if digest else f"{path}{reason}", "run `mar tokenize` again")
 
 
@@ -262,7 +284,9 @@ def _bucket_refuses(path: str) -> tuple[str, str] | None:
 
 def _read_database(file: Path) -> None:
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=SERVER_SECONDS)) as database:
-        database.execute("PRAGMA schema_version")
+        [(found,)] = database.execute("PRAGMA quick_check(1)").fetchall()
+        if found != "ok":
+            raise sqlite3.DatabaseError(found)
 
 
 def _server_fault(uri: str) -> str:

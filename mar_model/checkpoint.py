@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mar_model.config import MARConfig
 from mar_model.diffusion import Diffusion
+from mar_model.files import read_json, read_tensors
 from mar_model.mar import MAR
 
 Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
@@ -59,12 +60,18 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint: no {STATE} in it")
-    try:
-        state: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    state = read_json(path)
     if state.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path} has format_version {state.get('format_version')!r}, expected {FORMAT_VERSION}")
+    for name in ("model", "files"):
+        if not isinstance(state.get(name), dict):
+            raise ValueError(f"{path} is damaged: {name} is {state.get(name)!r}, expected an object")
+    try:
+        config_of(state)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: model: {error}") from error
+    if WEIGHTS not in state["files"] or AVERAGE not in state["files"]:
+        raise ValueError(f"{path} is damaged: files has {', '.join(state['files']) or 'nothing'}, expected {WEIGHTS} and {AVERAGE} too")
     for name, expected in state["files"].items():
         found = file_digest(directory / name) if (directory / name).is_file() else "missing"
         if found != expected:
@@ -97,8 +104,11 @@ def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[M
     state = read_state(directory)
     model = model_without_weights(config_of(state))
     path = directory / weights_file(state, ema, decay)
-    with safe_open(path, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     misfit = describe_misfit(shapes_of(model.state_dict()), shapes)
     if misfit:
         raise ValueError(f"{path} does not fit the configuration in {STATE}: {misfit}")
@@ -181,7 +191,7 @@ def load_optimizer(
     """Put the saved state back, `step` where torch.optim keeps it: with the parameter if its group is fused or capturable, else
     on the CPU. `place(value, parameter)` gives the state of a parameter as it is kept beside it (in parts, if that is sharded).
     Raises ValueError naming a parameter without state, or one whose state has another shape."""
-    tensors = load_file(directory / OPTIMIZER)
+    tensors = read_tensors(directory / OPTIMIZER)
     with_parameter = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))
         for group in optimizer.param_groups

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mar_model.checkpoint import AVERAGE, WEIGHTS, config_of, describe_misfit, model_without_weights, read_state, shapes_of, write_state
 from mar_model.config import MARConfig
+from mar_model.files import read_tensors
 from mar_model.released_sizes import STRIDE, released_config, released_kl_config
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 
@@ -166,7 +167,7 @@ def export_checkpoint(directory: Path, target: Path) -> None:
     expected = shapes_of(model_without_weights(config_of(state)).state_dict())
     weights = {}
     for key, name in ((RAW, WEIGHTS), (EMA, AVERAGE)):
-        weights[key] = load_file(directory / name)
+        weights[key] = read_tensors(directory / name)
         misfit = describe_misfit(expected, shapes_of(weights[key]))
         if misfit:
             raise ValueError(f"{directory / name} does not fit the configuration: {misfit}")

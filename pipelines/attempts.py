@@ -2,12 +2,15 @@
 
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipelines import storage
+from pipelines.errors import DamagedFileError
 
 
 def memory_gb() -> float:
@@ -24,14 +27,29 @@ def memory_gb() -> float:
     return total / 1e9
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What is kept of each."""
+
+    seconds: float
+    peak_memory_gb: float
+
+
 class Attempts:
     """A context manager that measures this attempt every `EVERY_SECONDS`; `path` is a local JSON file with a list of attempts."""
 
     EVERY_SECONDS = 5.0  # reading it costs the kernel a tenth of a second for a cluster of thirty processes
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, say: Callable[[str], None] = print) -> None:
+        """`say` gets a line where the file is damaged."""
         self.path = path
-        self.earlier: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
+        self.earlier: list[dict[str, Any]] = []
+        self.resumed = storage.exists(path)  # whether an attempt before this one ended unfinished
+        if self.resumed:
+            try:
+                self.earlier = storage.read_json(path, list[Attempt], "seconds and memory of the earlier attempts are left out")
+            except DamagedFileError as error:
+                say(str(error))
         self._began = time.monotonic()
         self._peak = 0.0
         self._ended = threading.Event()
@@ -46,11 +64,6 @@ class Attempts:
         self._ended.set()
         self._thread.join()
         self._write()
-
-    @property
-    def resumed(self) -> bool:
-        """Whether an attempt before this one ended unfinished."""
-        return bool(self.earlier)
 
     @property
     def seconds(self) -> float:

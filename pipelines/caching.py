@@ -18,16 +18,18 @@ from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
 from pipelines.cluster import cluster_resources
 from pipelines.encoding import EncodingJob, Seconds, read_record
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_listing, list_images, listing_digest
-from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest
+from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest, read_manifest
+from pipelines.records import damaged
 from pipelines.settings import identity, identity_of, operational
 from pipelines.shards import Shard, are_whole, finished, make, shards_of
 from pipelines.sources.table import ImageRows
-from pipelines.stage import IDENTITY, Stage
-from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
+from pipelines.stage import IDENTITY, Stage, read_identity
+from pipelines.tokenizing import TokenizerSettings, tokenizer_config, tokenizer_digest
 
 LISTING, REJECTED = "listing.arrow", "rejected.parquet"
+REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
 
 
 @dataclass
@@ -66,13 +68,13 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         storage.write_json(storage.join(cache.path, IDENTITY), identity)
         for name in ("summary.json", MANIFEST):
             storage.delete(storage.join(cache.path, name))
-    summary = stage.begin(cache.path, identity, enough=lambda _: _is_whole(cache.path))
+    summary = stage.begin(cache.path, identity, enough=lambda _: not lost_file(cache.path))
     if summary is not None:
         return summary
 
     summary_path = storage.join(cache.path, "summary.json")
     if storage.exists(summary_path):
-        stage.say(f"{cache.path} has lost files; they are made again")
+        stage.say(f"{cache.path} has lost files, which are made again: {lost_file(cache.path)}")
         storage.delete(summary_path)
     storage.delete_partial(cache.path)
     keep_listing(kept, listing)
@@ -98,7 +100,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         latent_max=statistics.max,
         tokenizer={
             "digest": identity["tokenizer.digest"],
-            "config": storage.read_json(storage.join(tokenizer.path, "config.json")),
+            "config": tokenizer_config(tokenizer.path),
         },
         precision={"name": cache.precision, "deviation": ordered[0]["deviation"]},
         images={
@@ -139,7 +141,7 @@ def _make(
         cache.decoders or max(1, int(cpus) // max(encoders, nodes)), stage.cluster,
     )  # fmt: skip
     shared = ray.put(rows)  # once, for all tasks and actors
-    records = finished(images, cache.path, shared, shards)
+    records = finished(images, cache.path, shared, shards, stage.say)
     if records:
         stage.say(f"{len(records)} of {len(shards)} shards are already there")
     rejected = sum(len(record["rejected"]) for record in records.values())
@@ -168,7 +170,10 @@ def _only_mended(path: str, kept: str, identity: dict[str, Any], listing: ImageL
     before = kept_listing(kept)
     if before is None or not storage.exists(identity_path):
         return False
-    found = storage.read_json(identity_path)
+    try:
+        found = read_identity(path)
+    except DamagedFileError:  # the stage says so when it begins
+        return False
     if {name for name in {*found, *identity} if found.get(name) != identity.get(name)} != {"images.train_listing"}:
         return False
     old, new = before.train(), listing.train()
@@ -215,23 +220,36 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSett
     return loaded.channels, images.size // loaded.stride
 
 
-def _is_whole(path: str) -> bool:
-    """Whether everything a finished cache has is there, every shard in the length that the manifest says."""
-    if (
-        not all(storage.exists(storage.join(path, name)) for name in (MANIFEST, REJECTED))
-        or kept_listing(storage.join(path, LISTING)) is None
-    ):
-        return False
+def lost_file(path: str) -> str:
+    """What a finished cache has lost: a file that is missing or damaged, or a shard that is shorter or longer than the manifest says.
+    Empty where all is there."""
+    listing = storage.join(path, LISTING)
     try:
-        return are_whole(path, storage.read_json(storage.join(path, MANIFEST))["shards"])
-    except ValueError:  # a manifest that is no JSON any more
-        return False
+        if kept_listing(listing) is None:
+            return f"{listing} is missing or damaged"
+        read_rejected(path)
+        manifest, _ = read_manifest(path)
+    except FileNotFoundError as error:
+        return f"{storage.join(path, MANIFEST)} or {REJECTED} is missing ({error})"
+    except UserError as error:
+        return str(error)
+    return "" if are_whole(path, manifest.shards) else f"shards that {storage.join(path, MANIFEST)} names are missing, or of another length"
+
+
+def read_rejected(path: str) -> list[dict[str, str]]:
+    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, REJECTED)
+    data = storage.read_bytes(file)
+    try:
+        rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
+    return rows
 
 
 def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
-    schema = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
-    rejected = [{name: one[name] for name in schema.names} for record in records for one in record["rejected"]]
-    table = pa.Table.from_pylist(rejected, schema=schema)
+    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
+    table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(table, sink)
     storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))

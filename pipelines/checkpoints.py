@@ -5,7 +5,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 from mar_model import __version__
 from mar_model.checkpoint import STATE, read_state, write_state
 from pipelines import storage
+from pipelines.errors import DamagedFileError
+from pipelines.metrics_log import MetricsRow
 
 if TYPE_CHECKING:
     from pipelines.training_worker import TrainingJob
@@ -24,6 +26,62 @@ logger = logging.getLogger(__name__)
 PREFIX = "images-"
 VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
 UNFINISHED = ".writing-"
+
+
+ANOTHER_CHECKPOINT = "name another checkpoint, or bring this one back from a copy"
+
+
+@dataclass(frozen=True)
+class TokenizerOf:
+    """The tokenizer that a checkpoint's latents are from; None: of an imported checkpoint that no tokenizer is known of."""
+
+    path: str
+    digest: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The files of a checkpoint with their digests, and which averages they are."""
+
+    files: dict[str, str]
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState(Weights):
+    """What every user of a checkpoint finds in its `state.json`, beside what `mar_model.checkpoint.read_state` checks."""
+
+    images_seen: int | None  # None: of an imported checkpoint, which does not tell
+    image_size: int
+    latent_mean: list[float]
+    latent_std: list[float]
+    latent_min: list[float] | None
+    latent_max: list[float] | None
+    tokenizer: TokenizerOf
+    class_names: list[str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState(CheckpointState):
+    """What a training run resumes from."""
+
+    images_seen: int
+    step: int
+    intervals: list[MetricsRow]
+    interval: list[float]
+
+
+def read_checkpoint(path: str, shape: type[CheckpointState] = CheckpointState) -> dict[str, Any]:
+    """The state of the checkpoint directory `path`, whose files all match their digests.
+
+    Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or does not hold what `shape` says.
+    """
+    try:
+        read_state(storage.local_directory(path))
+    except ValueError as error:
+        raise DamagedFileError(str(error)) from error
+    state: dict[str, Any] = storage.read_json(storage.join(path, STATE), shape, ANOTHER_CHECKPOINT)
+    return state
 
 
 def checkpoint_path(train_path: str, images_seen: int) -> str:
@@ -103,6 +161,14 @@ def last_validated(train_path: str, images_seen: int) -> int:
     return max((seen for seen in map(images_of, names) if seen <= images_seen), default=0)
 
 
+@dataclass(frozen=True)
+class Validated:
+    """What is read again of `validation/images-….json`."""
+
+    identity: str
+    metrics: dict[str, float]
+
+
 class Scores(dict[str, float]):
     """The checkpoints of a run that have a value of `metric`, name → value: a metric of training in the newest line that the checkpoint
     holds, or a `validation_…` that a validation of this identity has found for it (see `Validation.identity`)."""
@@ -125,7 +191,7 @@ class Scores(dict[str, float]):
         file = storage.join(VALIDATION, f"{name}.json") if validated else storage.join("checkpoints", name, STATE)
         if not storage.exists(path := storage.join(self.train_path, file)):
             raise KeyError(path)
-        found = storage.read_json(path)
+        found = storage.read_json(path, Validated if validated else TrainingState)
         if not validated:
             return float([line[self.metric] for line in found["intervals"] if self.metric in line][-1])
         if found["identity"] != self.validated_as:
@@ -155,8 +221,8 @@ def newest_checkpoint(train_path: str, say: Callable[[str], None] = logger.warni
     for name in reversed(checkpoint_names(train_path)):
         path = storage.join(train_path, "checkpoints", name)
         try:
-            read_state(storage.local_directory(path))
-        except ValueError as error:
+            read_checkpoint(path, TrainingState)
+        except DamagedFileError as error:
             say(f"checkpoint {name} passed over: {error}")
             continue
         return path

@@ -4,20 +4,23 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mar_model.checkpoint import load_weights
+from mar_model.files import read_tensors
 from mar_model.noise import stream
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, default_device, require_workers, use_threads, worker_resources
 from pipelines.decoded_images import DecodedImages
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageListing, ImageSettings, list_images, to_model
 from pipelines.settings import identity_of
 from pipelines.stage import Stage
@@ -31,6 +34,18 @@ BATCH = 64
 PEAK_LEARNING_RATE = 8e-3
 WEIGHT_DECAY = 0.01
 LARGEST_SHIFT = 1 / 14  # of the side: two pixels of a digit of 28
+
+
+REMEDY = "bring it back from a copy; or delete its directory and run `mar quickstart` again; or leave evaluate.classifier empty"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `config.json` holds."""
+
+    format_version: int
+    image_size: int
+    class_names: list[str]
 
 
 class Classifier(nn.Module):
@@ -148,15 +163,15 @@ def read_config(path: str) -> dict[str, Any]:
     """`config.json` of the classifier in directory `path`. Raises UserError where there is none, or one of another format."""
     if not storage.exists(storage.join(path, CONFIG)):
         raise UserError(f"evaluate.classifier {path!r} holds no classifier ({CONFIG} is missing); leave it empty to go without")
-    config: dict[str, Any] = storage.read_json(storage.join(path, CONFIG))
+    config: dict[str, Any] = storage.read_json(storage.join(path, CONFIG), Config, REMEDY)
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}/{CONFIG} has format_version {config['format_version']!r}, expected {FORMAT_VERSION}")
     return config
 
 
 def check_classes(path: str, classes: int) -> None:
-    """Raise UserError unless the classifier in directory `path` tells as many classes apart as the checkpoint draws."""
-    found = len(read_config(path)["class_names"])
+    """Raise UserError unless the classifier in directory `path` can be loaded and tells as many classes apart as the checkpoint draws."""
+    found = load_classifier(path).output.out_features
     if found != classes:
         raise UserError(
             f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}; name one trained on the same source"
@@ -170,8 +185,13 @@ def classifier_digest(path: str) -> str:
 
 
 def load_classifier(path: str) -> Classifier:
-    """The classifier in directory `path`, on the CPU, in evaluation mode. Raises UserError where there is none."""
+    """The classifier in directory `path`, on the CPU, in evaluation mode. Raises UserError where there is none, and DamagedFileError."""
     config = read_config(path)
     classifier = Classifier(len(config["class_names"]))
-    classifier.load_state_dict(load_file(storage.local_directory(path) / WEIGHTS))
+    file = storage.local_directory(path) / WEIGHTS
+    try:
+        load_weights(classifier, read_tensors(file))
+    except (FileNotFoundError, ValueError) as error:
+        text = str(error) if str(file) in str(error) else f"{file}: {error}"
+        raise DamagedFileError(f"{text}; {REMEDY}") from error
     return classifier.eval()

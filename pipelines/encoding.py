@@ -15,6 +15,7 @@ import torch
 from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, default_device, use_threads
+from pipelines.errors import DamagedFileError
 from pipelines.images import ImageError, ImageSettings, decode, read_bytes
 from pipelines.latents import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
 from pipelines.precision import autocast
@@ -104,13 +105,37 @@ def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: in
     return None if mended else record
 
 
+@dataclass(frozen=True)
+class RejectedRow:
+    """An image that a shard leaves out: `row` is its place in the shard."""
+
+    row: int
+    key: str
+    reason: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What lies beside each shard."""
+
+    format_version: int
+    name: str
+    rows: int
+    sha256: str
+    bytes: int
+    statistics: LatentStatistics | None
+    deviation: dict[str, float] | None
+    rejected: list[RejectedRow]
+
+
 def read_record(path: str) -> dict[str, Any] | None:
     """A shard's record, or None where it is not there, is damaged, or is of another format."""
     try:
-        record: dict[str, Any] = storage.read_json(path)
-        return record if record["format_version"] == FORMAT_VERSION else None
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        record: dict[str, Any] = storage.read_json(path, ShardRecord)
+    except (FileNotFoundError, DamagedFileError):
         return None
+    return record if record["format_version"] == FORMAT_VERSION else None
 
 
 def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:

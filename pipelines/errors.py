@@ -17,6 +17,10 @@ class UserError(Exception):
         return self.text  # and not `args`, to which Ray Data adds advice of its own
 
 
+class DamagedFileError(UserError, ValueError):
+    """A file does not hold what was written into it: it is cut off, empty, overwritten, or of the wrong kind."""
+
+
 def mistake_of(error: BaseException) -> UserError | None:
     """The person's mistake that `error` is, or that is behind it; None where it is no mistake."""
     if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all

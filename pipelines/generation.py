@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mar_model.checkpoint import config_of, read_state, weights_file
+from mar_model.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
 from mar_model.tokenizers import kl_config
 from pipelines import samples, storage
-from pipelines.checkpoints import newest_checkpoint
+from pipelines.checkpoints import newest_checkpoint, read_checkpoint
 from pipelines.cluster import ClusterSettings, worker_resources
 from pipelines.completion import Completion, read_completion
 from pipelines.errors import UserError
@@ -20,7 +20,7 @@ from pipelines.generation_worker import DrawingActor
 from pipelines.released import checkpoint_directory, with_tokenizer
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
+from pipelines.tokenizing import TokenizerSettings, check_tokenizer_files, tokenizer_config, tokenizer_digest
 from pipelines.training import TrainSettings
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class Drawing:
             diffusion_steps_end=settings.diffusion_steps_end or None, reuse_steps=settings.reuse_steps,
             guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]), filled=filled,
         )  # fmt: skip
-        tokenizer = kl_config(storage.read_json(storage.join(self.tokenizer, "config.json")))
+        tokenizer = kl_config(tokenizer_config(self.tokenizer))
         return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
 
     def speed(self, drawn: int, seconds: float) -> dict[str, float]:
@@ -150,13 +150,14 @@ def plan_drawing(
     if checkpoint is None:
         raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
     try:
-        state = read_state(storage.local_directory(checkpoint))
+        state = read_checkpoint(checkpoint)
         weights_file(state, generate.ema, generate.ema_decay)
     except ValueError as error:
         raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
     state = with_tokenizer(state, tokenizer.path)
     found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
     if found != expected:
+        check_tokenizer_files(tokenizer.path)  # the files may be damaged
         raise UserError(
             f"tokenizer.path {tokenizer.path!r} has the digest {found[:12]}…, checkpoint {checkpoint} was trained with {expected[:12]}… "
             f"(then at {state['tokenizer']['path']!r}); name that tokenizer"

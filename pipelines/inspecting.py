@@ -4,16 +4,15 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines import samples, storage
+from pipelines.caching import read_rejected
 from pipelines.errors import UserError
 from pipelines.images import to_uint8
 from pipelines.latents import LatentCache
-from pipelines.tokenizing import tokenizer_digest
+from pipelines.tokenizing import check_tokenizer_files, tokenizer_digest
 
 SAMPLED = 2048  # records that the histogram is made of, spread evenly over the cache
 WALL = 64  # images decoded
@@ -46,15 +45,8 @@ def inspect(path: str) -> Inspection:
         np.bincount(cache.labels(), minlength=len(manifest.class_names)),
         counts / max(counts.sum(), 1),
         len(rows),
-        Counter(one["reason"].partition(":")[0] for one in rejected(path)),
+        Counter(one["reason"].partition(":")[0] for one in read_rejected(path)),
     )
-
-
-def rejected(path: str) -> list[dict[str, str]]:
-    """Every image that the cache leaves out: key, reason, sha256."""
-    data = storage.read_bytes(storage.join(path, "rejected.parquet"))
-    rows: list[dict[str, str]] = pq.read_table(pa.BufferReader(data)).to_pylist()
-    return rows
 
 
 @torch.inference_mode()
@@ -75,6 +67,7 @@ def check_tokenizer(cache: LatentCache, tokenizer: str) -> None:
     """Raise UserError unless the cache was written with the tokenizer in this directory."""
     found, expected = tokenizer_digest(tokenizer), cache.manifest.tokenizer["digest"]
     if found != expected:
+        check_tokenizer_files(tokenizer)  # the files may be damaged
         raise UserError(f"{cache.path!r} was written with the tokenizer {expected[:12]}…, {tokenizer!r} holds {found[:12]}…; name that one")
 
 

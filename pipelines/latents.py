@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.local_shards import LocalShards
+from pipelines.records import damaged, parsed
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -92,6 +93,24 @@ def shard_bytes(keys: list[str], labels: list[int], moments: np.ndarray, flipped
 
 
 @dataclass(frozen=True)
+class ShardEntry:
+    """What a manifest says of each shard."""
+
+    name: str
+    rows: int
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a manifest says of the tokenizer."""
+
+    digest: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a latent cache is. `latent_*` are C numbers in the tokenizer's own scale, over image and mirror image alike:
     mean and standard deviation of posterior samples, smallest and largest posterior mean."""
@@ -117,6 +136,34 @@ class Manifest:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Versioned:
+    format_version: int
+
+
+@dataclass(frozen=True)
+class _ManifestRecord(Manifest):
+    """The types inside the manifest's lists and objects."""
+
+    shards: list[ShardEntry]  # type: ignore[assignment]
+    tokenizer: Tokenizer  # type: ignore[assignment]
+
+
+def read_manifest(path: str) -> tuple[Manifest, str]:
+    """The manifest of the cache at `path` and its SHA-256. Raises DamagedFileError, and UserError for another format version."""
+    file = storage.join(path, MANIFEST)
+    remedy = "run `mar cache` with the cache's settings: it writes the manifest again, and the shards are kept"
+    data = storage.read_bytes(file)
+    version = parsed(data, file, _Versioned, remedy)["format_version"]
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format_version {version!r}, expected {FORMAT_VERSION}: read it with the version of mar-ray that wrote it, or "
+            "write the cache again"
+        )
+    values = parsed(data, file, _ManifestRecord, remedy)
+    return Manifest(**{one.name: values[one.name] for one in fields(Manifest) if one.name in values}), storage.digest(data)
+
+
 class LatentCache:
     """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used; those on S3 are fetched onto a
     local disk before that. A pickle of this object holds the paths alone."""
@@ -130,15 +177,7 @@ class LatentCache:
         self._arguments = (path, local, local_gb)
         if not storage.exists(storage.join(path, MANIFEST)):
             raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
-        data = storage.read_bytes(storage.join(path, MANIFEST))
-        values = json.loads(data)
-        if values.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"{path}/{MANIFEST} has format_version {values.get('format_version')!r}, expected {FORMAT_VERSION}: "
-                "read it with the version of mar-ray that wrote it, or write the cache anew"
-            )
-        self.manifest = Manifest(**values)
-        self.digest = storage.digest(data)
+        self.manifest, self.digest = read_manifest(path)
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
         self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
@@ -235,12 +274,14 @@ class _Shard:
                 f"{path} is {'missing' if found is None else f'{found} bytes long'}, the manifest says {size} bytes: "
                 "run `mar cache` again to repair it"
             )
-        with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
-            batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
-        self._batch = batch
-        self.labels: np.ndarray = batch.column("label").to_numpy()
-        self.moments = self._view("moments")
-        self.flipped = self._view("moments_flipped")
+        try:
+            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
+                self._batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
+            self.labels: np.ndarray = self._batch.column("label").to_numpy()
+            self.moments = self._view("moments")
+            self.flipped = self._view("moments_flipped")
+        except (pa.ArrowException, OSError, LookupError, AttributeError, ValueError) as error:
+            raise damaged(path, error, "run `mar verify` on the cache, then `mar cache` makes this shard again") from error
 
     def _view(self, name: str) -> np.ndarray:
         column = self._batch.column(name)

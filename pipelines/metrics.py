@@ -1,6 +1,8 @@
 """Statistics of image features, summed as they come, and the Fréchet distance between two of them; all in float64."""
 
 import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +10,9 @@ import scipy.linalg
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.records import damaged
+
+REMEDY = "name other statistics in evaluate.reference, or the images or the latent cache that they are made of"
 
 
 @dataclass(frozen=True)
@@ -34,21 +39,23 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str) -> "FeatureStatistics":
-        """Read our own files and ADM's. Raises UserError when the file is missing or holds no `mu` and `sigma` that fit."""
+        """Read our own files and ADM's. Raises UserError when the file is missing, and DamagedFileError when it holds no `mu` and `sigma`
+        that fit."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
         try:
             with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
                 entries = {name: file[name] for name in file.files if name in ("mu", "sigma", "count", "network", "digest")}
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} can't be read as .npz: {error}") from error
+            count = int(entries["count"]) if "count" in entries else None
+        except (ValueError, TypeError, AttributeError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+            raise damaged(path, f"it can't be read as .npz: {error}", REMEDY) from error
         shapes = {name: entries[name].shape for name in ("mu", "sigma") if name in entries}
         if len(shapes) < 2 or len(shapes["mu"]) != 1 or shapes["sigma"] != shapes["mu"] * 2:
-            raise UserError(f"{path} holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)")
+            raise damaged(path, f"it holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)", REMEDY)
         return cls(
             mu=entries["mu"].astype(np.float64),
             sigma=entries["sigma"].astype(np.float64),
-            count=int(entries["count"]) if "count" in entries else None,
+            count=count,
             network=str(entries["network"]) if "network" in entries else None,
             digest=str(entries["digest"]) if "digest" in entries else None,
         )

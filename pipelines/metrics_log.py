@@ -4,14 +4,25 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines import storage
+from pipelines.errors import DamagedFileError
+from pipelines.records import damaged, parsed
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
 OBJECT_SECONDS = 30.0  # between writes to a bucket, where a line can't be appended: the whole object is written
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """What every line holds."""
+
+    images_seen: int
+    loss: float
 
 
 class MetricsLog:
@@ -24,16 +35,19 @@ class MetricsLog:
     def __init__(
         self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = (), say: Callable[[str], None] = logger.warning
     ) -> None:
-        """`say` is told, once, when the file can't be written while rows come in; each new row tries again."""
+        """`say` is told, once, when the file can't be written while rows come in; each new row tries again. Lines that can't be read are
+        dropped, which is logged with their number."""
         self.path, self._say, self._told = path, say, False
-        written = _whole_lines(storage.read_bytes(path)) if storage.exists(path) else []
+        written, damage = read_metrics(path) if storage.exists(path) else ([], None)
+        if damage is not None:
+            say(str(damage))
         known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
         self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
         there = {row["images_seen"] for row in written}
         self.recovered = [row for row in self.rows if row["images_seen"] not in there]
         self._on_disk = -1  # rows that the file is known to hold, and nothing else
         self._written = float("-inf")
-        if self.recovered or len(self.rows) < len(written):
+        if self.recovered or len(self.rows) < len(written) or damage is not None:
             self.write()
 
     def add(self, row: dict[str, Any]) -> None:
@@ -70,6 +84,18 @@ def _line(row: dict[str, Any]) -> bytes:
     return (json.dumps(row) + "\n").encode()
 
 
-def _whole_lines(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a file; what comes after the last line's end is of a writer that was killed."""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]
+def read_metrics(path: str) -> tuple[list[dict[str, Any]], DamagedFileError | None]:
+    """The rows of a file, without those that can't be read; if there are such, what is wrong with the first and how many there are.
+
+    A half line at the end was left by a writer that was killed: no damage.
+    """
+    *lines, last = storage.read_bytes(path).split(b"\n")
+    rows, errors = list[dict[str, Any]](), list[DamagedFileError]()
+    for number, line in enumerate([*lines, last] if last[:1] not in (b"", b"{") else lines, start=1):
+        try:
+            rows.append(parsed(line, f"line {number}", MetricsRow, ""))
+        except DamagedFileError as error:
+            errors.append(error)
+    if errors:
+        return rows, damaged(path, errors[0], f"{len(errors)} of {len(errors) + len(rows)} lines are left out")
+    return rows, None

@@ -73,7 +73,7 @@ def quickstart(
 
     seconds: dict[str, float] = {}
     with (
-        Attempts(storage.join(root, "attempts.json")) as attempts,
+        Attempts(storage.join(root, "attempts.json"), lambda text: console().print(f"quickstart: {text}", markup=False)) as attempts,
         open_stage("quickstart", root, configuration, cluster, tracking) as run,
     ):
         parent = run.track()

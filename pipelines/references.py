@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 from pipelines import storage
 from pipelines.cluster import require_workers
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.features import DIMENSIONS
 from pipelines.images import ImageSettings, list_images
 from pipelines.latents import MANIFEST, LatentCache
 from pipelines.metrics import FeatureStatistics, FeatureSums
 from pipelines.scoring import CachedLatents, ImageSource, Judges, RealImages, read_sources, scored
 from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
+from pipelines.tokenizing import TokenizerSettings, check_tokenizer_files, tokenizer_digest
 
 if TYPE_CHECKING:
     from pipelines.evaluation import EvaluateSettings
@@ -37,6 +37,7 @@ def find_reference(
     if storage.exists(storage.join(reference, MANIFEST)):
         found, expected = tokenizer_digest(tokenizer.path), LatentCache(reference).manifest.tokenizer["digest"]
         if found != expected:
+            check_tokenizer_files(tokenizer.path)  # the files may be damaged
             raise UserError(
                 f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
                 f"{tokenizer.path!r} holds {found[:12]}…; name that tokenizer, or another reference"
@@ -61,7 +62,7 @@ def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest
 def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", digest: str, stage: Stage) -> list[FeatureStatistics]:
     """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once."""
     paths = [statistics_path(evaluate, source, digest) for source in sources]
-    missing = {path: source for path, source in zip(paths, sources, strict=True) if not storage.exists(path)}
+    missing = {path: source for path, source in zip(paths, sources, strict=True) if not _is_kept(path, stage)}
     if missing:
         require_workers({"evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
         judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster)
@@ -75,6 +76,18 @@ def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", 
         for path, one in zip(missing, sums, strict=True):
             one.statistics(evaluate.features, digest).save(path)
     return [FeatureStatistics.load(path) for path in paths]
+
+
+def _is_kept(path: str, stage: Stage) -> bool:
+    """Whether statistics are there; damaged ones are computed again, which is logged."""
+    if not storage.exists(path):
+        return False
+    try:
+        FeatureStatistics.load(path)
+    except DamagedFileError as error:
+        stage.say(f"{str(error).partition(';')[0]}; the statistics are computed again")
+        return False
+    return True
 
 
 def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:

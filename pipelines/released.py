@@ -19,10 +19,11 @@ from mar_model.released import (
     import_tokenizer,
     is_scaled_as_released,
 )
-from mar_model.tokenizers import load_tokenizer
+from mar_model.tokenizers import kl_config, load_tokenizer
 from pipelines import storage
+from pipelines.checkpoints import ANOTHER_CHECKPOINT, CheckpointState
 from pipelines.errors import UserError
-from pipelines.tokenizing import tokenizer_digest
+from pipelines.tokenizing import tokenizer_config, tokenizer_digest
 
 CONFIG = "config.json"  # of a tokenizer directory
 SOURCE = "source.json"  # what an imported directory was made of
@@ -102,7 +103,7 @@ def _checkpoint(path: Path, directory: Path, options: ImportOptions) -> dict[str
 
 def _made_of(out: str) -> Any:
     source = storage.join(out, SOURCE)
-    return storage.read_json(source) if storage.exists(source) else None
+    return storage.read_json(source, dict[str, Any], f"give another path, or delete {out}") if storage.exists(source) else None
 
 
 def _scratch(out: str) -> AbstractContextManager[str]:
@@ -129,7 +130,7 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{checkpoint}: {error}; expected a checkpoint directory") from error
         size = written.stat().st_size
-        state = storage.read_json(storage.join(checkpoint, STATE))
+        state = storage.read_json(storage.join(checkpoint, STATE), CheckpointState, ANOTHER_CHECKPOINT)
         if storage.is_local(target):
             os.replace(written, storage.filesystem(target)[1])
         else:
@@ -162,8 +163,8 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     """
     if state["tokenizer"]["digest"] is not None:
         return state
-    config = storage.read_json(storage.join(path, CONFIG))
-    channels, expected = 3 if config["kind"] == "pixels" else config["channels"], state["model"]["latent_channels"]
+    config = kl_config(tokenizer_config(path))
+    channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
         raise UserError(f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}; name its tokenizer")
     return {**state, "tokenizer": {"path": path, "digest": tokenizer_digest(path)}}

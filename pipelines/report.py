@@ -1,7 +1,6 @@
 """One self-contained page about a run: what it drew, how good that is, what it cost, how to repeat it."""
 
 import base64
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,9 @@ from typing import Any
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.plots import loss_curve, training_curves, training_panels
+from pipelines.progress import console
+from pipelines.report_reading import Classes, Reading, ReportedSummary
+from pipelines.stage import Configuration
 from pipelines.tracking import without_password
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -50,30 +52,33 @@ class Pictures:
         self.names.append(name)
         return "data:image/png;base64," + base64.b64encode(data).decode()
 
-    def copy(self, name: str, path: str | None) -> str | None:
-        return self.add(name, storage.read_bytes(path)) if path else None
+    def copy(self, name: str, data: bytes | None) -> str | None:
+        return self.add(name, data) if data else None
 
 
 def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     """Write `path/report.html` and its pictures to `path/report/`; returns the page's path.
 
-    `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out.
+    `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out; those whose
+    files are damaged are left out too, and the files are named on the page and in the terminal.
     `run_summary` stands in for the run's `summary.json`, which is written last of all.
     Raises UserError when no finished stage is found there.
     """
     from jinja2 import Environment
 
     path = path.rstrip("/")
-    stages = find_stages(path)
+    reading = Reading()
+    stages = find_stages(path, reading)
     if not stages:
         raise UserError(
-            f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave them; "
-            "give the run's folder, e.g. `mar report runs/demo`"
+            "".join(f"{problem}\n" for problem in reading.problems)
+            + f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave "
+            "them; give the run's folder, e.g. `mar report runs/demo`"
         )
-    summary = run_summary or _json(storage.join(path, "summary.json"))
+    summary = run_summary or reading.object(storage.join(path, "summary.json"), ReportedSummary)
     run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
-    configuration = _json(storage.join(path, "configuration.json"))
-    if "uri" in configuration.get("tracking", {}):
+    configuration = reading.object(storage.join(path, "configuration.json"), Configuration)
+    if "uri" in (configuration.get("tracking") or {}):
         configuration["tracking"]["uri"] = without_password(configuration["tracking"]["uri"])
     pictures = Pictures(storage.join(path, "report"))
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -86,27 +91,30 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         title=path.rpartition("/")[2],
         path=path,
         tiles=key_figures(run, stages),
-        samples=_samples(path, stages, pictures, run),
+        samples=_samples(path, stages, pictures, run, reading),
         distances=distances(run, stages),
-        training=_training(stages, pictures),
-        tokenizer=_tokenizer(stages, pictures),
-        sweeps=_sweeps(stages, pictures),
+        training=_training(stages, pictures, reading),
+        tokenizer=_tokenizer(stages, pictures, reading),
+        sweeps=_sweeps(stages, pictures, reading),
         times=times(run, stages),
         figures=[("whole run", figures(run))] * bool(run) + [(one.name, figures(one.summary)) for one in stages],
         configuration=_configuration(configuration, stages),
         commands=_commands(path, configuration, run),
+        problems=reading.problems,
     )
     target = storage.join(path, "report.html")
     storage.write_bytes(target, page.encode())
+    for problem in reading.problems:
+        console().print(f"report: left out: {problem}", markup=False, soft_wrap=True)
     return target
 
 
-def find_stages(path: str) -> list[StageOutput]:
+def find_stages(path: str, reading: Reading) -> list[StageOutput]:
     """The finished stages in the folders of `path` and `path` itself, in the order the work flows."""
     found = []
     for name in ["", *storage.list_directory(path)]:
         folder = storage.join(path, name) if name else path
-        summary = _json(storage.join(folder, "summary.json"))
+        summary = reading.object(storage.join(folder, "summary.json"), ReportedSummary)
         if summary and (name or summary.get("stage") in ORDER):
             found.append(StageOutput(name or path.rpartition("/")[2], folder, summary))
     return sorted(found, key=lambda one: (ORDER.index(one.stage) if one.stage in ORDER else len(ORDER), one.name))
@@ -204,20 +212,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def _json(path: str) -> dict[str, Any]:
-    return dict(storage.read_json(path)) if storage.exists(path) else {}
-
-
-def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any]) -> dict[str, Any] | None:
+def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any], reading: Reading) -> dict[str, Any] | None:
     """The grid of the evaluation, else of the generation; it becomes `path/samples.png` too."""
     for one in sorted(stages, key=lambda one: one.stage != "evaluate"):
-        file = one.file("samples.png") if one.stage in ("evaluate", "generate") else None
-        if file:
-            data = storage.read_bytes(file)
+        data = reading.picture(one.file("samples.png")) if one.stage in ("evaluate", "generate") else None
+        if data:
             if one.path != path:
                 storage.write_bytes(storage.join(path, "samples.png"), data)
             cached = next((other.path for other in stages if other.stage == "cache"), one.path)
-            names = _json(storage.join(cached, "manifest.json")).get("class_names", [])
+            names = reading.object(storage.join(cached, "manifest.json"), Classes).get("class_names", [])
             return {
                 "picture": pictures.add("samples", data),
                 "classes": names if len(names) <= 20 else [],  # the grid has a row a class up to that number
@@ -226,11 +229,10 @@ def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict
     return None
 
 
-def _training(stages: list[StageOutput], pictures: Pictures) -> dict[str, Any] | None:
+def _training(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
     for one in stages:
         if one.stage == "train":
-            file = one.file("metrics.jsonl")
-            rows = [json.loads(line) for line in storage.read_bytes(file).decode().splitlines()] if file else []
+            rows = reading.metrics(one.file("metrics.jsonl"))
             curves = (
                 (pictures.add("training", training_curves(rows)), pictures.add("training-panels", training_panels(rows))) if rows else ()
             )
@@ -238,21 +240,21 @@ def _training(stages: list[StageOutput], pictures: Pictures) -> dict[str, Any] |
     return None
 
 
-def _tokenizer(stages: list[StageOutput], pictures: Pictures) -> dict[str, Any] | None:
+def _tokenizer(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
     for one in stages:
         if one.stage == "tokenize":
-            points = [(seen, loss) for seen, loss in one.summary.get("loss_curve", [])]
+            points = [(seen, loss) for seen, loss in one.summary.get("loss_curve") or []]
             curve = pictures.add("tokenizer", loss_curve(points)) if len(points) > 1 else None
-            pairs = pictures.copy("reconstructions", one.file("pairs.png"))
+            pairs = pictures.copy("reconstructions", reading.picture(one.file("pairs.png")))
             return {"pairs": pairs, "curve": curve, "summary": one.summary} if pairs or curve else None
     return None
 
 
-def _sweeps(stages: list[StageOutput], pictures: Pictures) -> list[dict[str, Any]]:
+def _sweeps(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> list[dict[str, Any]]:
     found = []
     for one in stages:
         rows = one.summary.get("rows")
-        if one.stage.startswith("sweep") and isinstance(rows, list):
+        if one.stage.startswith("sweep") and rows and one.summary.get("best"):
             metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
             shown = [name for name in metrics if name.startswith(("loss", "fid", "frechet_distance_", "inception", "label_agreement"))]
             found.append(
@@ -261,7 +263,7 @@ def _sweeps(stages: list[StageOutput], pictures: Pictures) -> list[dict[str, Any
                     "summary": one.summary,
                     "rows": rows,
                     "metrics": [name for name in shown if not name.startswith("loss_band")],
-                    "plot": pictures.copy(one.name, one.file("sweep.png")),
+                    "plot": pictures.copy(one.name, reading.picture(one.file("sweep.png"))),
                 }
             )
     return found
@@ -286,7 +288,7 @@ def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> 
         else []
     )
     commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {path}")]
-    if uri := configuration.get("tracking", {}).get("uri"):
+    if uri := (configuration.get("tracking") or {}).get("uri"):
         command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
         commands.append(("its numbers in MLflow", command))
     return commands

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipelines import storage
+from pipelines.records import damaged
 
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"samples-(\d{8})-(\d{8})\.parquet")
@@ -58,12 +59,18 @@ def write_samples(path: str, samples: Samples) -> None:
 
 
 def read_samples(path: str, start: int, stop: int) -> Samples:
-    """The shard that `write_samples` wrote. Raises FileNotFoundError."""
-    data = storage.read_bytes(storage.join(path, SHARDS, _shard_name(start, stop)))
-    table = pq.read_table(io.BytesIO(data))
-    images = [np.asarray(Image.open(io.BytesIO(one["bytes"].as_py()))) for one in table.column("image")]
-    numbers, labels, out_of_range = (table.column(name).to_numpy() for name in ("index", "label", "out_of_range"))
-    return Samples(start, numbers, labels, np.stack(images), out_of_range)
+    """The shard that `write_samples` wrote. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, SHARDS, _shard_name(start, stop))
+    data = storage.read_bytes(file)
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        images = np.stack([np.asarray(Image.open(io.BytesIO(one["bytes"].as_py()))) for one in table.column("image")])
+        numbers, labels, out_of_range = (table.column(name).to_numpy() for name in ("index", "label", "out_of_range"))
+    except (pa.ArrowException, OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
+        summary = storage.join(path, "summary.json")
+        remedy = f"delete it, and {summary} if it is there, and run the same command again: these samples are drawn again"
+        raise damaged(file, error, remedy) from error
+    return Samples(start, numbers, labels, images, out_of_range)
 
 
 def shards_there(path: str) -> list[tuple[int, int]]:

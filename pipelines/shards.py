@@ -57,16 +57,24 @@ def are_whole(path: str, entries: list[dict[str, Any]]) -> bool:
         return all(pool.map(fits, entries))
 
 
-def finished(images: ImageSettings, path: str, rows: Any, shards: dict[int, Shard]) -> dict[int, dict[str, Any]]:
+def finished(
+    images: ImageSettings, path: str, rows: Any, shards: dict[int, Shard], say: Callable[[str], None] = lambda text: None
+) -> dict[int, dict[str, Any]]:
     """Records of the shards that need not be made again: those whose file has the recorded size and checksum, and whose rejected
-    images still have the bytes they were rejected for (else they were mended). `rows`: reference to ImageRows."""
+    images still have the bytes they were rejected for (else they were mended). `rows`: reference to ImageRows. `say` gets a line for
+    each of the others that is there."""
     import ray
 
     there = set(storage.list_directory(storage.join(path, SHARDS)))
     begun = [one for one in shards.values() if {shard_name(one.index), one.record} <= there]
     parts = [begun[start : start + CHECKED_TOGETHER] for start in range(0, len(begun), CHECKED_TOGETHER)]
     task = ray.remote(num_cpus=_share(1), scheduling_strategy="SPREAD")(_finished_records)
-    return {index: record for found in ray.get([task.remote(images, path, rows, part) for part in parts]) for index, record in found}
+    records = {index: record for found in ray.get([task.remote(images, path, rows, part) for part in parts]) for index, record in found}
+    for one in begun:
+        if one.index not in records:
+            files = f"{storage.join(path, SHARDS, shard_name(one.index))} and {one.record}"
+            say(f"{files} are made again: one of the two is damaged, or an image that was rejected has changed")
+    return records
 
 
 def _finished_records(images: ImageSettings, path: str, rows: ImageRows, shards: list[Shard]) -> list[tuple[int, dict[str, Any]]]:

@@ -5,18 +5,43 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, connected
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.progress import Bar, console
 from pipelines.tracking import RECORD, Tracker, TrackingSettings
 
 FORMAT_VERSION = 1
 IDENTITY, SUMMARY, CONFIGURATION, LOCK = "identity.json", "summary.json", "configuration.json", ".lock"
+CLAIM_AGAIN = (
+    "restore it from a copy; or delete it, if the stage ran with the configuration that you run it with now; or delete the whole directory"
+)
 BOOKKEEPING = {IDENTITY, CONFIGURATION, LOCK, RECORD, "ray.log", "error.log"}  # what lies in an output before anything is made
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary.json` holds of every stage, with the types of what some leave out."""
+
+    format_version: int
+    stage: str
+    seconds: float | None = None
+    identity: dict[str, Any] | None = None
+    images: int | None = None
+    images_seen: int | None = None
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is read again of `configuration.json`: these sections."""
+
+    images: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    tracking: dict[str, Any] | None = None
 
 
 class Stage:
@@ -61,24 +86,59 @@ class Stage:
     ) -> dict[str, Any] | None:
         """Claim `path` for an output with this identity: None when there is work to do, the summary when all is done.
 
-        `enough` decides whether a finished output is as long as it is wanted now. Raises UserError with the fields that differ when
-        `path` holds an output of another identity, of which something has been made.
+        `enough` decides whether a finished output is as long as it is wanted now. A damaged `summary.json` counts as none: the stage is
+        finished again. Raises UserError with the fields that differ when `path` holds an output of another identity, of which something
+        has been made, and DamagedFileError where its identity can't be read.
         """
         self._began = time.monotonic()
-        identity_file, summary_file = storage.join(path, IDENTITY), storage.join(path, SUMMARY)
-        if storage.exists(identity_file) and not BOOKKEEPING.issuperset(storage.list_directory(path)):
-            _refuse_other_identity(path, storage.read_json(identity_file), identity)
-        if storage.exists(summary_file):
-            summary: dict[str, Any] = storage.read_json(summary_file)
-            if enough(summary):
-                self.say(f"{path} is complete")
-                return summary
+        identity_file = storage.join(path, IDENTITY)
+        summary = self._read_summary(path)
+        if not BOOKKEEPING.issuperset(storage.list_directory(path)):
+            found = self._read_identity(path, summary)
+            if found is not None:
+                _refuse_other_identity(path, found, identity)
+        if summary is not None and enough(summary):
+            self._restore(path, identity)
+            self.say(f"{path} is complete")
+            return summary
         storage.make_directory(path)
         storage.write_json(identity_file, identity)
         if self.configuration:
             storage.write_json(storage.join(path, CONFIGURATION), self.configuration)
         self.track()
         return None
+
+    def _read_summary(self, path: str) -> dict[str, Any] | None:
+        """None where there is none, and where it is damaged, which is logged."""
+        if not storage.exists(storage.join(path, SUMMARY)):
+            return None
+        try:
+            return read_summary(path, "the stage is finished again; what it has made is kept")
+        except DamagedFileError as error:
+            self.say(str(error))
+            return None
+
+    def _read_identity(self, path: str, summary: dict[str, Any] | None) -> dict[str, Any] | None:
+        """What `path` was made with: `identity.json`, or in its place what the summary of a finished stage says."""
+        kept: dict[str, Any] | None = (summary or {}).get("identity")
+        if not storage.exists(storage.join(path, IDENTITY)):
+            return kept
+        try:
+            return read_identity(path)
+        except DamagedFileError:
+            if kept is None:
+                raise
+            return kept
+
+    def _restore(self, path: str, identity: dict[str, Any]) -> None:
+        """Of a finished stage, write the records again that are damaged or missing."""
+        for name, value in ((IDENTITY, identity), (CONFIGURATION, self.configuration)):
+            if not value:
+                continue
+            file = storage.join(path, name)
+            if problem := _problem(file):
+                self.say(problem)
+                storage.write_json(file, value)
 
     def track(self) -> Tracker | None:
         """The stage's MLflow run, opened if need be."""
@@ -99,6 +159,29 @@ class Stage:
         return whole
 
 
+def read_summary(path: str, remedy: str) -> dict[str, Any]:
+    """`path/summary.json` of a finished stage. Raises FileNotFoundError, and DamagedFileError with the `remedy`."""
+    summary: dict[str, Any] = storage.read_json(storage.join(path, SUMMARY), Summary, remedy)
+    return summary
+
+
+def read_identity(path: str) -> dict[str, Any]:
+    """`path/identity.json`. Raises FileNotFoundError, and DamagedFileError."""
+    identity: dict[str, Any] = storage.read_json(storage.join(path, IDENTITY), dict[str, Any], CLAIM_AGAIN)
+    return identity
+
+
+def _problem(file: str) -> str:
+    """Why a JSON object has to be written again; empty where it is there and whole."""
+    if not storage.exists(file):
+        return f"{file} is missing; it is written again"
+    try:
+        storage.read_json(file, dict[str, Any], "it is written again")
+    except DamagedFileError as error:
+        return str(error)
+    return ""
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -112,7 +195,7 @@ def _refuse_other_identity(path: str, found: dict[str, Any], expected: dict[str,
     if differing:
         raise UserError(
             f"{path} holds an output made with another configuration; different: {'; '.join(differing)}. "
-            "Give another path, set these back, or delete that directory"
+            f"Give another path, set these back, or delete that directory (what it was made with is in {storage.join(path, IDENTITY)})"
         )
 
 

@@ -15,6 +15,7 @@ from pyarrow import fs
 
 from pipelines import s3
 from pipelines.errors import UserError
+from pipelines.records import REMEDY, parsed
 
 COPIES = "mar-copies-"  # begins the name of a folder of local copies; then the process that made it
 PARTIAL = ".partial"  # ends the name of a file or folder that is still being written
@@ -137,8 +138,10 @@ def _write_local(path: str, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def read_json(path: str) -> Any:
-    return json.loads(read_bytes(path))
+def read_json(path: str, shape: Any = Any, remedy: str = REMEDY) -> Any:
+    """The JSON value in a file, of the type `shape` (see `records.parsed`). Raises FileNotFoundError, and DamagedFileError with the
+    `remedy` where the file holds something else."""
+    return parsed(read_bytes(path), path, shape, remedy)
 
 
 def write_json(path: str, value: Any) -> None:

@@ -2,9 +2,22 @@
 
 import csv
 import io
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines import storage
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial, as `trial.json`, the table and the sweep's summary hold it."""
+
+    trial: str
+    parameters: dict[str, Any]
+    metric: float | None
+    metrics: dict[str, float]
+    seconds: float
+    error: str | None
 
 
 def write_table(path: str, rows: list[dict[str, Any]]) -> None:

@@ -15,9 +15,9 @@ from mar_model.checkpoint import STATE, weights_file
 from mar_model.config import Architecture
 from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
-from pipelines.checkpoints import newest_checkpoint
+from pipelines.checkpoints import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
 from pipelines.cluster import ClusterSettings, cluster_resources, require_workers, set_up_ray_data
-from pipelines.errors import UserError, in_one_line, mistake_of, origin_of
+from pipelines.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
 from pipelines.evaluation import EvaluateSettings
 from pipelines.features import network_digest
 from pipelines.generation import GenerateSettings
@@ -30,7 +30,7 @@ from pipelines.released import checkpoint_directory
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
-from pipelines.sweep_table import write_table
+from pipelines.sweep_table import Row, write_table
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import LOSS_COLUMNS, TrainSettings
 
@@ -78,14 +78,14 @@ def sweep(
     sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
     trials = grid(sections, sweep)
     identity = sweep_identity(sections, sweep, seed, stage.cluster)
-    summary = stage.begin(sweep.path, identity, enough=lambda found: not found["failed"])
+    summary = stage.begin(sweep.path, identity, enough=lambda found: found.get("failed") == 0)
     if summary is not None:
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
         shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
         trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
-    rows = {trial.name: storage.read_json(_record(trial)) for trial in trials if storage.exists(_record(trial))}
+    rows = finished_rows(trials, stage)
     left = [trial for trial in trials if trial.name not in rows]
     stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
     with stage.progress(len(trials), "trials", done=len(rows)) as bar:
@@ -128,6 +128,18 @@ def sweep(
     )
 
 
+def finished_rows(trials: list[Trial], stage: Stage) -> dict[str, dict[str, Any]]:
+    """The rows of the trials that an earlier attempt finished, by name. One that can't be read is made again, which is logged."""
+    rows = {}
+    for trial in trials:
+        if storage.exists(record := _record(trial)):
+            try:
+                rows[trial.name] = storage.read_json(record, Row, "the trial runs again; what it has made is kept")
+            except DamagedFileError as error:
+                stage.say(str(error))
+    return rows
+
+
 def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster: ClusterSettings) -> dict[str, Any]:
     """What decides the table: the grid, and every setting that the trials share."""
     if sweep.over == "train":
@@ -137,7 +149,7 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster:
         state_file = storage.join(sections.generate.checkpoint, STATE)
         if not storage.exists(state_file):
             raise UserError(f"generate.checkpoint {sections.generate.checkpoint!r} is no checkpoint: it holds no {STATE}")
-        state = storage.read_json(state_file)
+        state = storage.read_json(state_file, Weights, ANOTHER_CHECKPOINT)
         found = {"checkpoint": state["files"][weights_file(state, sections.generate.ema, sections.generate.ema_decay)], "seed": seed}
     if _is_scored(sweep):
         digest = network_digest(sections.evaluate.features, sections.evaluate.weights)

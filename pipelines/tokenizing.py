@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from mar_model.tokenizers import KLConfig, PixelTokenizer, save_tokenizer
+from mar_model.tokenizers import KLConfig, PixelTokenizer, kl_config, load_tokenizer, save_tokenizer
 from pipelines import storage
 from pipelines.cluster import require_workers
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageListing, ImageSettings, list_images
 from pipelines.precision import resolved
 from pipelines.progress import Bar, MetricsChannel
+from pipelines.records import damaged
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 
@@ -49,12 +50,36 @@ class TokenizerSettings:
         return KLConfig(self.channels, self.width, tuple(self.multipliers), self.encoder_blocks, self.decoder_blocks, self.attention)
 
 
+ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
+
+
+def tokenizer_config(path: str) -> dict[str, Any]:
+    """`config.json` of the tokenizer in directory `path`. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, "config.json")
+    config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
+    try:
+        kl_config(config)
+    except ValueError as error:
+        raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
+    return config
+
+
+def check_tokenizer_files(path: str) -> None:
+    """Load the tokenizer in directory `path`. Raises DamagedFileError where it can't be loaded, naming the file."""
+    try:
+        load_tokenizer(storage.local_directory(path))
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{error}; {ANOTHER_TOKENIZER}") from error
+
+
 def tokenizer_digest(path: str) -> str:
-    """SHA-256 over the bytes of `config.json` and, where there is one, `tokenizer.safetensors` of a tokenizer directory."""
-    weights = storage.join(path, "tokenizer.safetensors")
-    return storage.digest(
-        storage.read_bytes(storage.join(path, "config.json")) + (storage.read_bytes(weights) if storage.exists(weights) else b"")
-    )
+    """SHA-256 over the bytes of `config.json` and, where there is one, `tokenizer.safetensors` of a tokenizer directory.
+
+    Raises UserError where there is no `config.json`."""
+    config, weights = storage.join(path, "config.json"), storage.join(path, "tokenizer.safetensors")
+    if not storage.exists(config):
+        raise UserError(f"{path!r} holds no tokenizer: {config} is missing; run `mar tokenize`, or name a tokenizer in tokenizer.path")
+    return storage.digest(storage.read_bytes(config) + (storage.read_bytes(weights) if storage.exists(weights) else b""))
 
 
 def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
@@ -64,7 +89,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     [images seen, loss] pairs; beside it `pairs.png`, originals above reconstructions. Raises UserError on settings that don't fit
     each other or the cluster, on an output of another identity, and on a folder with a tokenizer from elsewhere.
     """
-    from pipelines.tokenizing_worker import PROGRESS, RESULT, progress_metadata
+    from pipelines.tokenizing_worker import PROGRESS, RESULT, Result, read_progress
 
     _check(images, tokenizer)
     path = tokenizer.path
@@ -77,6 +102,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     listing = list_images(images) if tokenizer.kind == "kl" else None
     identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
     summary = stage.begin(path, identity)
+    if summary is not None:
+        check_tokenizer_files(path)
     if listing is None:
         if summary is None:
             _write_pixels(path)
@@ -86,12 +113,12 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
         if not storage.exists(storage.join(path, RESULT)):
             require_workers({"tokenizer.workers": tokenizer.workers}, stage.cluster)
             progress = storage.join(path, PROGRESS)
-            first = int(progress_metadata(storage.read_bytes(progress))["images_seen"]) if storage.exists(progress) else 0
+            first = read_progress(progress)[1] if storage.exists(progress) else 0
             if first:
                 stage.say(f"going on from {first:,} images seen")
             with stage.progress(tokenizer.images, done=first) as bar:
                 _fit(images, tokenizer, listing, seed, stage, bar)
-        result = storage.read_json(storage.join(path, RESULT))
+        result = storage.read_json(storage.join(path, RESULT), Result, "delete it, and the tokenizer is trained to its end again")
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
         stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")

@@ -29,6 +29,7 @@ from pipelines.errors import UserError
 from pipelines.images import ImageListing, ImageSettings, to_model, to_uint8
 from pipelines.precision import autocast
 from pipelines.progress import MetricsChannel
+from pipelines.records import damaged
 from pipelines.sampler import SampleOrder
 
 if TYPE_CHECKING:
@@ -44,6 +45,17 @@ LOG_LINES = 200  # a run
 EVALUATED = 500  # images that PSNR is measured on, spread evenly over the held-out part
 PAIRS = 8
 PAIR_PIXELS = 96  # smallest side of an image in the picture of pairs
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `training.json` holds."""
+
+    psnr_images: int
+    loss: float
+    loss_curve: list[tuple[float, float]]
+    psnr_held_out: float | None = None  # or
+    psnr_train: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,20 +199,24 @@ def load_progress(path: str, tokenizer: nn.Module, optimizer: torch.optim.Optimi
     file = storage.join(path, PROGRESS)
     if not storage.exists(file):
         return 0, []
-    data = storage.read_bytes(file)
-    tensors = safetensors.torch.load(data)
+    tensors, images_seen, curve = read_progress(file)
     load_weights(tokenizer, {name.removeprefix("weight."): value for name, value in tensors.items() if name.startswith("weight.")})
     for name, parameter in tokenizer.named_parameters():
         state = {kind: tensors[f"{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in state.items()}
-    metadata = progress_metadata(data)
-    return int(metadata["images_seen"]), json.loads(metadata["loss_curve"])
+    return images_seen, curve
 
 
-def progress_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: 8 bytes of header length, then the header as JSON."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return dict(header["__metadata__"])
+def read_progress(file: str) -> tuple[dict[str, Tensor], int, list[list[float]]]:
+    """What `save_progress` wrote: tensors, images seen and the loss curve. Raises DamagedFileError."""
+    data = storage.read_bytes(file)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # 8 bytes of its length, then JSON
+        metadata = header["__metadata__"]
+        return tensors, int(metadata["images_seen"]), json.loads(metadata["loss_curve"])
+    except (safetensors.SafetensorError, ValueError, LookupError) as error:
+        raise damaged(file, error, "delete it, and the tokenizer is trained from the start") from error
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import storage
-from pipelines.errors import UserError
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.settings import operational
 
 RECORD = "mlflow_run.json"  # in a stage's output: which MLflow run it has
@@ -35,6 +35,13 @@ class TrackingSettings:
     uri: str = operational("sqlite:///runs/mlflow.db", "MLflow store: a sqlite:/// file, or the http:// address of a server")
     experiment: str = operational("mar-ray", "MLflow experiment")
     artifacts: str = operational("", "root of the artefacts; empty: beside the SQLite file, or what the server says")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `mlflow_run.json` holds."""
+
+    run_id: str
 
 
 class Tracker:
@@ -70,7 +77,12 @@ class Tracker:
         Raises UserError, within seconds, when the store can't be reached or written.
         """
         record = storage.join(path, RECORD)
-        earlier = storage.read_json(record)["run_id"] if storage.exists(record) else None
+        earlier = None
+        if storage.exists(record):
+            try:
+                earlier = storage.read_json(record, RunRecord, "a new run is opened in MLflow")["run_id"]
+            except DamagedFileError as error:
+                say(str(error))
         with _as_user_error(settings.uri), _short_waits():
             client = _client(settings)
             experiment = _experiment(client, settings)
@@ -220,6 +232,8 @@ def _client(settings: TrackingSettings) -> Any:
     file = _sqlite_file(settings.uri)
     if file and not file.exists():
         _create_store(file)
+    elif file and file.stat().st_size == 0:  # MLflow would make its tables in it, and all earlier runs would be gone without a word
+        raise UserError(f"{file} (tracking.uri) is damaged: the file is empty; restore it from a copy, or delete it to begin a new store")
     return MlflowClient(settings.uri)
 
 

@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mar_model.checkpoint import read_state
 from mar_model.config import Architecture, MARConfig
 from mar_model.recipe import BANDS
 from pipelines import storage
 from pipelines.caching import CacheSettings
-from pipelines.checkpoints import forget_lost_attempts, newest_checkpoint
+from pipelines.checkpoints import TrainingState, forget_lost_attempts, newest_checkpoint, read_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start, start_from
@@ -20,7 +19,7 @@ from pipelines.latents import LatentCache
 from pipelines.metrics_log import MetricsLog
 from pipelines.precision import resolved
 from pipelines.settings import identity, identity_of, operational
-from pipelines.stage import IDENTITY, Stage
+from pipelines.stage import IDENTITY, Stage, read_identity
 from pipelines.supervision import Supervision, Trainer, ray_train_waits
 from pipelines.telemetry import in_short
 from pipelines.tokenizing import TokenizerSettings
@@ -98,11 +97,11 @@ def train(
     latents = LatentCache(cache.path)
     start, begun = begun_with(train, model_config(model, latents), latents.manifest.class_names)
     identity = training_identity(cache, model, train, seed) | begun
-    summary = stage.begin(train.path, identity, enough=lambda found: found["images_seen"] >= train.images)
+    summary = stage.begin(train.path, identity, enough=lambda found: (found.get("images_seen") or 0) >= train.images)
     if summary is not None:
         return summary
     resumed = newest_checkpoint(train.path, stage.say)
-    state: dict[str, Any] = read_state(storage.local_directory(resumed)) if resumed else {"images_seen": 0, "intervals": []}
+    state: dict[str, Any] = read_checkpoint(resumed, TrainingState) if resumed else {"images_seen": 0, "intervals": []}
     first = int(state["images_seen"])
     stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
     for line in start.describe(latents.manifest.class_names) if start and not resumed else ():
@@ -136,7 +135,7 @@ def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) 
         start = start_from(train.init_from, config, class_names)
     except UserError:
         known = storage.join(train.path, IDENTITY)
-        digest = storage.read_json(known).get("train.init_from") if storage.exists(known) else None
+        digest = read_identity(train.path).get("train.init_from") if storage.exists(known) else None
         if digest is None or newest_checkpoint(train.path) is None:
             raise
         return None, {"train.init_from": digest}
@@ -241,7 +240,7 @@ def fit(
     if checkpoint is None:
         raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
     return {
-        "images_seen": read_state(storage.local_directory(checkpoint))["images_seen"],
+        "images_seen": read_checkpoint(checkpoint)["images_seen"],
         **{name: last[name] for name in FIGURES if name in last},
         "workers": train.workers,
         "checkpoint": checkpoint,

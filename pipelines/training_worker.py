@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, average_file, load_optimizer, optimizer_state
 from mar_model.config import MARConfig
 from mar_model.ema import WeightAverage
+from mar_model.files import read_tensors
 from mar_model.mar import MAR
 from mar_model.noise import to_device
 from mar_model.recipe import initial_weights, learning_rate, parameter_groups
@@ -21,7 +21,7 @@ from mar_model.tokenizers import sample_posterior
 from mar_model.training_step import OptimizerStep, Outcome, forward_backward
 from pipelines import storage
 from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
-from pipelines.checkpoints import images_of, last_validated, newest_checkpoint
+from pipelines.checkpoints import TrainingState, images_of, last_validated, newest_checkpoint
 from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start
@@ -121,10 +121,10 @@ class Training:
     def resume(self, checkpoint: str) -> None:
         """Go on from this checkpoint."""
         directory = storage.local_directory(checkpoint)
-        state = storage.read_json(str(directory / STATE))
-        load_whole(self.strategy, self.model.state_dict(), load_file(directory / WEIGHTS))
+        state = storage.read_json(storage.join(checkpoint, STATE), TrainingState)
+        load_whole(self.strategy, self.model.state_dict(), read_tensors(directory / WEIGHTS))
         for file, average in zip(self._average_files(), self.averages, strict=True):
-            load_whole(self.strategy, average.weights, load_file(directory / file))
+            load_whole(self.strategy, average.weights, read_tensors(directory / file))
         load_optimizer(directory, self.model, self.optimizer, self.strategy.place)
         self.images_seen, self.steps = state["images_seen"], state["step"]
         self.intervals.extend(state["intervals"])

@@ -1,9 +1,10 @@
 """Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ import pyarrow as pa
 import torch
 
 from pipelines import storage
-from pipelines.caching import LISTING
-from pipelines.encoding import Encoder, decode_row
-from pipelines.errors import UserError
+from pipelines.caching import LISTING, REJECTED, read_rejected
+from pipelines.encoding import Encoder, decode_row, read_record
+from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageSettings, kept_listing
 from pipelines.inspecting import check_tokenizer, spread
 from pipelines.latents import MANIFEST, SHARDS, LatentCache, Manifest
+from pipelines.records import damaged
+from pipelines.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summary
 
 CHECKS_AT_ONCE = 4
 # How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
@@ -42,6 +45,25 @@ def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
         yield MANIFEST, f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
 
 
+def damaged_records(path: str) -> Iterator[str]:
+    """What is wrong with the other files of the cache at `path`, which training does not read: those that are there are looked at."""
+    listing = storage.join(path, LISTING)
+    again = "run `mar cache` with the cache's settings: it writes the file again"
+    if storage.exists(listing) and kept_listing(listing) is None:
+        yield str(damaged(listing, "it is no listing of images", again))
+    readers: dict[str, Callable[[], object]] = {
+        REJECTED: lambda: read_rejected(path),
+        SUMMARY: lambda: read_summary(path, again),
+        **{name: partial(storage.read_json, storage.join(path, name), dict[str, Any], again) for name in (IDENTITY, CONFIGURATION)},
+    }
+    for name, read in readers.items():
+        try:
+            if storage.exists(storage.join(path, name)):
+                read()
+        except DamagedFileError as error:
+            yield str(error)
+
+
 def forget(cache: LatentCache, damaged: Sequence[str]) -> None:
     """Have the next run of the stage make these shards anew: without their records, and without the summary, they are not finished."""
     storage.delete(storage.join(cache.path, "summary.json"))
@@ -60,6 +82,9 @@ def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:
         return f"{entry['name']} has another SHA-256 than the manifest says"
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
     shape = json.loads(table.schema.metadata[b"moments_shape"])
+    record = storage.join(cache.path, SHARDS, entry["name"].removesuffix(".arrow") + ".json")
+    if storage.exists(record) and read_record(record) is None:
+        return f"{record} is damaged: it is not the record of a shard"
     if table.num_rows != entry["rows"] or tuple(shape) != cache.moments_shape:
         return f"{entry['name']} holds {table.num_rows} rows of {shape}, the manifest says {entry['rows']} of {list(cache.moments_shape)}"
     return ""
@@ -75,7 +100,8 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     rows = spread(len(cache), count)
     listing = kept_listing(storage.join(cache.path, LISTING))
     if listing is None:
-        raise UserError(f"{cache.path!r} has lost its {LISTING}, which says where each image is; run `mar cache` again")
+        file = storage.join(cache.path, LISTING)
+        raise UserError(f"{file}, which says where each image is, is missing or damaged; run `mar cache` with the cache's settings again")
     keys = listing.rows.column("key")
     places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
     pixels = []

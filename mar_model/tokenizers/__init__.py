@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mar_model.checkpoint import describe_misfit, shapes_of
+from mar_model.files import read_json, read_tensors
 from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sample_posterior
 from mar_model.tokenizers.pixels import PixelTokenizer
 
@@ -54,25 +55,29 @@ def kl_config(content: Mapping[str, Any]) -> KLConfig | None:
     unknown = sorted(set(sizes) - {one.name for one in fields(KLConfig)})
     if unknown:
         raise ValueError(f"has unknown keys {unknown}")
-    return KLConfig(**sizes)
+    try:
+        return KLConfig(**sizes)
+    except TypeError as error:  # a size that is no number
+        raise ValueError(f"has sizes {sizes}, expected whole numbers: {error}") from error
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, on the CPU, in evaluation mode.
 
-    Raises FileNotFoundError where a file is missing, ValueError on an unknown kind, format version or configuration key, and
-    on weights that do not fit the configuration (naming the first missing, unexpected and mis-shaped tensors).
+    Raises FileNotFoundError where a file is missing, ValueError on a damaged file, on an unknown kind, format version or configuration
+    key, and on weights that do not fit the configuration (naming the first missing, unexpected and mis-shaped tensors).
     """
     file = directory / "config.json"
+    content = read_json(file)
     try:
-        config = kl_config(json.loads(file.read_text(encoding="utf-8")))
+        config = kl_config(content)
     except ValueError as error:
         raise ValueError(f"{file} {error}") from error
     if config is None:
         return PixelTokenizer().eval()
     with torch.device("meta"):
         tokenizer = KLAutoencoder(config)
-    weights = load_file(directory / "tokenizer.safetensors")
+    weights = read_tensors(directory / "tokenizer.safetensors")
     misfit = describe_misfit(shapes_of(tokenizer.state_dict()), shapes_of(weights))
     if misfit:
         raise ValueError(f"{directory / 'tokenizer.safetensors'} does not fit its config.json: {misfit}")

@@ -32,8 +32,8 @@ class KLConfig:
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers is {list(self.multipliers)}, expected one whole number above 0 for each level")
         for name in ("channels", "width", "encoder_blocks", "decoder_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number, 1 or more")
 
     @property
     def stride(self) -> int:

@@ -44,7 +44,7 @@ def tensors(job: TrainingJob) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def progress(images_seen: int, loss: float = 1.0) -> dict[str, Any]:
-    return {"images_seen": images_seen, "step": images_seen, "intervals": [{"images_seen": images_seen, "loss": loss}]}
+    return {"images_seen": images_seen, "step": images_seen, "intervals": [{"images_seen": images_seen, "loss": loss}], "interval": []}
 
 
 def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(

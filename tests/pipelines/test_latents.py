@@ -38,7 +38,7 @@ def write_cache(path: Path, rows: list[int], dtype: str = "float16") -> tuple[np
     manifest = Manifest(
         format_version=1, rows=sum(rows), shards=shards, class_names=["c"], image_size=6, latent_size=3, latent_channels=2,
         dtype=dtype, latent_mean=statistics.mean, latent_std=statistics.std, latent_min=statistics.min,
-        latent_max=statistics.max, tokenizer={}, images={}, rejected=0,
+        latent_max=statistics.max, tokenizer={"digest": "0" * 64}, images={}, rejected=0,
     )  # fmt: skip
     storage.write_json(storage.join(str(path), "manifest.json"), manifest.as_dict())
     return moments, flipped
