@@ -1,4 +1,4 @@
-"""The one exception that a person's mistake ends in, and what is behind an error that came through Ray."""
+"""The one exception that a person's mistake ends in, that of one image, and what is behind an error that came through Ray."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,10 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.text  # and not `args`, to which Ray Data adds advice of its own
+
+
+class ImageError(Exception):
+    """One image that can't be used; its text is the reason."""
 
 
 def mistake_of(error: BaseException) -> UserError | None:
