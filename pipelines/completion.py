@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mar_model.tokenizers import Tokenizer
@@ -49,26 +49,38 @@ class Completion:
 
 
 def read_completion(image: str, mask: str, keep_pixels: bool, size: int) -> Completion:
-    """Read both files and crop them alike to size × size, the way the training images were.
+    """Read both files, rotate each as its EXIF orientation states, and crop them alike to size × size, the way the training images were.
 
-    Raises UserError for a file that is missing or no image, for two of different sizes, and for a mask that hides nothing.
+    Raises UserError for a file that is missing or no image, for two of different sizes, and for a mask that hides nothing or has
+    transparent pixels.
     """
     if not image or not mask:
         missing, given = ("image", "mask") if not image else ("mask", "image")
         raise UserError(f"generate.{given} is given without generate.{missing}: a completion takes both (--image FILE --mask FILE)")
     files = {"image": _read("image", image), "mask": _read("mask", mask)}
-    sides = {name: Image.open(io.BytesIO(data)).size for name, data in files.items()}
+    sides = {name: ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size for name, data in files.items()}
     if sides["image"] != sides["mask"]:
         raise UserError(
             f"generate.mask {mask!r} is {sides['mask'][0]} × {sides['mask'][1]} pixels, generate.image {image!r} is "
             f"{sides['image'][0]} × {sides['image'][1]}; give a mask of the image's size"
         )
-    hidden = decode(files["mask"], size).max(axis=2) > HIDING
+    if _has_transparent_pixels(Image.open(io.BytesIO(files["mask"]))):
+        raise UserError(
+            f"generate.mask {mask!r} has transparent pixels, which could mean draw or keep; give a mask without alpha, "
+            "painted white what to draw"
+        )
+    hidden = decode(files["mask"], size, exif=True).max(axis=2) > HIDING
     if not hidden.any():
         raise UserError(
             f"generate.mask {mask!r} hides nothing: inside the centre crop no pixel is brighter than {HIDING}; paint white what to draw"
         )
-    return Completion(decode(files["image"], size), hidden, keep_pixels)
+    return Completion(decode(files["image"], size, exif=True), hidden, keep_pixels)
+
+
+def _has_transparent_pixels(image: Image.Image) -> bool:
+    if not image.has_transparency_data:
+        return False
+    return image.mode.startswith("I") or image.convert("RGBA").getchannel("A").getextrema()[0] < 255  # Pillow finds none in 16 bits
 
 
 def _read(name: str, path: str) -> bytes:
@@ -80,5 +92,5 @@ def _read(name: str, path: str) -> bytes:
     try:
         decode(data, 1)
     except ImageError as error:
-        raise UserError(f"generate.{name} {path!r} is no image: {error}") from error
+        raise UserError(f"generate.{name} {path!r} can't be used: {error}") from error
     return data

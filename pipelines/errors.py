@@ -1,4 +1,4 @@
-"""The one exception that a person's mistake ends in, and what is behind an error that came through Ray."""
+"""The one exception that a person's mistake ends in, that of one image, and what is behind an error that came through Ray."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,10 @@ class UserError(Exception):
 
 class DamagedFileError(UserError, ValueError):
     """A file does not hold what was written into it: it is cut off, empty, overwritten, or of the wrong kind."""
+
+
+class ImageError(Exception):
+    """One image that can't be used; its text is the reason."""
 
 
 def mistake_of(error: BaseException) -> UserError | None:

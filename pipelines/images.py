@@ -13,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pipelines import s3, sources, storage
+from pipelines.errors import ImageError as ImageError
 from pipelines.errors import UserError
+from pipelines.pixels import to_rgb
 from pipelines.settings import identity, operational
 from pipelines.sources.imagefolder import SUFFIXES
 from pipelines.sources.table import ImageRow, ImageRows, Listed
@@ -45,10 +47,6 @@ UNANSWERED = {  # errors of a file system or of this process, not of one file; w
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
 }  # fmt: skip
-
-
-class ImageError(Exception):
-    """An image that can't be used; its text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +214,13 @@ def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
 
 
 def decode(data: bytes, size: int, exif: bool = False) -> np.ndarray:
-    """Decode to RGB as Pillow converts, and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
+    """Decode to RGB (see `to_rgb`), and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
     orientation if `exif`. Raises ImageError with the reason where that is impossible."""
     if not data:
         raise ImageError("empty file")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return centre_crop((ImageOps.exif_transpose(image) if exif else image).convert("RGB"), size)
+            return centre_crop(to_rgb(image, exif), size)
     except ImageError:
         raise
     except Exception as error:  # a decoder meets arbitrary bytes: Pillow raises OSError, ValueError, SyntaxError, struct.error, …

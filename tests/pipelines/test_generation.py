@@ -207,7 +207,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
     cases = [
         ({"image": image}, r"generate\.image is given without generate\.mask"),
         ({"image": image, "mask": str(tmp_path / "none.png")}, r"generate\.mask '.*none\.png' can't be read"),
-        ({"image": str(tmp_path / "text.png"), "mask": mask}, r"generate\.image '.*text\.png' is no image"),
+        ({"image": str(tmp_path / "text.png"), "mask": mask}, r"generate\.image '.*text\.png' can't be used: UnidentifiedImageError"),
         (
             {"image": image, "mask": painted(tmp_path / "small.png", white=(slice(0, 9),), side=32)},
             r"mask .* is 32 × 32 pixels, .* 64 × 64",
