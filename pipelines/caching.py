@@ -22,6 +22,7 @@ from pipelines.errors import UserError
 from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_listing, list_images, listing_digest
 from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest
 from pipelines.settings import identity, identity_of, operational
+from pipelines.shard_checks import absolve, condemned
 from pipelines.shards import Shard, are_whole, finished, make, shards_of
 from pipelines.sources.table import ImageRows
 from pipelines.stage import IDENTITY, Stage
@@ -110,6 +111,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         rejected=rejected,
     )
     storage.write_json(storage.join(cache.path, MANIFEST), manifest.as_dict())
+    absolve(cache.path)
     return stage.complete(
         cache.path,
         identity,
@@ -218,7 +220,8 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSett
 def _is_whole(path: str) -> bool:
     """Whether everything a finished cache has is there, every shard in the length that the manifest says."""
     if (
-        not all(storage.exists(storage.join(path, name)) for name in (MANIFEST, REJECTED))
+        condemned(path)
+        or not all(storage.exists(storage.join(path, name)) for name in (MANIFEST, REJECTED))
         or kept_listing(storage.join(path, LISTING)) is None
     ):
         return False

@@ -1,7 +1,7 @@
 """Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +40,6 @@ def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
     rows = sum(entry["rows"] for entry in cache.manifest.shards)
     if rows != len(cache):
         yield MANIFEST, f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
-
-
-def forget(cache: LatentCache, damaged: Sequence[str]) -> None:
-    """Have the next run of the stage make these shards anew: without their records, and without the summary, they are not finished."""
-    storage.delete(storage.join(cache.path, "summary.json"))
-    for name in damaged:
-        storage.delete(storage.join(cache.path, SHARDS, name.removesuffix(".arrow") + ".json"))
 
 
 def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:
