@@ -55,21 +55,25 @@ def verify_command(
         import torch
 
         from pipelines.latents import LatentCache
-        from pipelines.verifying import damaged_records, damages, encode_again, forget
+        from pipelines.shard_checks import absolve, condemn, condemned
+        from pipelines.verifying import damaged_records, damages, encode_again
 
-        opened = LatentCache(cache)
+        opened = LatentCache(cache, condemned=True)
         found, records = list(damages(opened)), list(damaged_records(cache))
         for text in [*(text for _, text in found), *records]:
             print(f"✗ {text}")
         print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
         if found:
             try:
-                forget(opened, [name for name, _ in found])
+                condemn(cache, [name for name, _ in found])
             except (OSError, UserError) as error:
-                print(f"they still count as finished, for nothing can be deleted there ({error}); verify where that is possible")
+                print(f"they still count as finished, for nothing can be written there ({error}); verify where that is possible")
                 return False
-            print("they no longer count as finished: `mar cache` with the same settings makes exactly these anew")
+            print("nothing reads this cache until they are repaired: `mar cache` with the same settings makes exactly these again")
             return False
+        if condemned(cache):
+            absolve(cache)
+            print("shards that were marked as damaged are sound: the mark is removed")
         if sample:
             where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -23,6 +23,7 @@ from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_lis
 from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest, read_manifest
 from pipelines.records import damaged
 from pipelines.settings import identity, identity_of, operational
+from pipelines.shard_checks import absolve, condemned
 from pipelines.shards import Shard, are_whole, finished, make, shards_of
 from pipelines.sources.table import ImageRows
 from pipelines.stage import IDENTITY, Stage, read_identity
@@ -112,6 +113,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         rejected=rejected,
     )
     storage.write_json(storage.join(cache.path, MANIFEST), manifest.as_dict())
+    absolve(cache.path)
     return stage.complete(
         cache.path,
         identity,
@@ -224,6 +226,8 @@ def lost_file(path: str) -> str:
     """What a finished cache has lost: a file that is missing or damaged, or a shard that is shorter or longer than the manifest says.
     Empty where all is there."""
     listing = storage.join(path, LISTING)
+    if names := condemned(path):
+        return f"damaged shards were found ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
     try:
         if kept_listing(listing) is None:
             return f"{listing} is missing or damaged"

@@ -28,12 +28,17 @@ class LatentBatch(NamedTuple):
 
 
 class LatentDataset:
-    """A latent cache in training order. Its state is one integer, the position: images seen."""
+    """A latent cache in training order. Its state is one integer, the position: images seen.
 
-    def __init__(self, cache: LatentCache, seed: int, window: int = 0) -> None:
-        """`window`: shards shuffled together; 0: all. Raises UserError where the cache's shards are fetched onto a local disk that
-        holds too few of them for that order."""
-        self.cache, self.seed = cache, seed
+    Each shard is compared with its SHA-256 once, on a thread beside the reads: `read` raises UserError once a damaged one is found, and
+    `settle_checks` waits until all are compared that were read from."""
+
+    def __init__(self, cache: LatentCache, seed: int, window: int = 0, checks: tuple[int, int] = (0, 1)) -> None:
+        """`window`: shards shuffled together; 0: all. `checks`: (which, of how many) processes that read the same files in the same
+        order and share their comparison. Raises UserError where the cache's shards are fetched onto a local disk that holds too few
+        of them for that order."""
+        self.cache, self.seed, self.checks = cache, seed, checks
+        cache.checked_beside()
         shard_rows = [shard["rows"] for shard in cache.manifest.shards]
         self.order: Order = WindowedOrder(seed, shard_rows, window) if window else SampleOrder(seed, len(cache))
         self.pin_memory = torch.cuda.is_available()
@@ -48,8 +53,7 @@ class LatentDataset:
 
     def read(self, start: int, stop: int, flipped: np.ndarray) -> tuple[Tensor, Tensor]:
         """The records at positions start … stop − 1, of the mirror image where `flipped` (N,): moments (N, 2C, H, W), labels (N,)."""
-        if self.cache.local is not None and isinstance(self.order, WindowedOrder):
-            self.cache.local.ahead(self.order.shards_from(start, 2 * self.order.window))
+        self._prepare_shards(start)
         dtype = getattr(torch, self.cache.manifest.dtype)
         moments = torch.empty(stop - start, *self.cache.moments_shape, dtype=dtype, pin_memory=self.pin_memory)
         first, last = start // BLOCK, max(stop - 1, start) // BLOCK
@@ -58,6 +62,23 @@ class LatentDataset:
         _, labels = self.cache.take(rows, flipped, out=moments.numpy())
         found = torch.from_numpy(labels)
         return moments, found.pin_memory() if self.pin_memory else found
+
+    def settle_checks(self) -> None:
+        """Wait until this process's share of the shards read from so far is compared. Raises UserError where one is damaged."""
+        self.cache.checks.settle()
+
+    def _prepare_shards(self, position: int) -> None:
+        """Begin to fetch and to compare the shards that are read from at this position and soon after it."""
+        checks, (mine, count) = self.cache.checks, self.checks
+        if isinstance(self.order, WindowedOrder):
+            numbers = self.order.shards_from(position, 2 * self.order.window)
+            if self.cache.local is not None:
+                self.cache.local.ahead(numbers)
+                numbers = numbers[: self.cache.local.capacity - 1]
+            checks.begin(number for number in numbers if number % count == mine)
+        elif not checks.begun:
+            checks.begin(range(mine, len(self.cache.manifest.shards), count))
+        checks.raise_found()
 
     def batches(self, position: int, batch: int, *, flip: bool = True, worker: int = 0, workers: int = 1) -> Iterator[LatentBatch]:
         """This worker's share of each global batch of `batch` records from `position` on, without end; the shares of any number of

@@ -15,10 +15,11 @@ from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.local_shards import LocalShards
 from pipelines.records import damaged, parsed
+from pipelines.shard_checks import FOLDER, ShardChecks, check_size, compare, refuse_condemned
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-SHARDS = "shards"
+SHARDS = FOLDER
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,24 @@ def read_manifest(path: str) -> tuple[Manifest, str]:
 
 
 class LatentCache:
-    """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used; those on S3 are fetched onto a
-    local disk before that. A pickle of this object holds the paths alone."""
+    """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used, after a comparison with their
+    SHA-256 (see `checked_beside`); those on S3 are fetched onto a local disk before that. A pickle of this object holds the paths alone."""
 
-    def __init__(self, path: str, local: str = "", local_gb: float = 50.0) -> None:
+    def __init__(self, path: str, local: str = "", local_gb: float = 50.0, condemned: bool = False) -> None:
         """`local`: a folder on a local disk where shards are kept, `local_gb` at most; of a cache on S3 the temporary folder if empty.
+        `condemned`: also a cache with shards that are known to be damaged.
 
-        Raises UserError when `path` holds no finished cache of this format, and where `local_gb` is too small for it.
+        Raises UserError when `path` holds no finished cache of this format, or one with damaged shards, and where `local_gb` is too
+        small for it. Whatever reads a shard raises UserError where it is not what the manifest says.
         """
         self.path = path
-        self._arguments = (path, local, local_gb)
+        self._arguments = (path, local, local_gb, condemned)
         if not storage.exists(storage.join(path, MANIFEST)):
             raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
         self.manifest, self.digest = read_manifest(path)
+        if not condemned:
+            refuse_condemned(path, len(self.manifest.shards))
+        self.checks, self._beside = ShardChecks(self._check), False
         self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
         self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
@@ -186,10 +192,15 @@ class LatentCache:
         self.local: LocalShards | None = None
         if local or not storage.is_local(path):
             folder = storage.join(local or storage.join(tempfile.gettempdir(), "mar-shards"), self.digest[:16])
-            self.local = LocalShards(storage.join(path, SHARDS), self.manifest.shards, folder, int(local_gb * 1e9))
+            self.local = LocalShards(path, self.manifest.shards, folder, int(local_gb * 1e9))
 
-    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str, str, float]]:
+    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str, str, float, bool]]:
         return LatentCache, self._arguments
+
+    def checked_beside(self) -> ShardChecks:
+        """From now on no shard is compared before it is mapped: the caller begins and settles the checks, beside its work."""
+        self._beside = True
+        return self.checks
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -257,23 +268,26 @@ class LatentCache:
 
     def _open(self, number: int) -> "_Shard":
         entry = self.manifest.shards[number]
+        if not self._beside:
+            self._check(number)
         if self.local is None:
             return _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"])
         while len(self._opened) >= max(1, self.local.capacity - 1):
             self._opened.popitem(last=False)  # a map keeps the space of a file that was evicted
         return _Shard(self.local.path(number), entry["bytes"])
 
+    def _check(self, number: int) -> None:
+        if self.local is None:
+            compare(self.path, self.manifest.shards[number])
+        else:
+            self.local.compare(number)
+
 
 class _Shard:
     """Views of one shard's columns: labels (N,), keys, and moments of images and mirror images (N, 2C · h · w)."""
 
     def __init__(self, path: str, size: int) -> None:
-        found = storage.size(path) if storage.exists(path) else None
-        if found != size:
-            raise UserError(
-                f"{path} is {'missing' if found is None else f'{found} bytes long'}, the manifest says {size} bytes: "
-                "run `mar cache` again to repair it"
-            )
+        check_size(path, size)
         try:
             with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
                 self._batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.shard_checks import FOLDER, compare_data
 from pipelines.storage import PARTIAL
 
 FETCHES_AT_ONCE = 4
@@ -18,11 +19,11 @@ SHARDS_HERE = "[0-9a-f]" * 16 + "/shard-*.arrow"  # what this module itself puts
 
 class LocalShards:
     """Files of the shards that a manifest names, below `folder`. Processes of one machine may share the folder: what lies there in the
-    right length is used, whoever fetched it, and the time of last use is the file's own."""
+    right length is used, whoever fetched it, and the time of last use is the file's own. `compare` reads a copy that was there before."""
 
-    def __init__(self, source: str, entries: list[dict[str, Any]], folder: str, limit: int) -> None:
-        """`source`: the folder or S3 prefix that holds the shards; `limit`: bytes. Raises UserError where no two shards fit."""
-        self.source, self.entries, self.folder, self.limit = source, entries, Path(folder), limit
+    def __init__(self, cache: str, entries: list[dict[str, Any]], folder: str, limit: int) -> None:
+        """`cache`: the folder or S3 prefix of the cache; `limit`: bytes. Raises UserError where no two shards fit."""
+        self.cache, self.entries, self.folder, self.limit = cache, entries, Path(folder), limit
         largest = max((one["bytes"] for one in entries), default=1)
         self.capacity = max(1, limit // max(largest, 1))
         if self.capacity < 2 <= len(entries):
@@ -35,6 +36,7 @@ class LocalShards:
         self._threads = ThreadPoolExecutor(FETCHES_AT_ONCE, thread_name_prefix="fetch")
         self._lock = Lock()
         self._fetching: dict[int, Future[str]] = {}
+        self._compared = set[int]()  # by this process, when it fetched them or since
 
     def path(self, number: int) -> str:
         """The local file of a shard; waits until it is there. Raises UserError where the source's is not the manifest's."""
@@ -44,6 +46,25 @@ class LocalShards:
         """Begin to fetch these shards, in this order, as many as there is room for."""
         for number in list(numbers)[: self.capacity - 1]:
             self._start(number)
+
+    def compare(self, number: int) -> None:
+        """Compare the local file of a shard with the manifest, once, unless this process has fetched it; fetches it where it is not
+        there. Raises UserError where it is damaged; then it is deleted."""
+        path = Path(self.path(number))
+        if number in self._compared:
+            return
+        entry = self.entries[number]
+        try:
+            found = storage.digest(path.read_bytes())
+        except FileNotFoundError:  # another process made room meanwhile, and who fetches it again compares it
+            return
+        if found != entry["sha256"]:
+            path.unlink(missing_ok=True)
+            raise UserError(
+                f"the copy {path} is damaged (SHA-256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…): it was deleted; run the "
+                "same command again, which fetches it again"
+            )
+        self._compared.add(number)
 
     def _start(self, number: int) -> Future[str]:
         with self._lock:
@@ -62,12 +83,9 @@ class LocalShards:
                 return str(target)
         except FileNotFoundError:
             pass
-        data = storage.read_bytes(storage.join(self.source, entry["name"]))
-        if storage.digest(data) != entry["sha256"]:
-            raise UserError(
-                f"{storage.join(self.source, entry['name'])} is not the manifest's ({len(data)} bytes); run `mar verify` on the cache, "
-                "then `mar cache` to make it anew"
-            )
+        data = storage.read_bytes(storage.join(self.cache, FOLDER, entry["name"]))
+        compare_data(self.cache, entry, data)
+        self._compared.add(number)
         with self._lock:
             self._make_room(len(data))
             partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")

@@ -61,10 +61,12 @@ class MicroBatches:
         worker: int,
         workers: int,
         shuffle_window: int = 0,
+        checks: tuple[int, int] | None = None,
     ) -> None:
+        """`checks`: see LatentDataset; None: all workers share the comparison of the shards."""
         self.config, self.batch, self.micro_batch, self.flip, self.seed = config, batch, micro_batch, flip, seed
         self.share = share_of(worker, workers, batch // micro_batch)
-        self.latents = LatentDataset(cache, seed, shuffle_window)
+        self.latents = LatentDataset(cache, seed, shuffle_window, checks or (worker, workers))
         self.seconds_waited = 0.0
 
     def from_images(self, images_seen: int) -> Iterator[GlobalBatch]:

@@ -63,13 +63,15 @@ def train_worker(loop_config: dict[str, TrainingJob]) -> None:
     job = loop_config["job"]
     context = ray.train.get_context()
     use_threads(job.cluster)
-    Training(job, context.get_world_rank(), context.get_world_size()).run()
+    node = context.get_local_rank(), context.get_local_world_size()
+    Training(job, context.get_world_rank(), context.get_world_size(), node).run()
 
 
 class Training:
     """One worker's part of a run."""
 
-    def __init__(self, job: TrainingJob, worker: int, workers: int) -> None:
+    def __init__(self, job: TrainingJob, worker: int, workers: int, node: tuple[int, int]) -> None:
+        """`node`: this worker's number among those of its node, and how many these are."""
         self.job, self.train, self.worker, self.workers = job, job.train, worker, workers
         self.began = {"began": time.time()}
         train, config, seed = job.train, job.model, job.seed
@@ -98,7 +100,7 @@ class Training:
 
         self.micro_batches = MicroBatches(
             job.cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
-            shuffle_window=train.shuffle_window,
+            shuffle_window=train.shuffle_window, checks=None if job.cache.local is None else node,  # copies are compared on each node
         )  # fmt: skip
         self.writer = CheckpointWriter(job, job.channel.say, self.images_seen) if worker == 0 else None
         self.memory, self.seconds_saving = HostMemory(), 0.0
@@ -245,14 +247,22 @@ class Training:
         self._settle()
         if self.skipped:
             return
+        self._settle_checks()
         tensors, sums = self._copies(), self.interval.sums(self.workers)
         if self.writer is not None:
             self.writer.begin(tensors, self._progress(self.images_seen, sums))
+
+    def _settle_checks(self) -> None:
+        """Wait until the shards that the weights were made of are compared with their checksums: no checkpoint comes of a damaged one.
+        Each worker waits for its share, and `Interval.sums` for all of them."""
+        self.watchdog.rests()
+        self.micro_batches.latents.settle_checks()
 
     def _save_last(self, images_seen: int) -> None:
         """Write the checkpoint that a run ends with, unless it is on disk; this waits until it is."""
         if images_seen == self.resumed_at:
             return
+        self._settle_checks()
         tensors, sums = self._copies(), self.interval.sums(self.workers)
         if self.writer is None or self.writer.newest == images_seen:
             return

@@ -1,7 +1,7 @@
 """Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -62,13 +62,6 @@ def damaged_records(path: str) -> Iterator[str]:
                 read()
         except DamagedFileError as error:
             yield str(error)
-
-
-def forget(cache: LatentCache, damaged: Sequence[str]) -> None:
-    """Have the next run of the stage make these shards anew: without their records, and without the summary, they are not finished."""
-    storage.delete(storage.join(cache.path, "summary.json"))
-    for name in damaged:
-        storage.delete(storage.join(cache.path, SHARDS, name.removesuffix(".arrow") + ".json"))
 
 
 def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:

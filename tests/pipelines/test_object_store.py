@@ -196,5 +196,5 @@ def test_the_stage_and_the_loader_on_s3(
     storage.write_bytes(f"s3://data/cache/shards/{fetched.name}", b"other bytes")
     for path in far.local.folder.iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"is not the manifest's \(11 bytes\); run `mar verify` on the cache, then `mar cache`"):
+    with pytest.raises(UserError, match=r"shard-0000.\.arrow of s3://data/cache has the SHA-256 .*run `mar cache` with the same settings"):
         LatentCache("s3://data/cache", str(tmp_path / "local"), 4.5 * size / 1e9).labels()

@@ -1,6 +1,7 @@
 """Training through a real Ray Train: resumed = uninterrupted, damaged checkpoints, refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from jobs.stages import guarded
 from mar_model.checkpoint import load_model
 from mar_model.config import Architecture
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
+from pipelines import storage
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
@@ -91,6 +94,30 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(
     fallback = newest_checkpoint(str(tmp_path / "parts"))
     assert fallback is not None
     assert fallback.endswith("images-000000000048")
+
+
+def test_a_damaged_shard_ends_the_run_before_its_first_checkpoint(
+    sections: tuple[TokenizerSettings, CacheSettings], stage: Stage, tmp_path: Path
+) -> None:
+    shutil.copytree(sections[1].path, tmp_path / "cache")
+    tokenizer, settings = sections[0], replace(sections[1], path=str(tmp_path / "cache"))
+    shard = tmp_path / "cache" / "shards" / "shard-00001.arrow"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    recipe = replace(RECIPE, path=str(tmp_path / "run"), images=32, checkpoint_images=16)
+    with pytest.raises(UserError) as told:
+        guarded("train", recipe.path, lambda: train(tokenizer, settings, ARCHITECTURE, recipe, 3, stage))
+    assert told.value.text.startswith(
+        f"shard-00001.arrow of {settings.path} has the SHA-256 {storage.digest(bytes(data))[:12]}…, the manifest"
+    )
+    assert "run `mar cache` with the same settings, which makes exactly these shards again" in told.value.text
+    assert newest_checkpoint(recipe.path) is None
+    with pytest.raises(UserError, match=r"1 of the 3 shards of .* are damaged \(shard-00001\.arrow\)"):
+        train(tokenizer, settings, ARCHITECTURE, recipe, 3, stage)
+    cache(ImageSettings(source=str(Path(tokenizer.path).parent / "images"), size=16), tokenizer, settings, stage)
+    assert LatentCache(settings.path).digest == LatentCache(sections[1].path).digest
+    assert train(tokenizer, settings, ARCHITECTURE, recipe, 3, stage)["images_seen"] == 32
 
 
 def test_every_image_once_an_epoch_whatever_the_workers(sections: tuple[TokenizerSettings, CacheSettings]) -> None:
