@@ -15,6 +15,7 @@ from torch import Tensor
 from mar_model import __version__
 from mar_model.checkpoint import STATE, read_state, write_state
 from pipelines import storage
+from pipelines.json_numbers import nan_for_null
 
 if TYPE_CHECKING:
     from pipelines.training_worker import TrainingJob
@@ -127,10 +128,10 @@ class Scores(dict[str, float]):
             raise KeyError(path)
         found = storage.read_json(path)
         if not validated:
-            return float([line[self.metric] for line in found["intervals"] if self.metric in line][-1])
+            return float([nan_for_null(line)[self.metric] for line in found["intervals"] if self.metric in line][-1])
         if found["identity"] != self.validated_as:
             raise KeyError(self.validated_as)
-        return float(found["metrics"][self.metric.removeprefix(f"{VALIDATION}_")])
+        return float(nan_for_null(found["metrics"])[self.metric.removeprefix(f"{VALIDATION}_")])
 
 
 def checkpoint_names(train_path: str) -> list[str]:

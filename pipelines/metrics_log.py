@@ -1,4 +1,4 @@
-"""The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval."""
+"""The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval; null where a number is not finite."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines import storage
+from pipelines.json_numbers import nan_for_null, null_for_nan
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class MetricsLog:
         """`say` is told, once, when the file can't be written while rows come in; each new row tries again."""
         self.path, self._say, self._told = path, say, False
         written = _whole_lines(storage.read_bytes(path)) if storage.exists(path) else []
-        known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
+        lines = [*written, *map(nan_for_null, checkpointed)]
+        known = {row["images_seen"]: row for row in lines if row["images_seen"] <= images_seen}
         self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
         there = {row["images_seen"] for row in written}
         self.recovered = [row for row in self.rows if row["images_seen"] not in there]
@@ -67,9 +69,9 @@ class MetricsLog:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
+    return (json.dumps(null_for_nan(row), allow_nan=False) + "\n").encode()
 
 
 def _whole_lines(data: bytes) -> list[dict[str, Any]]:
-    """The rows of a file; what comes after the last line's end is of a writer that was killed."""
-    return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]
+    """The rows of a file, NaN where it says null; what comes after the last line's end is of a writer that was killed."""
+    return [nan_for_null(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].decode().splitlines()]
