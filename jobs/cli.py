@@ -209,7 +209,8 @@ def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one."""
+    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one. A number that is not
+    finite is `nan`, and `none` where it was read from a file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -218,8 +219,9 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
         if key in ("format_version", "stage", "identity"):
             continue
         for part, figure in value.items() if isinstance(value, dict) else [("", value)]:
-            if isinstance(figure, str | int | float):
-                table.add_row(f"{key} {part}".replace("_", " "), f"{figure:,.4g}" if isinstance(figure, float) else str(figure))
+            if figure is None or isinstance(figure, str | int | float):
+                text = f"{figure:,.4g}" if isinstance(figure, float) else str("none" if figure is None else figure)
+                table.add_row(f"{key} {part}".replace("_", " "), text)
     Console().print(table)
 
 

@@ -16,6 +16,7 @@ from mar_model import __version__
 from mar_model.checkpoint import STATE, read_state, write_state
 from pipelines import storage
 from pipelines.errors import DamagedFileError
+from pipelines.json_numbers import nan_for_null
 from pipelines.metrics_log import MetricsRow
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Validated:
     """What is read again of `validation/images-….json`."""
 
     identity: str
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
 
 
 class Scores(dict[str, float]):
@@ -193,10 +194,10 @@ class Scores(dict[str, float]):
             raise KeyError(path)
         found = storage.read_json(path, Validated if validated else TrainingState)
         if not validated:
-            return float([line[self.metric] for line in found["intervals"] if self.metric in line][-1])
+            return float([nan_for_null(line)[self.metric] for line in found["intervals"] if self.metric in line][-1])
         if found["identity"] != self.validated_as:
             raise KeyError(self.validated_as)
-        return float(found["metrics"][self.metric.removeprefix(f"{VALIDATION}_")])
+        return float(nan_for_null(found["metrics"])[self.metric.removeprefix(f"{VALIDATION}_")])
 
 
 def checkpoint_names(train_path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What a line of metrics says: sums over the steps since the line before."""
 
+import math
 import time
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from mar_model.diffusion import TokenLoss
 from mar_model.recipe import BANDS, band_sums
+
+SUMS = 2 + 2 * BANDS + 3  # numbers that `Interval.sums` returns
 
 
 class Interval:
@@ -19,7 +22,7 @@ class Interval:
     def _reset(self) -> None:
         self._loss = torch.zeros(2, device=self.device, dtype=torch.float64)
         self._bands = torch.zeros(2, BANDS, device=self.device, dtype=torch.float64)
-        self._norm = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self._norm = torch.zeros(3, device=self.device, dtype=torch.float64)  # sum of the norms, steps taken, steps in all
         self._images, self._rate = 0, 0.0
         self._began = time.perf_counter()
 
@@ -33,7 +36,7 @@ class Interval:
     def steps(self, images: int, gradient_norm: Tensor, stepped: Tensor, rate: float) -> None:
         """One optimizer step over `images` images of the global batch; the norm of one that was skipped is 0."""
         self._images += images
-        self._norm += torch.stack([gradient_norm, stepped])
+        self._norm += torch.stack([gradient_norm, stepped, torch.ones_like(stepped)])
         self._rate = rate
 
     def sums(self, workers: int) -> list[float]:
@@ -44,21 +47,31 @@ class Interval:
         return [*totals.tolist(), *self._norm.tolist()]
 
     def go_on(self, sums: list[float], worker: int) -> None:
-        """Go on with an interval that a checkpoint came in the midst of; images a second count from here."""
+        """Resume an interval in which a checkpoint was written; images a second count from here."""
+        if len(sums) < SUMS:  # of an earlier version, which did not count the steps that were skipped
+            sums = [*sums, sums[-1]]
         if worker == 0:
             self._loss += torch.tensor(sums[:2], device=self.device, dtype=torch.float64)
-            self._bands += torch.tensor(sums[2:-2], device=self.device, dtype=torch.float64).view(2, BANDS)
-        self._norm += torch.tensor(sums[-2:], device=self.device, dtype=torch.float64)
+            self._bands += torch.tensor(sums[2:-3], device=self.device, dtype=torch.float64).view(2, BANDS)
+        self._norm += torch.tensor(sums[-3:], device=self.device, dtype=torch.float64)
 
     def close(self, workers: int) -> dict[str, float]:
-        """The interval's line, summed over all workers (every worker must call it), and a new interval."""
-        *values, norm, stepped = self.sums(workers)
+        """The interval's line, summed over all workers (every worker must call it), and a new interval.
+
+        A mean over nothing is NaN: the loss and the norm where no step was finite, a band of which no token was drawn.
+        """
+        *values, norm, stepped, steps = self.sums(workers)
         seconds = time.perf_counter() - self._began
-        row = {"loss": values[0] / values[1] if values[1] else float("nan")}
+        row = {"loss": _mean(values[0], values[1])}
         for band in range(BANDS):
-            row[f"loss_band_{band}"] = values[2 + band] / max(values[2 + BANDS + band], 1.0)
-        row["gradient_norm"] = norm / max(stepped, 1.0)
+            row[f"loss_band_{band}"] = _mean(values[2 + band], values[2 + BANDS + band])
+        row["gradient_norm"] = _mean(norm, stepped)
+        row["skipped_share"] = 1.0 - _mean(stepped, steps)
         row["images_per_second"] = self._images / seconds
         row["learning_rate"] = self._rate
         self._reset()
         return row
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -1,4 +1,4 @@
-"""The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval."""
+"""The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval; null where a number is not finite."""
 
 import json
 import logging
@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import DamagedFileError
+from pipelines.json_numbers import nan_for_null, null_for_nan
 from pipelines.records import damaged, parsed
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ class MetricsRow:
     """What every line holds."""
 
     images_seen: int
-    loss: float
+    loss: float | None  # null: not finite
 
 
 class MetricsLog:
@@ -41,7 +42,8 @@ class MetricsLog:
         written, damage = read_metrics(path) if storage.exists(path) else ([], None)
         if damage is not None:
             say(str(damage))
-        known = {row["images_seen"]: row for row in [*written, *checkpointed] if row["images_seen"] <= images_seen}
+        lines = [*written, *map(nan_for_null, checkpointed)]
+        known = {row["images_seen"]: row for row in lines if row["images_seen"] <= images_seen}
         self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
         there = {row["images_seen"] for row in written}
         self.recovered = [row for row in self.rows if row["images_seen"] not in there]
@@ -81,11 +83,12 @@ class MetricsLog:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return (json.dumps(row) + "\n").encode()
+    return (json.dumps(null_for_nan(row), allow_nan=False) + "\n").encode()
 
 
 def read_metrics(path: str) -> tuple[list[dict[str, Any]], DamagedFileError | None]:
-    """The rows of a file, without those that can't be read; if there are such, what is wrong with the first and how many there are.
+    """The rows of a file, NaN where it says null, without those that can't be read; if there are such, what is wrong with the first and
+    how many there are.
 
     A half line at the end was left by a writer that was killed: no damage.
     """
@@ -93,7 +96,7 @@ def read_metrics(path: str) -> tuple[list[dict[str, Any]], DamagedFileError | No
     rows, errors = list[dict[str, Any]](), list[DamagedFileError]()
     for number, line in enumerate([*lines, last] if last[:1] not in (b"", b"{") else lines, start=1):
         try:
-            rows.append(parsed(line, f"line {number}", MetricsRow, ""))
+            rows.append(nan_for_null(parsed(line, f"line {number}", MetricsRow, "")))
         except DamagedFileError as error:
             errors.append(error)
     if errors:

@@ -1,7 +1,7 @@
 """Numbers of a training run for Prometheus, through Ray: each node's agent exports them under these names with `ray_` before them.
 
 Ray forgets a gauge that is not set again within two of its reports (10 s each), and lines of metrics are further apart: what was set
-last is set again and again, until the process ends or says no more.
+last is set again and again, until the process ends or says no more. A gauge of NaN is not exported: its series has a gap.
 """
 
 import threading
@@ -13,6 +13,7 @@ OF_RUN = {  # from the first worker, one for the run; Ray takes descriptions in 
     "images_seen": "images that the run has seen",
     "loss": "training loss over the last interval",
     "gradient_norm": "mean norm of the gradient before clipping",
+    "skipped_share": "share of the last interval's steps that were skipped, because a loss or gradient was not finite",
     "learning_rate": "learning rate of the last step",
     "images_per_second": "images a second of all workers together",
     "tflops_per_worker": "arithmetic of the steps, 10^12 operations a second and worker",

@@ -1,11 +1,13 @@
 """One self-contained page about a run: what it drew, how good that is, what it cost, how to repeat it."""
 
 import base64
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipelines import storage
+from pipelines.divergence import diverged, skipped_steps
 from pipelines.errors import UserError
 from pipelines.plots import loss_curve, training_curves, training_panels
 from pipelines.progress import console
@@ -121,10 +123,10 @@ def find_stages(path: str, reading: Reading) -> list[StageOutput]:
 
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
-    """All plain values of a summary; those of nested mappings under `name · key`."""
+    """All plain values of a summary, null as "none"; those of nested mappings under `name · key`."""
     found: list[tuple[str, Any]] = []
     for name, value in summary.items():
-        if name in NOT_FIGURES or value is None:
+        if name in NOT_FIGURES:
             continue
         if isinstance(value, dict):
             found += [(f"{name} · {key}", one) for key, one in figures(value)]
@@ -193,7 +195,9 @@ def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]
 
 
 def number(value: Any) -> str:
-    """For reading: thousands separated, four significant digits."""
+    """For reading: thousands separated, four significant digits; "none" for a number that is not there or not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -233,10 +237,11 @@ def _training(stages: list[StageOutput], pictures: Pictures, reading: Reading) -
     for one in stages:
         if one.stage == "train":
             rows = reading.metrics(one.file("metrics.jsonl"))
+            caution = (diverged(one.summary) if "loss" in one.summary else "") or skipped_steps(one.summary)
             curves = (
                 (pictures.add("training", training_curves(rows)), pictures.add("training-panels", training_panels(rows))) if rows else ()
             )
-            return {"curves": curves, "summary": one.summary}
+            return {"curves": curves, "summary": one.summary, "caution": caution}
     return None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, connected
 from pipelines.errors import DamagedFileError, UserError
+from pipelines.json_numbers import null_for_nan
 from pipelines.progress import Bar, console
 from pipelines.tracking import RECORD, Tracker, TrackingSettings
 
@@ -147,15 +148,16 @@ class Stage:
         return self.tracker
 
     def complete(self, path: str, identity: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-        """Write `path/summary.json`, the mark of a finished stage, last of all; returns what was written.
+        """Write `path/summary.json`, the mark of a finished stage, last of all; returns its content.
 
-        Adds `format_version`, the identity and the seconds since `begin`, and logs the summary's numbers to MLflow.
+        Adds `format_version`, the identity and the seconds since `begin`, and logs the summary's numbers to MLflow. A number that is not
+        finite is null in the file and NaN in what is returned.
         """
         seconds = round(time.monotonic() - self._began, 3)
         whole = {"format_version": FORMAT_VERSION, "stage": self.name, "seconds": seconds, **summary, "identity": identity}
         step = int(summary.get("images_seen") or summary.get("images", 0))  # an imported model does not know what it has seen
         self.log({name: float(value) for name, value in whole.items() if _is_number(value)}, step)
-        storage.write_json(storage.join(path, SUMMARY), whole)
+        storage.write_json(storage.join(path, SUMMARY), {**null_for_nan(whole), "identity": identity})
         return whole
 
 

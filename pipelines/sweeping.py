@@ -17,11 +17,13 @@ from pipelines import evaluation, storage, training
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
 from pipelines.cluster import ClusterSettings, cluster_resources, require_workers, set_up_ray_data
+from pipelines.divergence import diverged
 from pipelines.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
 from pipelines.evaluation import EvaluateSettings
 from pipelines.features import network_digest
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
+from pipelines.json_numbers import null_for_nan
 from pipelines.metrics_log import MetricsLog
 from pipelines.plots import sweep_plot
 from pipelines.precision import resolved
@@ -30,7 +32,7 @@ from pipelines.released import checkpoint_directory
 from pipelines.settings import identity, identity_of, operational
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, Trial, grid
-from pipelines.sweep_table import Row, write_table
+from pipelines.sweep_table import Row, row_of, write_table
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.training import LOSS_COLUMNS, TrainSettings
 
@@ -85,16 +87,16 @@ def sweep(
     if _is_scored(sweep):
         shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
         trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
-    rows = finished_rows(trials, stage)
+    rows = finished_rows(trials, sweep, stage)
     left = [trial for trial in trials if trial.name not in rows]
     stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
     with stage.progress(len(trials), "trials", done=len(rows)) as bar:
 
         def ended(trial: Trial, outcome: dict[str, Any]) -> None:
-            row = rows[trial.name] = _row(trial, outcome, sweep)
+            row = rows[trial.name] = row_of(trial, outcome, sweep.metric)
             _track(trial, row, stage)
             if row["error"] is None:
-                storage.write_json(_record(trial), row)
+                storage.write_json(_record(trial), null_for_nan(row))
             else:
                 stage.say(f"{trial.name} failed: {row['error']}")
             found = best_of(list(rows.values()), sweep.mode)
@@ -128,15 +130,19 @@ def sweep(
     )
 
 
-def finished_rows(trials: list[Trial], stage: Stage) -> dict[str, dict[str, Any]]:
-    """The rows of the trials that an earlier attempt finished, by name. One that can't be read is made again, which is logged."""
+def finished_rows(trials: list[Trial], sweep: SweepSettings, stage: Stage) -> dict[str, dict[str, Any]]:
+    """The rows of the trials that an earlier attempt finished, by name. A trial whose row cannot be read runs again, which is logged. A
+    training that diverged is judged again: earlier versions kept its row."""
     rows = {}
     for trial in trials:
         if storage.exists(record := _record(trial)):
             try:
-                rows[trial.name] = storage.read_json(record, Row, "the trial runs again; what it has made is kept")
+                row: dict[str, Any] = storage.read_json(record, Row, "the trial runs again; what it has made is kept")
             except DamagedFileError as error:
                 stage.say(str(error))
+                continue
+            if sweep.over != "train" or not diverged(row["metrics"]):
+                rows[trial.name] = row
     return rows
 
 
@@ -183,7 +189,8 @@ def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSetti
 def run_trial(
     config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
 ) -> dict[str, Any]:
-    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome."""
+    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
+    that diverged is one, whatever the metric is."""
     trial = trials[config["trial"]]
     set_up_ray_data()
     began = time.monotonic()
@@ -193,7 +200,8 @@ def run_trial(
         one = trial.sections
         if sweep.over == "train":
             outcome["metrics"] |= training.train(one.tokenizer, one.cache, one.model, one.train, seed, stage)
-        if _is_scored(sweep):
+            outcome["error"] = diverged(outcome["metrics"]) or None
+        if _is_scored(sweep) and outcome["error"] is None:
             outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
     except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
         storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
@@ -203,8 +211,8 @@ def run_trial(
 
 
 def best_of(rows: list[dict[str, Any]], mode: str) -> dict[str, Any] | None:
-    """The row with the lowest ("min") or highest ("max") metric; None when no trial has one."""
-    valid = [row for row in rows if row["metric"] is not None]
+    """The row with the lowest ("min") or highest ("max") finite metric; None when no trial has one."""
+    valid = [row for row in rows if row["metric"] is not None and math.isfinite(row["metric"])]
     return (min if mode == "min" else max)(valid, key=lambda row: row["metric"]) if valid else None
 
 
@@ -286,24 +294,6 @@ def check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
 
 def _record(trial: Trial) -> str:
     return storage.join(trial.path, "trial.json")
-
-
-def _row(trial: Trial, outcome: dict[str, Any], sweep: SweepSettings) -> dict[str, Any]:
-    """A line of the table. A metric that is missing or not finite makes the trial a failed one."""
-    numbers = {name: value for name, value in outcome["metrics"].items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    finite = {name: value for name, value in numbers.items() if math.isfinite(value) and name not in ("format_version", "seconds")}
-    value, error = finite.get(sweep.metric), outcome["error"]
-    if error is None and value is None:
-        found = numbers.get(sweep.metric, f"not among its metrics: {', '.join(finite)}")
-        error = f"sweep.metric {sweep.metric} is {found}"
-    return {
-        "trial": trial.name,
-        "parameters": trial.parameters,
-        "metric": value if error is None else None,
-        "metrics": finite,
-        "seconds": outcome["seconds"],
-        "error": error,
-    }
 
 
 def _track(trial: Trial, row: dict[str, Any], stage: Stage) -> None:

@@ -57,7 +57,6 @@ class Tracker:
         self._lock = threading.RLock()  # metrics come from the thread that listens to the workers
         self._waiting: list[Any] = []
         self._next_flush = time.monotonic() + FLUSH_SECONDS
-        self._skipped: set[str] = set()
         self._away = False
 
     @classmethod
@@ -110,17 +109,14 @@ class Tracker:
             return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at a step (images seen). Values that are not finite are left out, and named once each."""
+        """Record metrics at a step (images seen). A value that is not finite is recorded as NaN, so that the newest value of a run that
+        has diverged is not the last finite one. (MLflow sorts runs with NaN last; an infinity it would store as 1.8e308.)"""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         with self._lock:
             for key, value in metrics.items():
-                if math.isfinite(value):
-                    self._waiting.append(Metric(key, float(value), now, int(step)))
-                elif key not in self._skipped:
-                    self._skipped.add(key)
-                    self._say(f"metric {key} is {value} at step {step}: values that are not finite are left out of MLflow")
+                self._waiting.append(Metric(key, float(value) if math.isfinite(value) else math.nan, now, int(step)))
             if time.monotonic() >= self._next_flush:
                 self._flush()
 

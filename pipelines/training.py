@@ -11,6 +11,7 @@ from pipelines import storage
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import TrainingState, forget_lost_attempts, newest_checkpoint, read_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
+from pipelines.divergence import diverged, skipped_steps
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start, start_from
 from pipelines.interruption import finish_when_asked
@@ -90,7 +91,8 @@ def train(
     """Train `model` on the cache at `cache.path` until `train.images` are seen, going on from the newest checkpoint that verifies.
     `on_validation` gets what each `validation` has found; without, none takes place (see `validating.train`).
 
-    Returns the summary: images_seen, loss and its bands over the last interval, images_per_second, parameters, checkpoint.
+    Returns the summary: images_seen, steps, steps_skipped (because they were not finite), loss and its bands over the last interval,
+    images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
     train = replace(train, precision=resolved(train.precision, stage.cluster))
@@ -124,6 +126,8 @@ def train(
     log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
+    if reason := diverged(summary) or skipped_steps(summary):
+        stage.say(f"{reason}; lower train.learning_rate in a run with another train.path")
     return stage.complete(train.path, identity, {**summary, "resumed_from": first})
 
 
@@ -239,8 +243,12 @@ def fit(
         raise interruption
     if checkpoint is None:
         raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
+    state = read_checkpoint(checkpoint, TrainingState)
+    steps = int(state["images_seen"]) // train.batch
     return {
-        "images_seen": read_checkpoint(checkpoint)["images_seen"],
+        "images_seen": state["images_seen"],
+        "steps": steps,
+        "steps_skipped": steps - int(state["step"]),
         **{name: last[name] for name in FIGURES if name in last},
         "workers": train.workers,
         "checkpoint": checkpoint,

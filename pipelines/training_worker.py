@@ -26,6 +26,7 @@ from pipelines.cluster import ClusterSettings, default_device, use_threads
 from pipelines.errors import UserError
 from pipelines.fine_tuning import Start
 from pipelines.intervals import Interval
+from pipelines.json_numbers import nan_for_null, null_for_nan
 from pipelines.latents import LatentCache, Manifest
 from pipelines.metrics_log import CHECKPOINTED
 from pipelines.micro_batches import GlobalBatch, MicroBatch, MicroBatches, owner_of
@@ -129,7 +130,7 @@ class Training:
             load_whole(self.strategy, average.weights, read_tensors(directory / file))
         load_optimizer(directory, self.model, self.optimizer, self.strategy.place)
         self.images_seen, self.steps = state["images_seen"], state["step"]
-        self.intervals.extend(state["intervals"])
+        self.intervals.extend(map(nan_for_null, state["intervals"]))
         self.interval.go_on(state["interval"], self.worker)
 
     def run(self) -> None:
@@ -315,7 +316,7 @@ class Training:
         return ValidationTaskConfig(fn_kwargs={"path": storage.join(self.train.path, "checkpoints", name)})
 
     def _progress(self, images_seen: int, sums: list[float]) -> dict[str, object]:
-        lines = [line for line in self.intervals if line["images_seen"] <= images_seen]
+        lines = [null_for_nan(line) for line in self.intervals if line["images_seen"] <= images_seen]
         return {"images_seen": images_seen, "step": self.steps, "intervals": lines, "interval": sums}
 
     def _average_files(self) -> list[str]:

@@ -21,6 +21,7 @@ from pipelines.features import DIMENSIONS, load_network, network_digest
 from pipelines.generation import GenerateSettings, plan_drawing
 from pipelines.generation_worker import LoadedModel
 from pipelines.images import ImageSettings
+from pipelines.json_numbers import null_for_nan
 from pipelines.metrics import FeatureStatistics, FeatureSums
 from pipelines.precision import resolved
 from pipelines.prometheus import Gauges, run_label
@@ -156,7 +157,7 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> di
     samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
     about = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
-    storage.write_json(f"{target}.json", {**found, **about, "identity": validation.identity})
+    storage.write_json(f"{target}.json", null_for_nan({**found, **about, "identity": validation.identity}))
     return found
 
 

@@ -2,6 +2,7 @@
 each of its queries with data."""
 
 import json
+import math
 import re
 import shutil
 import socket
@@ -22,8 +23,8 @@ from pipelines.cluster import ClusterSettings, connected
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 ROW = {
-    "images_seen": 2048, "loss": 0.5, **{f"loss_band_{band}": 0.1 * band for band in range(4)}, "gradient_norm": 1.0, "learning_rate": 1e-4,
-    "images_per_second": 64.0, "tflops_per_worker": 0.5, "mfu": 0.23, "data_wait_share": 0.01,
+    "images_seen": 2048, "loss": 0.5, **{f"loss_band_{band}": 0.1 * band for band in range(4)}, "gradient_norm": 1.0,
+    "skipped_share": 0.25, "learning_rate": 1e-4, "images_per_second": 64.0, "tflops_per_worker": 0.5, "mfu": 0.23, "data_wait_share": 0.01,
 }  # fmt: skip
 SHARES = {"worker_images_per_second": 32.0, "data_wait_share": 0.01, "communication_share": 0.05, "checkpoint_share": 0.0}
 
@@ -52,18 +53,27 @@ class Worker:
             self.gauges.of_run(ROW)
             self.gauges.of_validation({"fid": 12.5})
 
+    def tell_run(self, row: dict[str, float]) -> None:
+        self.gauges.of_run(row)
+
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """host:port of the metrics of a Ray with two workers that tell their figures."""
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
+    """Two workers in a local Ray instance that report their figures."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_metrics_report_interval_ms", "500")
         with connected(ClusterSettings(cpus=1), tmp_path_factory.mktemp("ray") / "ray.log"):
             workers = [Worker.remote(number) for number in range(2)]  # type: ignore[attr-defined]
             ray.get([one.tell.remote() for one in workers])
-            (node,) = ray.nodes()
-            yield f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+            yield workers
+
+
+@pytest.fixture(scope="module")
+def agent(workers: list[Any]) -> str:
+    """host:port of the metrics of that Ray."""
+    (node,) = ray.nodes()
+    return f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
 
 
 def exposed(agent: str) -> dict[str, list[str]]:
@@ -94,6 +104,23 @@ def test_a_real_ray_exports_what_the_dashboard_asks_for(agent: str) -> None:
     assert len(found["ray_mar_train_loss_band"]) == 4
     assert sum(float(line.rpartition(" ")[2]) for line in found["ray_mar_train_images_total"]) == 64  # 32 of each of two workers
     assert {re.findall(r'worker="(\d)"', line)[0] for line in found["ray_mar_train_memory_bytes"]} == {"0", "1"}
+
+
+def test_a_mean_over_nothing_leaves_a_gap_in_its_series_alone(workers: list[Any], agent: str) -> None:
+    """Ray does not export a gauge of NaN, and the others still are; where there is a number again, it is exported again."""
+    first = workers[0]
+    try:
+        for _ in range(2):
+            nothing = {**ROW, "loss": math.nan, "loss_band_3": math.nan, "gradient_norm": math.nan, "skipped_share": 1.0}
+            ray.get(first.tell_run.remote(nothing))
+            page = until(lambda: page if "ray_mar_train_loss" not in (page := exposed(agent)) else None)
+            assert prometheus.exported() - page.keys() == {"ray_mar_train_loss", "ray_mar_train_gradient_norm"}
+            assert sorted(re.findall(r'band="(\d)"', "".join(page["ray_mar_train_loss_band"]))) == ["0", "1", "2"]
+            assert {line.rpartition(" ")[2] for line in page["ray_mar_train_skipped_share"]} == {"1.0"}
+            ray.get(first.tell_run.remote(ROW))
+            until(lambda: prometheus.exported() == exposed(agent).keys())
+    finally:
+        ray.get(first.tell_run.remote(ROW))
 
 
 @pytest.mark.long

@@ -13,11 +13,14 @@ from tiny_cache import ARCHITECTURE, write_latents
 
 from benchmarks.faulty_s3 import FaultyS3
 from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, load_model, optimizer_state
+from mar_model.diffusion import TokenLoss
 from mar_model.mar import MAR
 from pipelines import s3, storage
 from pipelines.checkpoint_writing import CheckpointWriter
 from pipelines.checkpoints import Scores, checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
 from pipelines.errors import UserError
+from pipelines.intervals import Interval
+from pipelines.json_numbers import null_for_nan
 from pipelines.latents import LatentCache
 from pipelines.training import TrainSettings, model_config
 from pipelines.training_worker import TrainingJob
@@ -111,6 +114,21 @@ def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_
     assert kept(job) == [200, 350]
     assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{350:012d}"))
     assert len(said) == 1
+
+
+def test_an_interval_without_a_finite_step_is_never_the_best(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+    job = replace(job, train=replace(job.train, keep_best="loss_band_3", checkpoints_kept=1))
+    writer = CheckpointWriter(job, print, 0)
+    for images, finite in ((100, True), (200, False), (300, False)):
+        interval = Interval(torch.device("cpu"))
+        loss = torch.full((2,), 0.5)
+        interval.add(TokenLoss(loss, loss, loss), torch.tensor([990, 990]), torch.tensor(finite))
+        interval.steps(16, torch.tensor(1.0), torch.tensor(float(finite)), 0.1)
+        line = null_for_nan({"images_seen": images, **interval.close(1)})
+        writer.finish(tensors, {"images_seen": images, "step": 1, "intervals": [line]})
+    assert kept(job) == [100, 300]  # the best and the newest
+    assert Scores(job.train.path, "loss_band_3")["images-000000000100"] == 0.5
+    assert math.isnan(Scores(job.train.path, "loss_band_3")["images-000000000300"])
 
 
 def kept(job: TrainingJob) -> list[int]:

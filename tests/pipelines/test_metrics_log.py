@@ -1,8 +1,11 @@
 """metrics.jsonl: no interval twice, none missing, whenever the writer was killed."""
 
 import json
+import math
 from pathlib import Path
 
+import pandas
+import polars
 from full_disk import largest_file
 
 from pipelines.metrics_log import MetricsLog
@@ -39,3 +42,18 @@ def test_a_full_disk_is_told_once_and_costs_no_line(tmp_path: Path) -> None:
     assert f"{path} can't be written" in said[0]
     log.add({"images_seen": 256, "loss": 0.25})
     assert rows(path) == [64, 128, 192, 256]
+
+
+def test_a_number_that_is_not_finite_is_null_in_the_file_and_nan_again_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(str(path), 0)
+    log.add({"images_seen": 64, "loss": math.nan, "skipped_share": 1.0})
+    log.add({"images_seen": 128, "loss": 0.5, "skipped_share": 0.0})
+    assert path.read_text().splitlines()[0] == '{"images_seen": 64, "loss": null, "skipped_share": 1.0}'
+    for read in (lambda: pandas.read_json(path, lines=True), lambda: polars.read_ndjson(path).to_pandas()):  # strict readers
+        assert read()["loss"].isna().tolist() == [True, False]
+        assert read()["loss"].mean() == 0.5
+    for again in (MetricsLog(str(path), 128), MetricsLog(str(tmp_path / "lost"), 128, [{"images_seen": 64, "loss": None}])):
+        assert math.isnan(again.rows[0]["loss"])
+    path.write_text('{"images_seen": 64, "loss": NaN}\n')  # as earlier versions wrote it
+    assert math.isnan(MetricsLog(str(path), 128).rows[0]["loss"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -161,6 +162,21 @@ def test_missing_parts_are_left_out(run: Path) -> None:
     assert "Training" in Page(Path(report(str(alone / "train"))).read_text()).text  # the folder of one stage
 
 
+def test_a_training_that_diverged_shows_no_loss_and_says_so(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    nothing = {name: None for name in lines[0] if name.startswith("loss") or name == "gradient_norm"}
+    text = "".join(json.dumps({**line, **(nothing if number else {})}) + "\n" for number, line in enumerate(lines))
+    (run / "train" / "metrics.jsonl").write_text(text)
+    summary = json.loads((run / "train" / "summary.json").read_text())
+    (run / "train" / "summary.json").write_text(json.dumps({**summary, "loss": None, "steps": 1000, "steps_skipped": 800}))
+    page = Page(Path(report(str(run))).read_text()).text
+    assert re.search(r"training loss\s*none", page)
+    assert "training diverged: no loss of its last interval is finite; 800 of 1,000 steps (80.0%) were skipped" in page
+    assert "0.4376" not in page
+    (run / "train" / "metrics.jsonl").write_text(text.splitlines()[-1] + "\n")
+    report(str(run))  # with no point to draw
+
+
 def test_a_folder_without_a_stage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "not there"):
@@ -169,13 +185,15 @@ def test_a_folder_without_a_stage_is_refused(tmp_path: Path) -> None:
 
 
 def test_numbers_and_durations_for_reading() -> None:
-    assert [number(one) for one in (True, 1234567, 0.000123456, 12.3456, 1234.5, "text")] == [
+    assert [number(one) for one in (True, 1234567, 0.000123456, 12.3456, 1234.5, "text", None, math.nan)] == [
         "yes",
         "1,234,567",
         "0.0001235",
         "12.35",
         "1,234",
         "text",
+        "none",
+        "none",
     ]
     assert [duration(one) for one in (0.84, 9.96, 42.4, 59.7, 60, 3725, 86_400)] == [
         "0.8 s",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listening import Listening
 from mlflow import MlflowClient
 from PIL import Image
 from tiny_run import write_checkpoint, write_images, write_tokenizer
@@ -27,10 +28,10 @@ from pipelines.plots import sweep_plot
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, grid
 from pipelines.sweep_table import write_table
-from pipelines.sweeping import SweepSettings, best_of, concurrency, sweep, sweep_identity
+from pipelines.sweeping import SweepSettings, best_of, concurrency, finished, run_trial, sweep, sweep_identity
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.tracking import Tracker, TrackingSettings
-from pipelines.training import TrainSettings
+from pipelines.training import TrainSettings, train
 
 TINY = Architecture(
     patch_size=1, encoder_depth=1, encoder_width=8, encoder_heads=2, decoder_depth=1, decoder_width=8, decoder_heads=2,
@@ -169,6 +170,7 @@ def test_best_of_ignores_failed_trials() -> None:
     assert best_of(rows, "min")["trial"] == "c"
     assert best_of(rows, "max")["trial"] == "a"
     assert best_of(rows[1:2], "min") is None
+    assert best_of([*rows, {"trial": "d", "metric": math.nan}, {"trial": "e", "metric": -math.inf}], "min")["trial"] == "c"
 
 
 def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
@@ -219,6 +221,61 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     other = SweepSettings(path=str(path), over="train", metric="loss_band_0", parameters=parameters)
     with pytest.raises(UserError, match=r"sweep\.metric \(there: 'loss', asked for: 'loss_band_0'\)"):
         run(sections, other, Stage("sweep", ray_local))
+
+
+def test_a_training_that_diverged_never_wins(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
+    """Steps of which none is finite have no loss in any band; the sweep of those that are left is decided without them."""
+    path = tmp_path / "sweep"
+    settings = SweepSettings(path=str(path), over="train", metric="loss_band_3", parameters={"train.learning_rate": [1e30, 1e-3]})
+    summary = run(sections, settings, stage := Listening(ray_local))
+    bad, good = summary["rows"]
+    assert (bad["trial"], bad["metric"], good["error"], summary["failed"]) == ("learning_rate=1e+30", None, None, 1)
+    assert bad["error"] == (
+        "training diverged: no loss of its last interval is finite; 3 of 4 steps (75.0%) were skipped because a loss or gradient was not "
+        "finite"
+    )
+    assert (bad["metrics"]["steps"], bad["metrics"]["steps_skipped"], good["metrics"]["steps_skipped"]) == (4, 3, 0)
+    assert math.isnan(bad["metrics"]["loss_band_3"])
+    assert summary["best"] == {"trial": "learning_rate=0.001", "parameters": {"train.learning_rate": 1e-3}, "metric": good["metric"]}
+    assert 0.1 < good["metric"] < 10
+    assert f"learning_rate=1e+30 failed: {bad['error']}" in stage.said
+    assert stage.said[-1].startswith("best: learning_rate=0.001 with loss_band_3 ")
+
+    trial = path / "trials" / "learning_rate=1e+30"
+    lines = [strict_json(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_share"] for line in lines] == [0.0, 1.0, 1.0, 1.0]
+    assert [line["loss_band_3"] is None for line in lines] == [line["gradient_norm"] is None for line in lines] == [False, True, True, True]
+    assert strict_json((trial / "summary.json").read_text())["loss"] is None
+    assert strict_json((path / "table.json").read_text())[0]["metrics"]["loss"] is None
+    assert strict_json((path / "summary.json").read_text())["rows"][0]["metrics"]["loss_band_0"] is None
+    with open(path / "table.csv", newline="") as file:
+        assert [row["loss_band_3"] == "nan" for row in csv.DictReader(file)] == [True, False]
+
+    # `mar train` prints it too, and resumes from a checkpoint whose lines hold null
+    (trial / "summary.json").unlink()
+    one = grid(sections, settings)[0].sections
+    trained = train(one.tokenizer, one.cache, one.model, one.train, 1, stage)
+    assert math.isnan(trained["loss"])
+    assert stage.said[-1] == f"{bad['error']}; lower train.learning_rate in a run with another train.path"
+
+    # whatever the metric is: nothing is drawn with such weights
+    scored = replace(settings, metric="frechet_distance")
+    trials = {one.name: one for one in grid(sections, scored)}
+    outcome = run_trial({"trial": "learning_rate=1e+30"}, trials, scored, 1, ray_local)["outcome"]
+    assert outcome["error"] == bad["error"]
+
+    # a row that an earlier version wrote for such a trial does not stay
+    (trial / "trial.json").write_text(json.dumps({**bad, "metric": 0.0, "error": None, "metrics": {"loss_band_3": 0.0}}))
+    assert [finished(one, settings) for one in grid(sections, settings)] == [None, good]
+
+
+def strict_json(text: str) -> Any:
+    """What a reader that knows no NaN makes of it."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:

@@ -65,11 +65,29 @@ def test_runs_nest_and_hold_configuration_metrics_and_artefacts(settings: Tracki
     assert len(run.data.params["model.long"]) == LONGEST_PARAMETER
     history = client.get_metric_history(child.run_id, "loss")
     assert sorted((one.step, one.value) for one in history) == [(step, step / 10) for step in range(0, 2500, 2)]
-    assert "bad" not in run.data.metrics
-    assert len(said) == 1
-    assert "bad" in said[0]
+    assert math.isnan(run.data.metrics["bad"])
+    assert said == []
     root = Path(settings.uri.removeprefix("sqlite:///")).parent / "artifacts"
     assert (root / child.run_id / "artifacts" / "picture.txt").read_text() == "pixels"
+
+
+def test_the_newest_value_of_a_run_that_diverged_is_nan_and_sorts_last(tmp_path: Path) -> None:
+    settings = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    runs = {}
+    for name, last in (("good", 0.5), ("nan", math.nan), ("infinite", math.inf), ("minus", -math.inf)):
+        one = Tracker.open(settings, name, {}, str(tmp_path / name))
+        one.log({"loss": 0.25}, 1)
+        one.log({"loss": last}, 2)
+        one.close()
+        runs[one.run_id] = name
+    client = MlflowClient(settings.uri)
+    for run, name in runs.items():
+        history = [point.value for point in client.get_metric_history(run, "loss")]
+        assert history == pytest.approx([0.25, 0.5 if name == "good" else math.nan], nan_ok=True)
+    experiment = client.get_experiment_by_name(settings.experiment).experiment_id
+    for order in ("ASC", "DESC"):
+        assert runs[client.search_runs([experiment], order_by=[f"metrics.loss {order}"])[0].info.run_id] == "good"
+    assert client.search_runs([experiment], "metrics.loss < 0.4") == []
 
 
 def test_a_resumed_stage_goes_on_in_its_run(settings: TrackingSettings, tmp_path: Path) -> None:
@@ -155,11 +173,11 @@ def test_a_real_server_takes_the_run_and_may_go_away(server: tuple[str, "subproc
     uri, process = server
     said: list[str] = []
     one = Tracker.open(TrackingSettings(uri=uri), "evaluate", {"evaluate": {"images": 500}}, str(tmp_path / "run"), say=said.append)
-    one.log({"frechet_distance_efficientnet-lite0": 12.5}, 500)
+    one.log({"frechet_distance_efficientnet-lite0": 12.5, "loss": math.nan}, 500)
     (tmp_path / "samples.png").write_bytes(b"png")
     one.artifact(str(tmp_path / "samples.png"))
     run = MlflowClient(uri).get_run(one.run_id)
-    assert run.data.metrics == {"frechet_distance_efficientnet-lite0": 12.5}
+    assert run.data.metrics == {"frechet_distance_efficientnet-lite0": 12.5, "loss": pytest.approx(math.nan, nan_ok=True)}
     assert [file.name for file in (tmp_path / "served").rglob("*") if file.is_file()] == ["samples.png"]
     assert said == []
 
