@@ -147,15 +147,18 @@ def input_check(key: str, path: str) -> Check:
 
 def _read_input(key: str, path: str) -> None:
     """Raises UserError where what a stage reads first is damaged."""
-    from pipelines.checkpoints import read_checkpoint
+    from mar_model.checkpoint import STATE
+    from pipelines.checkpoints import CheckpointState, read_checkpoint
     from pipelines.classifier import load_classifier
     from pipelines.latents import MANIFEST, read_manifest
     from pipelines.metrics import FeatureStatistics
 
     if key == "evaluate.classifier":
         load_classifier(path)
-    elif key == "generate.checkpoint" and not path.endswith(".pth"):
+    elif key == "generate.checkpoint" and storage.is_local(path) and not path.endswith(".pth"):
         read_checkpoint(path)
+    elif key == "generate.checkpoint" and not path.endswith(".pth"):  # its gigabytes of weights stay in the bucket
+        storage.read_json(storage.join(path, STATE), CheckpointState)
     elif path.endswith(".npz"):
         FeatureStatistics.load(path)
     elif storage.exists(storage.join(path, MANIFEST)):
@@ -283,6 +286,8 @@ def _bucket_refuses(path: str) -> tuple[str, str] | None:
 
 
 def _read_database(file: Path) -> None:
+    if not file.stat().st_size:
+        raise sqlite3.DatabaseError("the file is empty")
     with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=SERVER_SECONDS)) as database:
         [(found,)] = database.execute("PRAGMA quick_check(1)").fetchall()
         if found != "ok":

@@ -75,7 +75,8 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
 
     summary_path = storage.join(cache.path, "summary.json")
     if storage.exists(summary_path):
-        stage.say(f"{cache.path} has lost files, which are made again: {lost_file(cache.path)}")
+        if lost := lost_file(cache.path):
+            stage.say(f"{cache.path} has lost files, which are made again: {lost}")
         storage.delete(summary_path)
     storage.delete_partial(cache.path)
     keep_listing(kept, listing)

@@ -75,13 +75,14 @@ class TrainingState(CheckpointState):
 def read_checkpoint(path: str, shape: type[CheckpointState] = CheckpointState) -> dict[str, Any]:
     """The state of the checkpoint directory `path`, whose files all match their digests.
 
-    Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or does not hold what `shape` says.
+    Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or does not hold what `shape` says; what to do
+    depends on the caller.
     """
     try:
         read_state(storage.local_directory(path))
     except ValueError as error:
         raise DamagedFileError(str(error)) from error
-    state: dict[str, Any] = storage.read_json(storage.join(path, STATE), shape, ANOTHER_CHECKPOINT)
+    state: dict[str, Any] = storage.read_json(storage.join(path, STATE), shape, remedy="")
     return state
 
 

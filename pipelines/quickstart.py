@@ -73,7 +73,9 @@ def quickstart(
 
     seconds: dict[str, float] = {}
     with (
-        Attempts(storage.join(root, "attempts.json"), lambda text: console().print(f"quickstart: {text}", markup=False)) as attempts,
+        Attempts(
+            storage.join(root, "attempts.json"), lambda text: console().print(f"quickstart: {text}", markup=False, soft_wrap=True)
+        ) as attempts,
         open_stage("quickstart", root, configuration, cluster, tracking) as run,
     ):
         parent = run.track()

@@ -236,7 +236,7 @@ def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict
 def _training(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
     for one in stages:
         if one.stage == "train":
-            rows = reading.metrics(one.file("metrics.jsonl"))
+            rows = reading.metrics(one.file("metrics.jsonl"), one.images or 0)
             caution = (diverged(one.summary) if "loss" in one.summary else "") or skipped_steps(one.summary)
             curves = (
                 (pictures.add("training", training_curves(rows)), pictures.add("training-panels", training_panels(rows))) if rows else ()

@@ -65,13 +65,13 @@ class Reading:
             self._found(error)
             return {}
 
-    def metrics(self, path: str | None) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl` that can be read."""
+    def metrics(self, path: str | None, images_seen: int) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` that can be read, of a run that ended at `images_seen`."""
         if path is None:
             return []
         rows, error = read_metrics(path)
-        if not rows and error is None:
-            error = damaged(path, "it holds no lines", "the training curves are not shown")
+        if error is None and (last := rows[-1]["images_seen"] if rows else 0) < images_seen:
+            error = damaged(path, f"it ends at {last:,} images seen, the run at {images_seen:,}", "the training curves show what is there")
         if error is not None:
             self._found(error)
         return rows

@@ -218,7 +218,9 @@ def open_stage(
     log = Path(path) / "ray.log" if storage.is_local(path) else Path(f"{name}-ray.log")
 
     def start_tracking() -> Tracker:
-        return Tracker.open(tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False))
+        return Tracker.open(
+            tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False, soft_wrap=True)
+        )
 
     stage = Stage(name, cluster, configuration, start_tracking)
     status = "FAILED"

@@ -1,4 +1,4 @@
-"""The whole journey on a few digits, killed with -9 on its way, started again, and asked a third time."""
+"""The whole journey on a few digits, killed with -9 on its way, started again, and asked a third time; then its files are damaged."""
 
 import json
 import os
@@ -10,7 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from damage import NEWEST, RUN, Copy, commands, kinds, mar, reference
 
+from pipelines import progress
+from pipelines.cluster import ClusterSettings
 from pipelines.digits import write_digits
 
 SETTINGS = [
@@ -97,3 +100,97 @@ def test_finished_it_says_so_and_does_nothing_again(folder: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
     for stage in ("tokenize", "cache", "train", "evaluate"):
         assert f"{stage} is complete" in output(folder)
+
+
+REFUSED, FOUND, DONE = 2, 1, 0  # a stage does not begin; a check names it among what it has found; it is left out, or made again
+CASES: list[tuple[str, int, list[str]]] = [  # the command, how it ends, and the files that are damaged for it, all at once
+    ("report", DONE, ["tokenizer/pairs.png", "train/metrics.jsonl", "evaluation/samples.png", "sweep/sweep.png", "configuration.json",
+                      "summary.json", "classifier/summary.json", "sweep-width/summary.json"]),
+    ("report", DONE, ["cache/manifest.json"]),
+    ("report", REFUSED, [f"{stage}/summary.json" for stage in
+                         ("tokenizer", "cache", "train", "classifier", "sweep", "sweep-width", "evaluation")]),
+    ("verify", REFUSED, ["cache/manifest.json"]),
+    ("verify", FOUND, ["cache/listing.arrow", "cache/rejected.parquet", "cache/configuration.json", "cache/identity.json",
+                       "cache/summary.json", "cache/shards/shard-00000.json"]),
+    ("verify", FOUND, ["cache/shards/shard-00000.arrow"]),
+    ("verify --sample", REFUSED, ["cache/configuration.json"]),
+    ("inspect", REFUSED, ["cache/manifest.json"]),
+    ("inspect", REFUSED, ["cache/rejected.parquet"]),
+    ("inspect", REFUSED, ["cache/shards/shard-00000.arrow"]),
+    ("inspect", REFUSED, ["cache/configuration.json"]),
+    ("inspect", REFUSED, ["tokenizer/config.json"]),
+    ("plan", REFUSED, ["cache/manifest.json"]),
+    ("cache", DONE, ["cache/manifest.json", "cache/summary.json"]),
+    ("cache", DONE, ["cache/listing.arrow"]),
+    ("cache", DONE, ["cache/rejected.parquet"]),
+    ("cache", DONE, ["cache/configuration.json", "cache/identity.json"]),
+    ("cache", REFUSED, ["cache/identity.json", "cache/summary.json"]),
+    ("cache", REFUSED, ["tokenizer/config.json"]),
+    ("cache", REFUSED, ["tokenizer/tokenizer.safetensors"]),
+    ("tokenize", REFUSED, ["tokenizer/config.json"]),
+    ("tokenize", REFUSED, ["tokenizer/tokenizer.safetensors"]),
+    ("tokenize", DONE, ["tokenizer/summary.json"]),
+    ("train", REFUSED, ["cache/manifest.json"]),
+    ("train", DONE, ["train/identity.json", "train/configuration.json"]),
+    ("train anew", REFUSED, ["cache/manifest.json"]),
+    ("train from", REFUSED, [f"{NEWEST}/state.json"]),
+    ("train from", REFUSED, [f"{NEWEST}/ema.safetensors"]),
+    *[("export", REFUSED, [f"{NEWEST}/{file}"]) for file in ("state.json", "model.safetensors", "ema.safetensors")],
+    *[("generate", REFUSED, [f"{NEWEST}/{file}"]) for file in ("state.json", "ema.safetensors", "optimizer.safetensors")],
+    ("generate", REFUSED, ["tokenizer/config.json"]),
+    ("generate", REFUSED, ["tokenizer/tokenizer.safetensors"]),
+    *[("evaluate", REFUSED, [file]) for file in ("classifier/config.json", "classifier/classifier.safetensors", "evaluation/reference")],
+    ("evaluate", REFUSED, [f"{NEWEST}/state.json"]),
+    ("sweep", DONE, ["sweep/summary.json"]),
+    ("sweep", DONE, ["sweep/identity.json"]),
+    ("doctor", FOUND, [f"{NEWEST}/state.json", "tokenizer/config.json", "classifier/config.json", "evaluation/reference"]),
+    ("quickstart", DONE, ["summary.json", "attempts.json", "mlflow_run.json", "evaluation/identity.json", "classifier/identity.json",
+                          "sweep-width/identity.json", "evaluation/rows/identity.json"]),
+    ("quickstart", REFUSED, ["summary.json", "evaluation/evaluation.json"]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def copy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Copy:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return Copy(tmp_path_factory.mktemp("copy") / "demo")
+
+
+@pytest.fixture
+def in_this_process(folder: Path, ray_local: ClusterSettings, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[str, ...]]:
+    """Every command, to be run where the journey was made, on this module's Ray."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(progress, "_terminal", None)  # lines for the person go to sys.stderr, as without a Ray around
+    return commands(SETTINGS)
+
+
+@pytest.mark.parametrize("one", ["one", pytest.param("all", marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"{CASES[number][0]}-{Path(CASES[number][2][0]).name}")
+def test_every_damaged_file_is_named_by_the_command_that_reads_it(
+    number: int, one: str, copy: Copy, in_this_process: dict[str, tuple[str, ...]]
+) -> None:
+    """One kind of damage for each case, or all of them."""
+    command, status, files = CASES[number]
+    files = [reference() if file == "evaluation/reference" else file for file in files]
+    for turn in range(7 if one == "all" else 1):
+        chosen = {file: list(kinds(file))[(number + turn) % len(kinds(file))] for file in files}
+        with copy.damaged({file: kinds(file)[kind] for file, kind in chosen.items()}):
+            ended = mar(*in_this_process[command])
+        about = f"{command}, {chosen}: {ended}"
+        assert ended.status == status, about
+        assert "Traceback" not in ended.text, about
+        assert not [file for file in files if file.removeprefix("cache/shards/") not in ended.text], about
+
+
+def test_a_damaged_database_of_mlflow_is_named(folder: Path, in_this_process: dict[str, tuple[str, ...]]) -> None:
+    for kind, damage in kinds("mlflow.db").items():
+        database = folder / "other" / f"{kind}.db"
+        database.parent.mkdir(exist_ok=True)
+        database.write_bytes(damage((RUN / "mlflow.db").read_bytes()))
+        tracked = ("--set", f"tracking.uri=sqlite:///{database}")
+        ended = mar(*in_this_process["train anew"], *tracked, "--set", f"train.path=other/{kind}")
+        assert (ended.status, str(database) in ended.text, "Traceback" in ended.text) == (2, True, False), ended
+        ended = mar(*in_this_process["doctor"], *tracked)
+        assert (ended.status, f"✗ tracking.uri         sqlite:///{database}" in ended.text) == (1, True), ended
+        assert database.is_file()  # somebody may still want to repair it

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import DemoIn, Mar
 
 from jobs import doctor
 from jobs.config import load
 from jobs.estimate import cache_bytes, checkpoint_bytes, latent_shape, parameters, sample_bytes
+from pipelines.metrics import FeatureStatistics
 
 
 def test_a_missing_thing_is_a_cross_with_its_remedy_and_status_1(mar: Mar, demo_in: DemoIn, tmp_path: Path) -> None:
@@ -184,4 +186,6 @@ def test_s3(bucket: str) -> None:
     assert not reference.ok
     assert "not there" in reference.found
     boto3.client("s3").put_object(Bucket="there", Key="reference.npz", Body=b"x")
+    assert "reference.npz is damaged" in doctor.input_check("evaluate.reference", "s3://there/reference.npz").found
+    FeatureStatistics(np.zeros(2), np.eye(2), 3, "inception", "0").save("s3://there/reference.npz")
     assert doctor.input_check("evaluate.reference", "s3://there/reference.npz").ok

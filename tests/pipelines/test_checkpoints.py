@@ -125,7 +125,7 @@ def test_an_interval_without_a_finite_step_is_never_the_best(job: TrainingJob, t
         interval.add(TokenLoss(loss, loss, loss), torch.tensor([990, 990]), torch.tensor(finite))
         interval.steps(16, torch.tensor(1.0), torch.tensor(float(finite)), 0.1)
         line = null_for_nan({"images_seen": images, **interval.close(1)})
-        writer.finish(tensors, {"images_seen": images, "step": 1, "intervals": [line]})
+        writer.finish(tensors, {"images_seen": images, "step": 1, "intervals": [line], "interval": []})
     assert kept(job) == [100, 300]  # the best and the newest
     assert Scores(job.train.path, "loss_band_3")["images-000000000100"] == 0.5
     assert math.isnan(Scores(job.train.path, "loss_band_3")["images-000000000300"])

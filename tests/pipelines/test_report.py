@@ -39,8 +39,8 @@ def run(tmp_path: Path) -> Path:
     write(root / "cache", {"stage": "cache", "seconds": 13.46, "images": 4500, "images_per_second": 334.7, "rejected": 3})
     (root / "cache" / "manifest.json").write_text(json.dumps({"class_names": ["ant", "<bee>"]}))
     rows = [
-        {"images_seen": 10 * seen, "loss": 1 / seen, **{f"loss_band_{band}": 1 / seen + band for band in range(4)}, "gradient_norm": 1.0,
-         "learning_rate": 1e-3, "images_per_second": 600.0, "data_wait_share": 0.01}
+        {"images_seen": 25_600 * seen, "loss": 1 / seen, **{f"loss_band_{band}": 1 / seen + band for band in range(4)},
+         "gradient_norm": 1.0, "learning_rate": 1e-3, "images_per_second": 600.0, "data_wait_share": 0.01}
         for seen in range(1, 6)
     ]  # fmt: skip
     write(
