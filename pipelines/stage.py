@@ -11,6 +11,7 @@ from typing import Any
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, connected
 from pipelines.errors import UserError
+from pipelines.interruption import held_back
 from pipelines.progress import Bar, console
 from pipelines.tracking import RECORD, Tracker, TrackingSettings
 
@@ -146,7 +147,8 @@ def open_stage(
         raise
     finally:
         if stage.tracker is not None:
-            stage.tracker.close(status)
+            with held_back():
+                stage.tracker.close(status)
 
 
 @contextmanager
