@@ -1,6 +1,6 @@
 """The command `mar`: one command a stage, the whole demo, submission to a cluster, and the check before a long job."""
 
-import shlex
+import signal
 import sys
 from collections.abc import Callable
 from json import dumps
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cache_commands import inspect_command, verify_command
+from jobs.leaving import last_line
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.errors import UserError
+from pipelines.interruption import Terminated, raised
 
 if TYPE_CHECKING:
     from jobs.config import RunConfig
@@ -22,8 +24,22 @@ Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="de
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="one setting; repeatable")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and stop")]
 
+
+class _Interrupted(BaseException):
+    """Ctrl-C. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            raise _Interrupted from None
+
+
 app = typer.Typer(
     name="mar",
+    cls=_Commands,
     help="Masked autoregressive image models (MAR) on Ray.",
     epilog="Example:  mar quickstart",
     rich_markup_mode=None,
@@ -34,20 +50,19 @@ app = typer.Typer(
 )
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C during a stage. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
-
-
 def main() -> None:
-    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C."""
+    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
-        guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
+        with raised():
+            guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
     except UserError as error:
         _leave("\n".join(f"mar: error: {line}" for line in str(error).splitlines()), 2)
     except StageFailed as error:
         _leave(f"mar: {error}", 1)
-    except _Interrupted:
-        _leave(f"\nmar: interrupted; to go on: {shlex.join(['mar', *sys.argv[1:]])}", 130)
+    except (_Interrupted, KeyboardInterrupt):
+        _leave("\n" + last_line(signal.SIGINT), 130)
+    except Terminated:
+        _leave(last_line(signal.SIGTERM), 143)
 
 
 def _leave(text: str, status: int) -> None:
@@ -75,7 +90,7 @@ def _run(name: str, config: str | None, preset: str | None, assignments: list[st
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
         print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
-    _print_summary(name, _interruptible(lambda: run_stage(name, loaded)))
+    _print_summary(name, run_stage(name, loaded))
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -131,7 +146,7 @@ def quickstart(
         sections = {name: getattr(located, name) for name in type(loaded).model_fields}
         return run_all(**sections, configuration=loaded.recorded(), digits=loaded.images.source == load("demo").images.source)
 
-    _print_summary("quickstart", _interruptible(lambda: guarded("quickstart", run_directory(loaded.located()), work)))
+    _print_summary("quickstart", guarded("quickstart", run_directory(loaded.located()), work))
     _print_next_steps(run_directory(loaded), loaded.tracking.uri)
 
 
@@ -199,13 +214,6 @@ app.command("import", epilog="Example:  mar import checkpoint-last.pth --out run
 app.command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
 app.command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
 app.command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)
-
-
-def _interruptible(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return work()
-    except KeyboardInterrupt:
-        raise _Interrupted from None
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:

@@ -2,10 +2,7 @@
 
 import logging
 import os
-import signal
 import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines import loopback
 from pipelines.errors import UserError
 from pipelines.host_memory import ENVIRONMENT, keep_freed_memory
+from pipelines.interruption import held_back, raised
 from pipelines.orphans import DRIVER, end_orphans, identity_of
 from pipelines.progress import output_in
 from pipelines.settings import operational
@@ -60,14 +58,15 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
     say(f"Ray's own messages go to {log}")
-    with _termination_as_exit(), output_in(log), environment({} if address else OWN):
+    with held_back() as waiting, output_in(log), environment({} if address else OWN):
         _send_chatter_to(log)
-        if address:
-            _join(address)
-        else:
-            _start(cluster)
         try:
-            with _termination_as_exit():  # once more: Ray puts a handler of its own in the place of the first
+            with _signals_left_to_us():
+                if address:
+                    _join(address)
+                else:
+                    _start(cluster)
+            with raised(waiting):
                 yield
         finally:
             _leave(own=not address)
@@ -83,6 +82,18 @@ def environment(wanted: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in ours:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _signals_left_to_us() -> Iterator[None]:
+    """`ray.init` in the body puts no handler of its own in the place of ours: it would exit with status 15 from wherever it is."""
+    from ray._private import utils
+
+    before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def _join(address: str) -> None:
@@ -176,23 +187,6 @@ def _belongs_to_ray(process: Any) -> bool:
     except psutil.NoSuchProcess:
         return False
     return "ray" in command
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that what was started is stopped."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(_signal: int, _frame: Any) -> None:
-        sys.exit(143)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _send_chatter_to(log: Path) -> None:

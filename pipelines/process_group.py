@@ -27,12 +27,11 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
 
 def _replace_store() -> None:
     """In a worker, before it joins the process group."""
-    from torch.distributed import TCPStore
+    distributed, rendezvous = (import_module(f"torch.distributed{module}") for module in ("", ".rendezvous"))
 
-    def store(host_name: str, port: int, world_size: int | None = None, is_master: bool = False, **options: Any) -> TCPStore:
+    def store(host_name: str, port: int, world_size: int | None = None, is_master: bool = False, **options: Any) -> Any:
         if is_master and host_name == loopback.ADDRESS:
             options["master_listen_fd"] = socket.create_server((host_name, port)).detach()
-        return TCPStore(host_name, port, world_size, is_master, **options)
+        return distributed.TCPStore(host_name, port, world_size, is_master, **options)
 
-    rendezvous: Any = import_module("torch.distributed.rendezvous")  # `torch.distributed.rendezvous` names a function of the same name
-    rendezvous.TCPStore = store
+    rendezvous.TCPStore = store  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from typing import Any
 from pipelines import storage
 from pipelines.cluster import ClusterSettings, connected
 from pipelines.errors import DamagedFileError, UserError
+from pipelines.interruption import held_back
 from pipelines.json_numbers import null_for_nan
 from pipelines.progress import Bar, console
 from pipelines.tracking import RECORD, Tracker, TrackingSettings
@@ -233,7 +234,8 @@ def open_stage(
         raise
     finally:
         if stage.tracker is not None:
-            stage.tracker.close(status)
+            with held_back():
+                stage.tracker.close(status)
 
 
 @contextmanager

@@ -229,7 +229,10 @@ def fit(
     )
 
     def stop() -> None:
-        say("ending: the workers write a checkpoint (once more, and it ends without)")
+        if channel.somebody_works():
+            say("ending: the workers write a checkpoint (send the signal again to exit without it)")
+        else:
+            say("ending: the workers have not begun to train, so there is nothing to write")
         channel.ask(STOP)
 
     try:
@@ -239,7 +242,7 @@ def fit(
         raise error.controller_failure from error
     checkpoint = newest_checkpoint(train.path, say)
     if interruption is not None:
-        say(f"ended with {checkpoint or 'no checkpoint yet'}; the same command goes on from there")
+        say(f"ended with {checkpoint}; the same command goes on from there" if checkpoint else "ended before the first checkpoint")
         raise interruption
     if checkpoint is None:
         raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -166,14 +167,17 @@ def test_a_failure_in_a_worker_of_ray_data_says_what_happened_there(mar: Mar, mo
     assert "mar: train failed: RuntimeError: no kernel for that\n" in result.err
 
 
-def test_ctrl_c_says_how_to_go_on(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize(("number", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_ctrl_c_and_sigterm_say_how_to_go_on(mar: Mar, monkeypatch: pytest.MonkeyPatch, number: int, status: int, word: str) -> None:
     def interrupt() -> dict[str, Any]:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        raise AssertionError("not interrupted")
 
     stand_in(monkeypatch, interrupt)
     result = mar("train", "--preset", "demo", "--set", "generate.labels=[1, 2]")
-    assert result.status == 130
-    assert result.err.splitlines()[-1] == "mar: interrupted; to go on: mar train --preset demo --set 'generate.labels=[1, 2]'"
+    assert result.status == status
+    assert result.err.splitlines()[-1] == f"mar: {word}; to go on: mar train --preset demo --set 'generate.labels=[1, 2]'"
 
 
 @pytest.mark.parametrize("name", list(STAGES))

@@ -1,0 +1,87 @@
+"""SIGINT and SIGTERM to every command, at moments drawn at random: one line, an exit status of its own, and the same command resumes."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from commands import STAGES, Command, assert_interrupted, outcome, prepare
+from tiny_cache import write_latents
+
+SEED = int(os.environ.get("MAR_SEED", time.time_ns() % 10**6))  # printed with each failure
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.fixture(autouse=True)
+def draw(request: pytest.FixtureRequest) -> random.Random:
+    print(f"MAR_SEED={SEED}")
+    return random.Random(f"{SEED} {request.node.name}")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_during_the_imports(tmp_path: Path, draw: random.Random, number: signal.Signals) -> None:
+    prepare(tmp_path)
+    command = Command("tokenize", tmp_path)
+    command.wait_until_it_answers()
+    time.sleep(draw.uniform(0, 0.5))
+    command.send(number)
+    assert_interrupted(command, number, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_while_ray_starts(tmp_path: Path, draw: random.Random, number: signal.Signals) -> None:
+    prepare(tmp_path)
+    command = Command("tokenize", tmp_path)
+    command.wait_for("Ray's own messages go to")
+    time.sleep(draw.uniform(0, 3))
+    started = command.send(number)
+    assert_interrupted(command, number, tmp_path)
+    assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """A folder in which every stage has ended (the quickstart in a folder below), and the seconds that each took."""
+    folder, seconds = Path(tmp_path_factory.mktemp("undisturbed")), {}
+    prepare(folder)
+    prepare(folder / "quickstart", "quickstart", folder)
+    for stage in STAGES:
+        began = time.monotonic()
+        command = Command(stage, folder / ("quickstart" if stage == "quickstart" else ""))
+        assert command.end() == 0, command.err
+        seconds[stage] = time.monotonic() - began
+    return folder, seconds
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_at_any_moment_and_the_same_command_ends_with_the_same_result(
+    undisturbed: tuple[Path, dict[str, float]], tmp_path: Path, draw: random.Random, stage: str, number: signal.Signals
+) -> None:
+    folder, seconds = undisturbed
+    prepare(tmp_path, before=stage, made_in=folder)
+    command = Command(stage, tmp_path)
+    command.wait_until_it_answers()
+    moment = draw.uniform(0, 0.9 * seconds[stage])
+    time.sleep(moment)
+    if command.process.poll() is None:
+        started = command.send(number)
+        assert_interrupted(command, number, tmp_path)
+        assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], moment
+    again = Command(stage, tmp_path)
+    assert again.end() == 0, again.err
+    assert outcome(stage, tmp_path) == outcome(stage, folder / ("quickstart" if stage == "quickstart" else ""))
+
+
+def test_before_the_first_step_no_checkpoint_is_announced(tmp_path: Path) -> None:
+    write_latents(tmp_path / "cache")
+    command = Command("train", tmp_path)
+    command.wait_for("from the start")
+    command.send(signal.SIGTERM)
+    assert_interrupted(command, signal.SIGTERM, tmp_path)
+    assert "write a checkpoint" not in command.err
+    assert not list((tmp_path / "train").rglob("state.json"))
