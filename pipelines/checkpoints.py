@@ -1,7 +1,6 @@
 """The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there; which are kept, and the newest that verifies."""
 
 import contextlib
-import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -18,11 +17,10 @@ from pipelines import storage
 from pipelines.errors import DamagedFileError
 from pipelines.json_numbers import nan_for_null
 from pipelines.metrics_log import MetricsRow
+from pipelines.progress import console
 
 if TYPE_CHECKING:
     from pipelines.training_worker import TrainingJob
-
-logger = logging.getLogger(__name__)
 
 PREFIX = "images-"
 VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
@@ -218,8 +216,25 @@ def forget_lost_attempts(train_path: str) -> None:
             storage.delete(storage.join(folder, name))
 
 
-def newest_checkpoint(train_path: str, say: Callable[[str], None] = logger.warning) -> str | None:
-    """The newest checkpoint of a run whose files all match their digests; `say` is told of each damaged one that is passed over."""
+def in_terminal(text: str) -> None:
+    """A line for the user, also while this process's own output goes to a file."""
+    console().print(text, markup=False, soft_wrap=True)
+
+
+def once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, called once for each text."""
+    said = set[str]()
+
+    def say_new(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            say(text)
+
+    return say_new
+
+
+def newest_checkpoint(train_path: str, say: Callable[[str], None] = in_terminal) -> str | None:
+    """The newest checkpoint of a run whose files all match their digests. `say` is called with a line for each damaged one before it."""
     for name in reversed(checkpoint_names(train_path)):
         path = storage.join(train_path, "checkpoints", name)
         try:

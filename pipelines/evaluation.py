@@ -67,7 +67,7 @@ def evaluate(
     """
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)
-    drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False)
+    drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False, say=stage.say)
     if evaluate.classifier:
         check_classes(evaluate.classifier, len(drawing.labels))
     require_workers({"generate.actors": generate.actors}, stage.cluster)

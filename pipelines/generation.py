@@ -1,7 +1,7 @@
 """Stage *generate*: images for given labels from a checkpoint, through an actor pool of Ray Data."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,7 @@ from mar_model.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
 from mar_model.tokenizers import kl_config
 from pipelines import samples, storage
-from pipelines.checkpoints import newest_checkpoint, read_checkpoint
+from pipelines.checkpoints import in_terminal, newest_checkpoint, read_checkpoint
 from pipelines.cluster import ClusterSettings, worker_resources
 from pipelines.completion import Completion, read_completion
 from pipelines.errors import UserError
@@ -140,13 +140,14 @@ class Drawing:
 
 def plan_drawing(
     path: str, labels: Sequence[int | str], tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int,
-    cluster: ClusterSettings, files: bool,
+    cluster: ClusterSettings, files: bool, say: Callable[[str], None] = in_terminal,
 ) -> Drawing:  # fmt: skip
-    """Find the checkpoint and check it against labels (empty: every class in turn) and tokenizer.
+    """Find the checkpoint and check it against labels (empty: every class in turn) and tokenizer. `say` is called with a line for each
+    damaged checkpoint that is newer than the one it finds.
 
     Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
     """
-    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path)
+    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, say)
     if checkpoint is None:
         raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
     try:
@@ -227,7 +228,7 @@ def generate(tokenizer: TokenizerSettings, train: TrainSettings, generate: Gener
     kept); with `generate.film` there is `film.webp` too. Returns the summary. Goes on where shards are missing. Raises UserError as
     `plan_drawing` and `read_completion` do, before any work.
     """
-    drawing = plan_drawing(generate.path, generate.labels, tokenizer, train, generate, seed, stage.cluster, files=True)
+    drawing = plan_drawing(generate.path, generate.labels, tokenizer, train, generate, seed, stage.cluster, files=True, say=stage.say)
     if generate.image or generate.mask:
         completion = read_completion(generate.image, generate.mask, generate.keep_pixels, drawing.state["image_size"])
         drawing = replace(drawing, completion=completion)

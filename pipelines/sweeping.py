@@ -73,7 +73,7 @@ def sweep(
     """
     check_metric(sweep, evaluate)
     if sweep.over == "generate":
-        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path)
+        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
         if checkpoint is None:
             raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
         generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile

@@ -9,7 +9,7 @@ from mar_model.config import Architecture, MARConfig
 from mar_model.recipe import BANDS
 from pipelines import storage
 from pipelines.caching import CacheSettings
-from pipelines.checkpoints import TrainingState, forget_lost_attempts, newest_checkpoint, read_checkpoint
+from pipelines.checkpoints import TrainingState, forget_lost_attempts, newest_checkpoint, once, read_checkpoint
 from pipelines.cluster import ClusterSettings, require_workers
 from pipelines.divergence import diverged, skipped_steps
 from pipelines.errors import UserError
@@ -102,7 +102,8 @@ def train(
     summary = stage.begin(train.path, identity, enough=lambda found: (found.get("images_seen") or 0) >= train.images)
     if summary is not None:
         return summary
-    resumed = newest_checkpoint(train.path, stage.say)
+    passed_over = once(stage.say)
+    resumed = newest_checkpoint(train.path, passed_over)
     state: dict[str, Any] = read_checkpoint(resumed, TrainingState) if resumed else {"images_seen": 0, "intervals": []}
     first = int(state["images_seen"])
     stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
@@ -122,7 +123,9 @@ def train(
         for row in log.recovered:
             track(row)
 
-        summary = fit(tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation)
+        summary = fit(
+            tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation, passed_over
+        )
     log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
@@ -140,7 +143,7 @@ def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) 
     except UserError:
         known = storage.join(train.path, IDENTITY)
         digest = read_identity(train.path).get("train.init_from") if storage.exists(known) else None
-        if digest is None or newest_checkpoint(train.path) is None:
+        if digest is None or newest_checkpoint(train.path, lambda _: None) is None:  # `train` names the damaged
             raise
         return None, {"train.init_from": digest}
     return start, {"train.init_from": start.digest}
@@ -163,9 +166,11 @@ def fit(
     start: Start | None = None,
     validation: "Validation | None" = None,
     on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
+    passed_over: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """The Ray Train run itself, untracked: `on_metrics` gets a row an interval (images_seen, loss, …), `say` what happens to workers
-    and checkpoints. Returns a summary. On Ctrl-C and SIGTERM the workers write a checkpoint before those are raised again.
+    and checkpoints, `passed_over` (by default `say`, once each) the lines about damaged checkpoints. Returns a
+    summary. On Ctrl-C and SIGTERM the workers write a checkpoint before those are raised again.
     """
     import ray.train
     from ray.train import ControllerError
@@ -185,6 +190,7 @@ def fit(
         known = f"{', '.join(best)}{'' if validation else ', or what a validation finds where train.validation_images is set'}"
         raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")
     channel = TrainingChannel()
+    passed_over = passed_over or once(say)
     last: dict[str, Any] = {}
     broke: list[float] = []
 
@@ -193,6 +199,8 @@ def fit(
             say(message["say"])
             if "broke" in message:
                 broke.append(message["broke"])
+        elif "passed over" in message:
+            passed_over(message["passed over"])
         elif "started" in message:
             if broke or message["workers"] != train.workers:
                 say(f"{message['workers']} workers at work again, {message['started']:,} images seen{_seconds(message, broke)}")
@@ -240,7 +248,7 @@ def fit(
             interruption = finish_when_asked(trainer.fit, stop, channel.somebody_works)
     except ControllerError as error:
         raise error.controller_failure from error
-    checkpoint = newest_checkpoint(train.path, say)
+    checkpoint = newest_checkpoint(train.path, passed_over)
     if interruption is not None:
         say(f"ended with {checkpoint}; the same command goes on from there" if checkpoint else "ended before the first checkpoint")
         raise interruption

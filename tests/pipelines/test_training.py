@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from listening import Listening
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -76,9 +77,15 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(
     assert state["cache_digest"] == LatentCache(sections[1].path).digest
     assert model.config == model_config(ARCHITECTURE, LatentCache(sections[1].path))
 
+    damaged = tmp_path / "parts" / "checkpoints" / "images-000000000072"
+    shutil.copytree(damaged.with_name("images-000000000048"), damaged)
+    (damaged / "ema.safetensors").write_bytes(b"cut off")
+
     # a longer run of the same identity goes on from 48 images, whether its activations are kept or computed anew
-    longer = train(*sections, ARCHITECTURE, replace(parts, activation_checkpointing=True), 3, stage)
+    listening = Listening(stage.cluster)
+    longer = train(*sections, ARCHITECTURE, replace(parts, activation_checkpointing=True), 3, listening)
     assert longer["resumed_from"] == 48
+    assert len([line for line in listening.said if line.startswith("checkpoint images-000000000072 passed over: ")]) == 1, listening.said
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         expected, found = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
         assert expected.keys() == found.keys()
@@ -89,8 +96,8 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(
     with pytest.raises(UserError, match=r"train\.learning_rate \(there: 0\.001, asked for: 0\.5\)"):
         train(*sections, ARCHITECTURE, replace(parts, learning_rate=0.5), 3, stage)
 
-    damaged = tmp_path / "parts" / "checkpoints" / "images-000000000096" / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    weights_there = damaged.with_name("images-000000000096") / "model.safetensors"
+    weights_there.write_bytes(weights_there.read_bytes()[:-1] + b"\0")
     fallback = newest_checkpoint(str(tmp_path / "parts"))
     assert fallback is not None
     assert fallback.endswith("images-000000000048")
