@@ -78,6 +78,8 @@ def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", 
 
 
 def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:
-    """Where the statistics of `source` under the network with this digest are kept: named by both."""
-    identity = json.dumps([source.identity(), digest], sort_keys=True)
+    """Where the statistics of `source` under the network with this digest are kept: named by both. Those of images whose files were
+    written again are computed again, for their bytes may have changed."""
+    versions = [source.versions()] if isinstance(source, RealImages) else []
+    identity = json.dumps([source.identity(), digest, *versions], sort_keys=True)
     return storage.join(evaluate.path, f"reference-{storage.digest(identity.encode())[:16]}.npz")

@@ -14,6 +14,7 @@ from pipelines.images import ImageListing, ImageSettings, list_images
 from pipelines.precision import resolved
 from pipelines.progress import Bar, MetricsChannel
 from pipelines.settings import identity, identity_of, operational
+from pipelines.source_changes import check_source, remember_source
 from pipelines.stage import Stage
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
@@ -76,6 +77,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
     listing = list_images(images) if tokenizer.kind == "kl" else None
     identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
+    if listing is not None:
+        check_source(path, "tokenizer.path", images.source, listing, identity, stage)
     summary = stage.begin(path, identity)
     if listing is None:
         if summary is None:
@@ -83,6 +86,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             summary = stage.complete(path, identity, {"images": 0})
         return summary
     if summary is None:
+        remember_source(path, listing)
         if not storage.exists(storage.join(path, RESULT)):
             require_workers({"tokenizer.workers": tokenizer.workers}, stage.cluster)
             progress = storage.join(path, PROGRESS)
