@@ -1,6 +1,6 @@
 """What a training process reads from the latent cache, beside the layouts it replaces: each bar with its baseline, medians.
 
-    python -m benchmarks.loader [--records 20000] [--batch 128] [--runs 5] [--what read,posterior,open,sampler]
+    python -m benchmarks.loader [--records 20000] [--batch 128] [--runs 5] [--what read,posterior,open,sampler,check]
 
 Records are those of KL-16 at 256 px: float16 moments of image and mirror image, 2 × 32 × 16 × 16. Files are warm; baselines are read
 in the same run, by turns.
@@ -31,6 +31,7 @@ SHAPE = (32, 16, 16)
 SHARD = 1024
 FILES = 4096  # of the layout of one file an image: more say nothing new
 IMAGENET_SHARDS = 1280
+EPOCH_RATE = 1000.0  # images a second of one GPU, beyond what any size of the model trains at: the shortest epoch of one worker
 
 
 def write_cache(path: str, moments: np.ndarray, records: int, shard: int = SHARD) -> LatentCache:
@@ -145,6 +146,39 @@ def opening(batch: int) -> None:
     row(f"open {records:,} records, first batch", f"{value:.3f} s", f"{IMAGENET_SHARDS} shards", "", "2 s")
 
 
+def checking(records: int, batch: int, runs: int) -> None:
+    """The comparison of all shards with their SHA-256 on one thread: alone, and beside the reads of an epoch, by turns with an epoch that
+    compares nothing. Seconds of the processor are given too, for a machine that does other work meanwhile."""
+    moments = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_cache(folder, moments, records).manifest.shards
+        size = sum(shard["bytes"] for shard in shards) / 1e9
+        alone, processor, without, beside = [], [], [], []
+        for _ in range(runs + 1):  # the first run warms the files
+            checks, began, worked = LatentCache(folder).checked_beside(), time.perf_counter(), time.process_time()
+            checks.begin(range(len(shards)))
+            checks.settle()
+            alone.append(time.perf_counter() - began)
+            processor.append(time.process_time() - worked)
+            for seconds, compared in ((without, False), (beside, True)):
+                cache = LatentCache(folder)
+                dataset, began = LatentDataset(cache, seed=0), time.perf_counter()
+                if not compared:
+                    cache.checks.begun.update(range(len(shards)))
+                for start in range(0, records, batch):
+                    dataset.read(start, min(start + batch, records), np.zeros(min(batch, records - start), bool))
+                dataset.settle_checks()
+                seconds.append(time.perf_counter() - began)
+    speed, of_processor = (size / statistics.median(one[1:]) for one in (alone, processor))
+    added = statistics.median(beside[1:]) - statistics.median(without[1:])
+    images = IMAGENET_SHARDS * SHARD
+    whole, epoch = size * images / records, images / EPOCH_RATE
+    found = {"gb": size, "gb_per_second": speed, "gb_per_processor_second": of_processor, "seconds_added_to_reads_alone": added}
+    print(json.dumps({"benchmark": "loader.check", **found, "share_of_the_first_epoch": whole / speed / epoch}))
+    row("SHA-256 of the shards, one thread", f"{speed:.2f} GB/s", f"{of_processor:.2f} a CPU second", "", "1 GB/s")
+    row(f"  ImageNet's {whole:.0f} GB, beside", f"{whole / speed:.0f} s", f"an epoch {epoch:.0f} s", f"{whole / speed / epoch:.1%}", "5 %")
+
+
 def sampling() -> None:
     rows = 2_000_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -176,12 +210,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--what", default="sampler,open,posterior,read")
+    parser.add_argument("--what", default="sampler,open,posterior,read,check")
     options = parser.parse_args()
     pieces: dict[str, Callable[[], None]] = {
         "sampler": sampling,
         "open": lambda: opening(options.batch),
         "posterior": lambda: posterior(options.records, options.batch, options.runs),
+        "check": lambda: checking(options.records, options.batch, options.runs),
         "read": lambda: reading(options.records, options.batch, options.runs),
     }
     for name in options.what.split(","):

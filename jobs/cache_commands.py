@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 CLASSES_SHOWN = 10
 REASONS_SHOWN = 10
+KEYS_SHOWN = 10
 BARS = " ▁▂▃▄▅▆▇█"
 
 Cache = Annotated[str, typer.Argument(metavar="CACHE", help="directory of the latent cache")]
+Check = Annotated[bool, typer.Option("--check", help="read every image again, and compare it with what a finished cache was made of")]
 Tokenizer = Annotated[str, typer.Option(metavar="DIR", help="its tokenizer, where it has moved since")]
 
 
@@ -83,6 +85,10 @@ def verify_command(
                 f"{'✓' if same else '✗'} {again.images} images encoded again: at most {again.largest:.2g} standard deviations apart "
                 f"({again.allowed:.2g} allowed)"
             )
+            for key, distance in again.differing[:KEYS_SHOWN]:
+                print(f"  {distance:>9.3g}  {key}")
+            if len(again.differing) > KEYS_SHOWN:
+                print(f"             and {len(again.differing) - KEYS_SHOWN} more")
             return same and not records
         return not records
 

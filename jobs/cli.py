@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.cache_commands import inspect_command, verify_command
+from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.leaving import last_line
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
@@ -85,12 +85,12 @@ def _load(config: str | None, preset: str | None, assignments: list[str] | None,
     return loaded
 
 
-def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool) -> None:
+def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool, **options: bool) -> None:
     loaded = _load(config, preset, assignments, print_config)
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
         print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
-    _print_summary(name, run_stage(name, loaded))
+    _print_summary(name, run_stage(name, loaded, **options))
 
 
 def _stage_command(name: str) -> Callable[..., None]:
@@ -104,6 +104,14 @@ def _stage_command(name: str) -> Callable[..., None]:
         short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
         _run(name, config, preset, [*(assignments or []), *short], print_config)
 
+    def run_cache(
+        check: Check = False, config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None,
+        print_config: PrintConfig = False,
+    ) -> None:  # fmt: skip
+        _run(name, config, preset, assignments, print_config, check=check)
+
+    if name == "cache":
+        return run_cache
     return run_generate if name == "generate" else run
 
 

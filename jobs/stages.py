@@ -82,8 +82,8 @@ class StageFailed(Exception):
     """A stage ended with an error that is no user's mistake; its text is the cause and where the traceback is."""
 
 
-def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
-    """Run one stage on Ray and return its summary.
+def run_stage(name: str, config: "RunConfig", **options: bool) -> dict[str, Any]:
+    """Run one stage on Ray and return its summary. `options`: arguments of its function that are no settings.
 
     Raises UserError for a mistake of the person's, wherever it was found (also in a Ray worker), and StageFailed for any
     other error, whose traceback is then in `error.log` beside the output.
@@ -99,7 +99,7 @@ def run_stage(name: str, config: "RunConfig") -> dict[str, Any]:
         do = getattr(importlib.import_module(module), function)
         sections = {section: getattr(located, section) for section in command.sections}
         with open_stage(name, path, config.recorded(), config.cluster, config.tracking) as stage:
-            summary: dict[str, Any] = do(**sections, stage=stage)
+            summary: dict[str, Any] = do(**sections, stage=stage, **options)
         return summary
 
     return guarded(name, path, work)

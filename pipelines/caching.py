@@ -16,20 +16,22 @@ import pyarrow.parquet
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines import storage
+from pipelines.cached_images import TRAIN_LISTING, settle_identity
 from pipelines.cluster import cluster_resources
-from pipelines.encoding import EncodingJob, Seconds, read_record
-from pipelines.errors import DamagedFileError, UserError
-from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_listing, list_images, listing_digest
-from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentStatistics, Manifest, read_manifest
+from pipelines.encoding import EncodingJob, Seconds
+from pipelines.errors import UserError
+from pipelines.images import ImageSettings, keep_listing, kept_listing, list_images, listing_digest
+from pipelines.latents import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest, read_manifest
 from pipelines.records import damaged
 from pipelines.settings import identity, identity_of, operational
 from pipelines.shard_checks import absolve, condemned
 from pipelines.shards import Shard, are_whole, finished, make, shards_of
+from pipelines.source_changes import LISTING
 from pipelines.sources.table import ImageRows
-from pipelines.stage import IDENTITY, Stage, read_identity
+from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings, tokenizer_config, tokenizer_digest
 
-LISTING, REJECTED = "listing.arrow", "rejected.parquet"
+REJECTED = "rejected.parquet"
 REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
 
 
@@ -48,10 +50,11 @@ class CacheSettings:
     precision: Literal["float32", "tf32", "bf16"] = identity("float32", "arithmetic of the encoder: float32, tf32 (GPUs) or bf16")
 
 
-def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, stage: Stage) -> dict[str, Any]:
-    """Encode the train part of `images` into a latent cache at `cache.path`; returns the stage's summary.
+def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
+    """Encode the train part of `images` into a latent cache at `cache.path`; returns the stage's summary. `check`: read every image
+    again that finished shards were made of, and compare its bytes with those.
 
-    Raises UserError on settings that don't fit each other, on a cache made with others, and when more than
+    Raises UserError on settings that don't fit each other, on a cache made with others or of other images, and when more than
     `images.max_rejected` of the images can't be used (the finished shards are kept).
     """
     channels, latent_size = _check(images, tokenizer, cache)
@@ -60,15 +63,11 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
     rows = listing.train()
     identity = {
         **identity_of(images=images, cache=cache),
-        "images.train_listing": listing_digest(listing, rows),
+        TRAIN_LISTING: listing_digest(listing, rows),
         "tokenizer.digest": tokenizer_digest(tokenizer.path),
     }
     shards = shards_of(len(rows), cache.shard_images)
-    if _only_mended(cache.path, kept, identity, listing, shards):
-        stage.say(f"images that {cache.path} had rejected were mended; their shards are made again")
-        storage.write_json(storage.join(cache.path, IDENTITY), identity)
-        for name in ("summary.json", MANIFEST):
-            storage.delete(storage.join(cache.path, name))
+    identity = settle_identity(images, cache.path, listing, shards, identity, stage, check)
     summary = stage.begin(cache.path, identity, enough=lambda _: not lost_file(cache.path))
     if summary is not None:
         return summary
@@ -109,7 +108,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
             "held_out_share": images.held_out_share,
             "held_out_folder": images.held_out_folder,
             "held_out": len(listing.rows) - len(rows),
-            "train_listing": identity["images.train_listing"],
+            "train_listing": identity[TRAIN_LISTING],
         },
         rejected=rejected,
     )
@@ -164,44 +163,6 @@ def _make(
                 break  # the limit is passed, whatever the other shards hold
         rate = bar.rate
     return records, rate, seconds
-
-
-def _only_mended(path: str, kept: str, identity: dict[str, Any], listing: ImageListing, shards: dict[int, Shard]) -> bool:
-    """Whether the source differs from the one that the cache at `path` was made of in nothing but the sizes of images that were
-    rejected: somebody mended them, and the cache goes on."""
-    identity_path = storage.join(path, IDENTITY)
-    before = kept_listing(kept)
-    if before is None or not storage.exists(identity_path):
-        return False
-    try:
-        found = read_identity(path)
-    except DamagedFileError:  # the stage says so when it begins
-        return False
-    if {name for name in {*found, *identity} if found.get(name) != identity.get(name)} != {"images.train_listing"}:
-        return False
-    old, new = before.train(), listing.train()
-    if before.class_names != listing.class_names or len(old) != len(new):
-        return False
-    if old.column("key") != new.column("key") or (old.column("label") != new.column("label")).any():
-        return False
-    sizes = old.column("size"), new.column("size")
-    changed = ((sizes[0] != sizes[1]) & (sizes[0] >= 0)).nonzero()[0].tolist()
-    rejected = _rejected_rows(path, shards, changed)
-    together: dict[tuple[Any, ...], set[int]] = {}  # of Parquet files the size is that of the row group
-    for row in changed:
-        file = new[row].file
-        together.setdefault((file, sizes[0][row], sizes[1][row]) if file.endswith(".parquet") else (row,), set()).add(row)
-    return all(rows & rejected for rows in together.values())
-
-
-def _rejected_rows(path: str, shards: dict[int, Shard], among: list[int]) -> set[int]:
-    """Those of the rows that finished shards rejected."""
-    found = set[int]()
-    for shard in shards.values():
-        if any(shard.start <= row < shard.stop for row in among):
-            record = read_record(storage.join(path, SHARDS, shard.record)) or {"rejected": []}
-            found |= {shard.start + one["row"] for one in record["rejected"]}
-    return found
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from pipelines.decoded_images import DecodedImages
 from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageListing, ImageSettings, list_images, to_model
 from pipelines.settings import identity_of
+from pipelines.source_changes import check_source, remember_source
 from pipelines.stage import Stage
 
 FORMAT_VERSION = 1
@@ -95,10 +96,12 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
 
     listing = list_images(images)
     identity = {**identity_of(images=images, seed=seed), "images.listing": listing.digest}
+    check_source(path, "path of the classifier", images.source, listing, identity, stage)
     finished = stage.begin(path, identity)
     if finished is not None:
         return finished
     require_workers({"classifier": 1}, stage.cluster)
+    remember_source(path, listing)
     stage.say(f"training a classifier on {len(listing.train()):,} images")
     task = ray.remote(**worker_resources(stage.cluster))(_train)
     summary = ray.get(task.remote(images, listing, path, seed, stage.cluster))

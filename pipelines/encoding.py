@@ -24,6 +24,7 @@ from pipelines.sources.table import ImageRow, ImageRows
 
 AHEAD = 2  # batches whose images are decoded before they are asked for
 SAY_SECONDS = 2.0  # between words about how far it is
+IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of every row, of those too that were rejected
 CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
 
 
@@ -130,7 +131,20 @@ class ShardRecord:
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """A shard's record, or None where it is not there, is damaged, or is of another format."""
+    """A shard's record, or None where it is not there, is damaged, or is of another format. The digests of its images, which make up
+    nearly all of it, are left out: `read_image_digests` reads these."""
+    record = _read_record(path)
+    return None if record is None else {name: value for name, value in record.items() if name != IMAGE_DIGESTS}
+
+
+def read_image_digests(path: str, index: int) -> list[str] | None:
+    """SHA-256 of the bytes of each image that finished shard `index` was made of, in the order of its rows, "" where they could not be
+    read; empty in a record of an earlier version of mar-ray, None where the shard has no record."""
+    record = _read_record(shard_paths(path, index)[1])
+    return None if record is None else list(record.get(IMAGE_DIGESTS, []))
+
+
+def _read_record(path: str) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = storage.read_json(path, ShardRecord)
     except (FileNotFoundError, DamagedFileError):
@@ -320,5 +334,5 @@ class ShardEncoder:
         }
         path, record_path = shard_paths(self.job.path, index)
         storage.write_bytes(path, data)
-        storage.write_json(record_path, record)  # last: a shard without its record is made again
+        storage.write_json(record_path, {**record, IMAGE_DIGESTS: shard.digests})  # last: a shard without its record is made again
         return record

@@ -76,6 +76,11 @@ def evaluate(
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
     finished = stage.begin(evaluate.path, identity)
     if finished is not None:
+        if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
+            stage.say(
+                "files of the reference's images were written since it was measured, with as many bytes: whether they are the same "
+                "images is not known; give another evaluate.path to measure them again"
+            )
         return finished
     if isinstance(reference, FeatureStatistics):
         real = reference

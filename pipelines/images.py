@@ -102,7 +102,7 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
             layout = f"{'part/class/image' if by_folder else 'class/image'} with {', '.join(SUFFIXES)}"
             raise UserError(
                 f"images.source {settings.source!r} holds no {'class folders with ' if source.form == 'imagefolder' else ''}images; "
-                f"expected {settings.source}/{layout}, tars, or Parquet files; found {[name for name, _ in source.files[:5]]}"
+                f"expected {settings.source}/{layout}, tars, or Parquet files; found {[name for name, *_ in source.files[:5]]}"
             )
         listing = _split(settings, found)
     _check_parts(settings, listing)
@@ -149,7 +149,7 @@ def keep_listing(path: str, listing: ImageListing) -> None:
 
 
 def kept_listing(path: str) -> ImageListing | None:
-    """The listing that `keep_listing` wrote, if it is there and whole."""
+    """The listing that `keep_listing` wrote, if it is there and whole; an earlier version of mar-ray kept no `version`."""
     if not storage.exists(path):
         return None
     data = storage.read_bytes(path)
@@ -158,6 +158,8 @@ def kept_listing(path: str) -> ImageListing | None:
         class_names, stamp = json.loads(table.schema.metadata[b"class_names"]), table.schema.metadata[b"stamp"].decode()
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # pyarrow calls most damage an OSError
         return None
+    if "version" not in table.schema.names:
+        table = table.append_column("version", pa.nulls(table.num_rows, pa.int64()))
     return ImageListing(ImageRows(table.replace_schema_metadata(None)), class_names, stamp)
 
 

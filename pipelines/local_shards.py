@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines import storage
 from pipelines.errors import UserError
-from pipelines.shard_checks import FOLDER, compare_data
+from pipelines.shard_checks import FOLDER, compare_data, mapped
 from pipelines.storage import PARTIAL
 
 FETCHES_AT_ONCE = 4
@@ -55,7 +55,7 @@ class LocalShards:
             return
         entry = self.entries[number]
         try:
-            found = storage.digest(path.read_bytes())
+            found = storage.digest(mapped(str(path)))
         except FileNotFoundError:  # another process made room meanwhile, and who fetches it again compares it
             return
         if found != entry["sha256"]:

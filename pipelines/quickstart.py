@@ -20,6 +20,7 @@ from pipelines.images import ImageListing, ImageSettings, list_images
 from pipelines.progress import console
 from pipelines.report import report
 from pipelines.settings import identity_of
+from pipelines.source_changes import check_source
 from pipelines.stage import FORMAT_VERSION, Stage, open_stage
 from pipelines.sweeping import SweepSettings, check_metric
 from pipelines.tokenizing import TokenizerSettings
@@ -65,7 +66,9 @@ def quickstart(
     identity["train.images"] = train.images  # here the run's length decides the result, for all that follows is made from its end
     identity["images.listing"] = listing.digest
     identity["evaluate.network"] = network_digest(evaluate.features, evaluate.weights)
-    finished = Stage("quickstart", cluster, configuration).begin(root, identity)
+    whole = Stage("quickstart", cluster, configuration)
+    check_source(root, "folder for train.path and the others", images.source, listing, identity, whole, kept=cache.path)
+    finished = whole.begin(root, identity)
     if finished is not None:
         for stage, took in finished["seconds_by_stage"].items():
             console().print(f"quickstart: {stage} is complete ({took:.0f} s)", markup=False)

@@ -91,6 +91,8 @@ def _is_kept(path: str, stage: Stage) -> bool:
 
 
 def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:
-    """Where the statistics of `source` under the network with this digest are kept: named by both."""
-    identity = json.dumps([source.identity(), digest], sort_keys=True)
+    """Where the statistics of `source` under the network with this digest are kept: named by both. Those of images whose files were
+    written again are computed again, for their bytes may have changed."""
+    versions = [source.versions()] if isinstance(source, RealImages) else []
+    identity = json.dumps([source.identity(), digest, *versions], sort_keys=True)
     return storage.join(evaluate.path, f"reference-{storage.digest(identity.encode())[:16]}.npz")

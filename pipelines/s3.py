@@ -1,7 +1,9 @@
 """S3 as the stages need it: reads that outlast a failing request, writes that are visible whole or not at all."""
 
+import hashlib
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
@@ -13,6 +15,7 @@ from pipelines.errors import UserError
 ATTEMPTS = 10  # of one request, with growing pauses; a busy bucket answers 503 now and then
 CONNECT_SECONDS, READ_SECONDS, WRITE_SECONDS = 5.0, 5.0, 20.0  # a request without a byte for so long is tried again
 PART = 64 * 2**20
+LISTS_AT_ONCE = 8  # folders; a client holds 10 connections
 SINGLE_REQUEST = 2**30  # larger objects go up in parts
 
 Options = tuple[tuple[str, str], ...]  # endpoint_override, scheme, region, where the path ends with ?name=value&…
@@ -55,6 +58,47 @@ def write(path: str, data: bytes) -> None:
         _client(options, _environment()).upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
     except (S3UploadFailedError, BotoCoreError, ClientError) as error:
         raise OSError(f"no answer in {ATTEMPTS} attempts that takes it: {error}") from error
+
+
+def size_and_version(path: str) -> tuple[int, int]:
+    """Bytes of one object, and a number made of its ETag. Raises FileNotFoundError, and OSError where the bucket refuses."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key, options = split(path)
+    try:
+        found = _client(options, _environment(), reading=True).head_object(Bucket=bucket, Key=key)
+    except (BotoCoreError, ClientError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+            raise FileNotFoundError(path) from error
+        raise OSError(f"AWS Error: {error}") from error
+    return int(found["ContentLength"]), _version(found["ETag"])
+
+
+def list_objects(path: str) -> list[tuple[str, int, int]]:
+    """Every object below `path`, in any order: its key relative to `path`, its bytes, and a number made of its ETag, which Arrow does
+    not tell. The folders directly below are listed side by side. Raises OSError where the bucket refuses."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key, options = split(path)
+    start = f"{key}/" if key else ""
+    pages = _client(options, _environment(), reading=True).get_paginator("list_objects_v2")
+
+    def below(prefix: str) -> list[dict[str, Any]]:
+        return list(pages.paginate(Bucket=bucket, Prefix=prefix))
+
+    try:
+        top = list(pages.paginate(Bucket=bucket, Prefix=start, Delimiter="/"))
+        folders = [one["Prefix"] for page in top for one in page.get("CommonPrefixes", [])]
+        with ThreadPoolExecutor(LISTS_AT_ONCE) as pool:
+            found = [one for each in (top, *pool.map(below, folders)) for page in each for one in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(f"AWS Error: {error}") from error
+    objects = [one for one in found if not one["Key"].endswith("/")]  # such an object stands for an empty folder
+    return [(one["Key"][len(start) :], int(one["Size"]), _version(one["ETag"])) for one in objects]
+
+
+def _version(etag: str) -> int:
+    return int.from_bytes(hashlib.sha256(etag.strip('"').encode()).digest()[:8], "big") >> 1
 
 
 def refused(error: BaseException) -> bool:
@@ -105,13 +149,21 @@ def _filesystem(bucket: str, options: Options, environment: Options) -> fs.S3Fil
 
 
 @lru_cache(maxsize=16)
-def _client(options: Options, environment: Options) -> Any:
+def _client(options: Options, environment: Options, reading: bool = False) -> Any:
+    """`reading`: without credentials the requests are not signed, as Arrow's are not: a public bucket answers them."""
     import boto3
+    from botocore import UNSIGNED
     from botocore.config import Config
 
     chosen = dict(options)
     endpoint = chosen.get("endpoint_override")
     if endpoint and "://" not in endpoint:
         endpoint = f"{chosen.get('scheme', 'https')}://{endpoint}"
-    config = Config(retries={"mode": "standard", "max_attempts": ATTEMPTS}, connect_timeout=CONNECT_SECONDS, read_timeout=WRITE_SECONDS)
-    return boto3.session.Session().client("s3", endpoint_url=endpoint, region_name=chosen.get("region"), config=config)
+    session = boto3.session.Session()
+    config = Config(
+        retries={"mode": "standard", "max_attempts": ATTEMPTS},
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=WRITE_SECONDS,
+        signature_version=UNSIGNED if reading and session.get_credentials() is None else None,
+    )
+    return session.client("s3", endpoint_url=endpoint, region_name=chosen.get("region"), config=config)

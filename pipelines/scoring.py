@@ -45,8 +45,13 @@ class RealImages:
         return len(self.rows)
 
     def identity(self) -> dict[str, Any]:
-        keys = storage.digest("\n".join(row.key for row in self.rows).encode())
-        return {"kind": "images", "size": self.images.size, "keys": keys}
+        """By keys and sizes in bytes, wherever the images lie."""
+        keys = storage.digest("\n".join(f"{row.key} {row.size}" for row in self.rows).encode())
+        return {"kind": "images", "size": self.images.size, "exif": self.images.exif, "keys": keys}
+
+    def versions(self) -> str:
+        """A digest of the times at which the images' files were written."""
+        return storage.digest(np.array([row.version for row in self.rows], "<i8").tobytes())
 
     def read(self, start: int, stop: int) -> np.ndarray:
         found = []

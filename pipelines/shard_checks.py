@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from pipelines import storage
 from pipelines.errors import UserError
 
@@ -15,12 +17,10 @@ REPAIR = "run `mar cache` with the same settings, which makes exactly these shar
 
 
 def condemn(path: str, names: Sequence[str]) -> None:
-    """Mark these shards of the cache at `path` as damaged: nothing reads the cache until the next run of the stage has made them again.
-    Without their records, and without the summary, they are not finished."""
+    """Mark these shards of the cache at `path` as damaged: nothing reads the cache until the next run of the stage has made them again,
+    for their checksums are not those of their records, and without its summary the cache is not finished."""
     storage.write_json(storage.join(path, CONDEMNED), {"format_version": 1, "shards": sorted({*condemned(path), *names})})
     storage.delete(storage.join(path, "summary.json"))
-    for name in names:
-        storage.delete(storage.join(path, FOLDER, name.removesuffix(".arrow") + ".json"))
 
 
 def condemned(path: str) -> list[str]:
@@ -46,10 +46,16 @@ def compare(path: str, entry: dict[str, Any]) -> None:
     """Read a shard of the cache at `path` and compare it with its entry in the manifest. Raises UserError where it is another one."""
     file = storage.join(path, FOLDER, entry["name"])
     check_size(file, entry["bytes"])
-    compare_data(path, entry, storage.read_bytes(file))
+    compare_data(path, entry, mapped(storage.filesystem(file)[1]))  # only copies of what is on S3 are opened
 
 
-def compare_data(path: str, entry: dict[str, Any], data: bytes) -> None:
+def mapped(file: str) -> memoryview:
+    """The bytes of a local file that is not empty, as a memory map: to read them copies nothing, and holds no lock."""
+    with pa.memory_map(file) as source:
+        return memoryview(source.read_buffer())
+
+
+def compare_data(path: str, entry: dict[str, Any], data: bytes | memoryview) -> None:
     """As `compare`, of bytes that were read from the cache at `path`; the shard is marked as damaged before the error is raised."""
     found = storage.digest(data)
     if found == entry["sha256"]:

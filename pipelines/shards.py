@@ -7,18 +7,21 @@ all, and the same by whoever makes it, so that it does no harm when two do.
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from pipelines import storage
 from pipelines.cluster import cluster_resources
-from pipelines.encoding import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record
+from pipelines.encoding import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record, read, read_image_digests
 from pipelines.images import ImageSettings
 from pipelines.latents import SHARDS, shard_name
 from pipelines.progress import MetricsChannel
 from pipelines.sources.table import ImageRows
 
 CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
+READS_AT_ONCE = 16  # threads of one task that read images again
 CHECKED_TOGETHER = 32  # finished shards compared with their checksums by one task
 RESERVED = 0.5  # share of the cluster's CPUs that encoders reserve: those of a lost node fit on what is left
 
@@ -81,6 +84,49 @@ def _finished_records(images: ImageSettings, path: str, rows: ImageRows, shards:
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
         found = pool.map(lambda one: (one.index, finished_record(images, path, rows, one.index, one.start)), shards)
         return [(index, record) for index, record in found if record is not None]
+
+
+@dataclass
+class Compared:
+    """Rows whose images were read again: `changed` have other bytes, of `unknown` no digest is kept, `equal` counts the others."""
+
+    equal: int = 0
+    changed: list[int] = field(default_factory=list)
+    unknown: list[int] = field(default_factory=list)
+
+
+def compare_images(
+    images: ImageSettings, path: str, rows: ImageRows, shards: dict[int, Shard], places: np.ndarray, done: Callable[[int], None]
+) -> Compared:
+    """Read the images of the rows `places` (sorted) again, on all nodes, and compare them with the digests in the records of their
+    shards. Those of shards that are not finished yet are passed over. `done` is told how many rows are through."""
+    import ray
+
+    shared, through, whole = ray.put(rows), 0, Compared()
+    task = ray.remote(num_cpus=_share(1), scheduling_strategy="SPREAD")(_compare_images)
+    parts = [(one, places[np.searchsorted(places, one.start) : np.searchsorted(places, one.stop)].tolist()) for one in shards.values()]
+    for reference, count in [
+        (task.remote(images, path, shared, shard.index, shard.start, mine), len(mine)) for shard, mine in parts if mine
+    ]:
+        found: Compared = ray.get(reference)
+        whole.equal += found.equal
+        whole.changed += found.changed
+        whole.unknown += found.unknown
+        through += count
+        done(through)
+    return whole
+
+
+def _compare_images(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int, places: list[int]) -> Compared:
+    digests = read_image_digests(path, index)
+    if digests is None:
+        return Compared()
+    if not digests:
+        return Compared(unknown=places)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = list(pool.map(lambda place: read(images, rows[place])[1], places))
+    changed = [place for place, digest in zip(places, found, strict=True) if digest != digests[place - start]]
+    return Compared(len(places) - len(changed), changed)
 
 
 def make(

@@ -88,17 +88,22 @@ def make_directory(path: str) -> None:
     system.create_dir(inner, recursive=True)
 
 
-def modified(path: str) -> int:
-    """When a file was written, in nanoseconds; raises FileNotFoundError."""
+def size_and_version(path: str) -> tuple[int, int]:
+    """Bytes of one file, and a number that changes when it is written: its time of modification in nanoseconds, on S3 63 bits of the
+    SHA-256 of its ETag. Raises FileNotFoundError."""
+    if path.startswith("s3://"):
+        return s3.size_and_version(path)
     system, inner = filesystem(path)
     info = system.get_file_info(inner)
-    if info.type == fs.FileType.NotFound:
+    if info.type != fs.FileType.File:
         raise FileNotFoundError(path)
-    return int(info.mtime_ns)
+    return int(info.size), int(info.mtime_ns)
 
 
 def read_bytes(path: str) -> bytes:
     system, inner = filesystem(path)
+    if isinstance(system, fs.LocalFileSystem):
+        return Path(inner).read_bytes()  # at once; Arrow's stream reads piece by piece, at a twentieth of the speed
     with system.open_input_stream(inner) as stream:
         return bytes(stream.read())
 
@@ -159,7 +164,7 @@ def delete(path: str) -> None:
         system.delete_file(inner)
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     """SHA-256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

@@ -15,6 +15,7 @@ from pipelines.precision import resolved
 from pipelines.progress import Bar, MetricsChannel
 from pipelines.records import damaged
 from pipelines.settings import identity, identity_of, operational
+from pipelines.source_changes import check_source, remember_source
 from pipelines.stage import Stage
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
@@ -101,6 +102,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
     listing = list_images(images) if tokenizer.kind == "kl" else None
     identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
+    if listing is not None:
+        check_source(path, "tokenizer.path", images.source, listing, identity, stage)
     summary = stage.begin(path, identity)
     if summary is not None:
         check_tokenizer_files(path)
@@ -110,6 +113,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             summary = stage.complete(path, identity, {"images": 0})
         return summary
     if summary is None:
+        remember_source(path, listing)
         if not storage.exists(storage.join(path, RESULT)):
             require_workers({"tokenizer.workers": tokenizer.workers}, stage.cluster)
             progress = storage.join(path, PROGRESS)

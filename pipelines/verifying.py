@@ -12,13 +12,14 @@ import pyarrow as pa
 import torch
 
 from pipelines import storage
-from pipelines.caching import LISTING, REJECTED, read_rejected
+from pipelines.caching import REJECTED, read_rejected
 from pipelines.encoding import Encoder, decode_row, read_record
 from pipelines.errors import DamagedFileError, UserError
 from pipelines.images import ImageSettings, kept_listing
 from pipelines.inspecting import check_tokenizer, spread
 from pipelines.latents import MANIFEST, SHARDS, LatentCache, Manifest
 from pipelines.records import damaged
+from pipelines.source_changes import LISTING
 from pipelines.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summary
 
 CHECKS_AT_ONCE = 4
@@ -28,11 +29,13 @@ TOLERANCE = {"float32": 0.01, "tf32": 0.05, "bf16": 0.5}
 
 @dataclass(frozen=True)
 class Sampled:
-    """Images encoded again: how many, and the largest difference of a posterior mean in standard deviations of the latents."""
+    """Images encoded again: how many, and the largest difference of a posterior mean in standard deviations of the latents; keys and
+    differences of the images where it is more than `allowed`, the largest first."""
 
     images: int
     largest: float
     allowed: float
+    differing: list[tuple[str, float]]
 
 
 def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
@@ -98,7 +101,8 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     keys = listing.rows.column("key")
     places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
     pixels = []
-    for key in cache.keys(rows):
+    sampled = cache.keys(rows)
+    for key in sampled:
         decoded = decode_row(images, listing.rows[places[key]])
         if decoded.pixels is None:
             raise UserError(f"image {key} of {images.source!r} can't be used any more: {decoded.reason}; the source has changed")
@@ -107,13 +111,16 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     encoder = Encoder(tokenizer, precision, manifest.dtype, device)
     found = torch.cat([encoder.encode(torch.stack(pixels[start : start + 8])) for start in range(0, len(rows), 8)], dim=1).cpu().numpy()
     std = np.array(manifest.latent_std)[:, None, None]
-    largest = 0.0
+    apart = np.zeros(len(rows))
     for mirrored in (False, True):
         there = cache.take(rows, np.full(len(rows), mirrored))[0]
         expected = found[int(mirrored)].astype(manifest.dtype)
         difference = np.abs(there.astype(np.float64) - expected.astype(np.float64))[:, : manifest.latent_channels] / std
-        largest = max(largest, float(difference.max()))
-    return Sampled(len(rows), largest, TOLERANCE[precision] + _rounding(manifest))
+        apart = np.maximum(apart, difference.max(axis=(1, 2, 3)))
+    allowed = TOLERANCE[precision] + _rounding(manifest)
+    order = np.argsort(-apart, kind="stable").tolist()
+    differing = [(sampled[one], float(apart[one])) for one in order if not apart[one] <= allowed]
+    return Sampled(len(rows), float(apart.max()), allowed, differing)
 
 
 def _rounding(manifest: Manifest) -> float:

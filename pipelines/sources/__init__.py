@@ -13,6 +13,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.sources.ilsvrc import list_ilsvrc
@@ -40,24 +42,28 @@ class Source:
 
     @property
     def stamp(self) -> str:
-        """Tells whether tars or Parquet files are the same ones as before (names, sizes, times of writing); empty of a tree, whose
-        listing is that of its files."""
-        if self.form == "imagefolder":
-            return ""
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            times = list(pool.map(lambda one: storage.modified(storage.join(self.root, one[0])), self.files))
-        return storage.digest(json.dumps([self.form, self.files, times]).encode())
+        """Tells whether tars or Parquet files are the same ones as before (names, sizes, versions); empty of a tree, whose listing is
+        that of its files."""
+        return "" if self.form == "imagefolder" else storage.digest(json.dumps([self.form, sorted(self.files)]).encode())
 
     def images(self, parts: bool = False) -> Listed:
         """All images, in any order. `parts`: the folders of a tree are `part/class`. Raises UserError where a file has not its form."""
-        names = sorted(name for name, _ in self.files)
+        names = sorted(name for name, *_ in self.files)
         if self.form == "ilsvrc":
-            return list_ilsvrc(names[0], storage.join(self.root, names[0]))
+            return self._with_versions(list_ilsvrc(names[0], storage.join(self.root, names[0])))
         if self.form == "webdataset":
-            return list_webdataset(self.root, names)
+            return self._with_versions(list_webdataset(self.root, names))
         if self.form == "parquet":
-            return list_parquet(self.root, names)
+            return self._with_versions(list_parquet(self.root, names))
         return list_imagefolder(self.files, parts)
+
+    def _with_versions(self, found: Listed) -> Listed:
+        """The version of an image is that of the file it lies in."""
+        versions = {name: version for name, _, version in self.files}
+        files = found.table.column("file").combine_chunks()
+        known = pa.array([versions[name] for name in files.dictionary.to_pylist()], pa.int64())
+        place = found.table.schema.get_field_index("version")
+        return Listed(found.table.set_column(place, "version", known.take(files.indices)), found.class_names)
 
 
 def find_source(source: str, form: str = "auto") -> Source:
@@ -92,7 +98,7 @@ def read(source: str, row: ImageRow) -> bytes:
     """The encoded bytes of one image. Raises OSError when they can't be read."""
     path = storage.join(root_of(source), row.file or row.key)
     if row.file.endswith(".parquet"):
-        return _row_groups.image(path, row.offset) or b""
+        return _row_groups.image(path, row.offset, row.version) or b""
     return storage.read_bytes(path) if row.offset < 0 else storage.read_range(path, row.offset, row.size)
 
 
@@ -128,12 +134,13 @@ def _missing(source: str) -> list[str]:
 def _sized(source: str, root: str) -> Files:
     paths = expanded(source)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return [(path[len(root) :].lstrip("/"), size) for path, size in zip(paths, pool.map(storage.size, paths), strict=True)]
+        found = pool.map(storage.size_and_version, paths)
+        return [(path[len(root) :].lstrip("/"), *one) for path, one in zip(paths, found, strict=True)]
 
 
 def _form(root: str, files: Files) -> str:
     """By what is there: images anywhere make a tree; else Parquet files, else tars, of which a single one may hold tars."""
-    names = [name for name, _ in files]
+    names = [name for name, *_ in files]
     if any(name.lower().endswith(SUFFIXES) for name in names):
         return "imagefolder"
     if any(name.endswith(".parquet") for name in names):

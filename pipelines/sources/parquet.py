@@ -76,35 +76,37 @@ class RowGroups:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._ends: dict[str, list[int]] = {}  # of each file, the rows up to and with each row group
-        self._groups: OrderedDict[tuple[str, int], Future[Any]] = OrderedDict()
+        self._ends: dict[tuple[str, int], list[int]] = {}  # of each version of a file, the rows up to and with each row group
+        self._groups: OrderedDict[tuple[str, int, int], Future[Any]] = OrderedDict()
 
-    def image(self, path: str, row: int) -> bytes | None:
-        """The encoded bytes of one row; None where the row has none."""
+    def image(self, path: str, row: int, version: int) -> bytes | None:
+        """The encoded bytes of one row of this version of a file; None where the row has none."""
         with self._lock:
-            ends = self._ends.get(path) or self._read_ends(path)
+            ends = self._ends.get((path, version)) or self._read_ends(path, version)
             number = bisect_right(ends, row)
-            future = self._groups.get((path, number))
+            key = (path, version, number)
+            future = self._groups.get(key)
             mine = future is None
             if future is None:
-                future = self._groups[path, number] = Future()
+                future = self._groups[key] = Future()
                 while len(self._groups) > KEPT_ROW_GROUPS:
                     self._groups.popitem(last=False)
             else:
-                self._groups.move_to_end((path, number))
+                self._groups.move_to_end(key)
         if mine:
             try:
                 group = _open(path).read_row_group(number, columns=["image.bytes"])
                 future.set_result(group.column("image").combine_chunks().field("bytes"))
             except BaseException as error:
                 with self._lock:
-                    self._groups.pop((path, number), None)
+                    self._groups.pop(key, None)
                 future.set_exception(error)
         first = ends[number - 1] if number else 0
         found: bytes | None = future.result()[row - first].as_py()
         return found
 
-    def _read_ends(self, path: str) -> list[int]:
+    def _read_ends(self, path: str, version: int) -> list[int]:
         metadata = _open(path).metadata
-        self._ends[path] = list(accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))
-        return self._ends[path]
+        ends = list(accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))
+        self._ends[path, version] = ends
+        return ends

@@ -14,6 +14,7 @@ SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of the first byte in the file, −1: the whole file; in a Parquet file the number of the row
         ("size", pa.int64()),  # bytes; −1: not known before it is read (Parquet)
         ("reason", pa.string()),  # why the image can't be used, where the listing knows already; null: it may be
+        ("version", pa.int64()),  # of the file it lies in (see `storage.size_and_version`); null: not known
     ]
 )
 
@@ -37,6 +38,7 @@ class ImageRow:
     offset: int = -1
     size: int = -1
     reason: str = ""
+    version: int = -1
 
 
 class ImageRows(Sequence[ImageRow]):
@@ -74,10 +76,10 @@ class ImageRows(Sequence[ImageRow]):
 
 
 def _rows(table: pa.Table) -> list[ImageRow]:
-    columns = [table.column(name).to_pylist() for name in ("key", "label", "held_out", "file", "offset", "size", "reason")]
+    columns = [table.column(name).to_pylist() for name in ("key", "label", "held_out", "file", "offset", "size", "reason", "version")]
     return [
-        ImageRow(key, -1 if label is None else label, held_out, file or "", offset, size, reason or "")
-        for key, label, held_out, file, offset, size, reason in zip(*columns, strict=True)
+        ImageRow(key, -1 if label is None else label, held_out, file or "", offset, size, reason or "", -1 if version is None else version)
+        for key, label, held_out, file, offset, size, reason, version in zip(*columns, strict=True)
     ]
 
 
@@ -88,9 +90,10 @@ def listed(
     offsets: Sequence[int],
     sizes: Sequence[int],
     reasons: Sequence[str | None],
+    versions: Sequence[int | None] | None = None,
 ) -> pa.Table:
-    """The table of these columns."""
-    columns = (keys, labels, files, offsets, sizes, reasons)
+    """The table of these columns; where images lie in larger files, `Source.images` adds the versions."""
+    columns = (keys, labels, files, offsets, sizes, reasons, [None] * len(keys) if versions is None else versions)
     arrays = [
         pa.array(values, pa.string()).dictionary_encode() if pa.types.is_dictionary(field.type) else pa.array(values, field.type)
         for values, field in zip(columns, SCHEMA, strict=True)

@@ -84,7 +84,7 @@ def test_an_unknown_command_names_the_nearest(mar: Mar) -> None:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]:
-    """Put `work(**sections)` in the place of the stage train, and an open stage without Ray around it."""
+    """Put `work(**sections)` in the place of the stages train and cache, and an open stage without Ray around it."""
     calls: list[dict[str, Any]] = []
 
     def function(**sections: Any) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr("pipelines.stage.open_stage", Opened)
-    monkeypatch.setattr(stages.importlib, "import_module", lambda _: SimpleNamespace(train=function))
+    monkeypatch.setattr(stages.importlib, "import_module", lambda _: SimpleNamespace(train=function, cache=function))
     return calls
 
 
@@ -121,6 +121,13 @@ def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatc
     assert "0.1235" in result.out
     assert "rows noise" in result.out
     assert "297.5" in result.out
+
+
+def test_the_cache_is_asked_to_read_every_image_again(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, lambda: {"images": 1})
+    assert [mar("cache", *options, "--preset", "demo").status for options in ((), ("--check",))] == [0, 0]
+    assert [call["check"] for call in calls] == [False, True]
+    assert set(calls[0]) == {"images", "tokenizer", "cache", "stage", "check"}
 
 
 def test_a_user_error_in_a_worker_is_a_user_error(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +192,8 @@ def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
     module, _, function = STAGES[name].function.partition(":")
     there = getattr(importlib.import_module(module), function, None)
     assert there is not None, f"{STAGES[name].function} is not there"
-    assert set(inspect.signature(there).parameters) == {*STAGES[name].sections, "stage"}
+    needed = {one.name for one in inspect.signature(there).parameters.values() if one.default is one.empty}
+    assert needed == {*STAGES[name].sections, "stage"}
 
 
 def test_quickstart_takes_every_section() -> None:

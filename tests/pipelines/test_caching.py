@@ -17,7 +17,7 @@ from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_t
 from pipelines import storage
 from pipelines.caching import CacheSettings, cache
 from pipelines.cluster import ClusterSettings
-from pipelines.encoding import EncodingJob, ShardEncoder
+from pipelines.encoding import EncodingJob, ShardEncoder, read_image_digests, read_record
 from pipelines.errors import UserError
 from pipelines.images import ImageSettings, decode, list_images, read_image, to_model
 from pipelines.latents import LatentCache
@@ -222,8 +222,10 @@ def test_an_image_mended_in_its_parquet_file_is_tried_again(
     assert (summary["rejected"], summary["images"]) == (0, 12)
     assert (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns == before
     write_parquet(tmp_path / "source", {**pictures, "b/07.png": png(99)})
-    with pytest.raises(UserError, match=r"images\.train_listing"):  # one that nobody had rejected
+    with pytest.raises(UserError, match=r"holds now: 1 changed \(train-00001/00000001\)\. Give another cache\.path"):  # not rejected
         cache(options, tokenizer, settings, stage)
+    write_parquet(tmp_path / "source", pictures, row_group=2)  # the same images, laid out otherwise
+    assert cache(options, tokenizer, settings, stage) == summary
 
 
 @pytest.mark.long
@@ -265,8 +267,15 @@ def test_another_source_and_another_tokenizer_are_refused(
 ) -> None:
     shutil.copytree(images.source, tmp_path / "source")
     (tmp_path / "source" / "a" / "00.png").rename(tmp_path / "source" / "c" / "00.png")
-    with pytest.raises(UserError, match=r"different: images\.train_listing"):
+    (tmp_path / "source" / "b" / "17.png").write_bytes(png(0) + b"x")
+    (tmp_path / "source" / "b" / "18.png").unlink()
+    with pytest.raises(UserError) as told:
         cache(replace(images, source=str(tmp_path / "source")), tokenizer, built, stage)
+    assert told.value.text == (
+        f"{built.path} was made of other images than images.source {str(tmp_path / 'source')!r} holds now: 1 changed (b/17.png); 1 added "
+        "(c/00.png); 2 missing (a/00.png, b/18.png). Give another cache.path, delete that directory to make it of these images, or bring "
+        "the former images back"
+    )
     other = KLAutoencoder(KLConfig(channels=3, width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1))
     save_tokenizer(other, tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"different: tokenizer\.digest"):
@@ -327,7 +336,8 @@ def test_moments_beyond_float16_reject_the_image(images: ImageSettings, tokenize
         encode, calls = encoder.encoder.tokenizer.encode, iter([1e6, 1.0, 1.0, 1.0, 1.0, 1.0])  # the first image alone, not its mirror
         encoder.encoder.tokenizer.encode = lambda pixels, encode=encode, calls=calls: encode(pixels) * next(calls)  # type: ignore[method-assign,misc]
         record, _ = encoder.make(0, 0, 2)
-        assert record == storage.read_json(str(tmp_path / dtype / "shards" / "shard-00000.json"))
+        assert record == read_record(str(tmp_path / dtype / "shards" / "shard-00000.json"))
+        assert read_image_digests(str(tmp_path / dtype), 0) == [storage.digest(read_image(images, row)) for row in rows]
         assert record["rows"] == left
         assert [one["reason"] for one in record["rejected"]] == ["the tokenizer's moments are not finite in float16"] * (2 - left)
 

@@ -70,6 +70,17 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     assert "3 of 3 shards are as the manifest says" in out
     assert "✓ 20 images encoded again" in out
 
+    other = tmp_path / "images"
+    shutil.copytree(made / "images", other)
+    for key in ("a/00.png", "b/05.png"):
+        (other / key).write_bytes(encoded(16, 17, 99))
+    with pytest.raises(Exception, match="1"):
+        verify_command(str(made / "cache"), sample=20, source=str(other))
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[1] for line in lines[2:]) == ["a/00.png", "b/05.png"]
+    largest = float(lines[2].split()[0])
+    assert lines[1].startswith(f"✗ 20 images encoded again: at most {largest:.2g} standard deviations apart (0.01")
+
     copy = tmp_path / "cache"
     shutil.copytree(made / "cache", copy)
     whole = {path.name: path.read_bytes() for path in (copy / "shards").glob("*.arrow")}

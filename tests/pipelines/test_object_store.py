@@ -121,6 +121,22 @@ def test_every_form_of_source_on_s3(server: FaultyS3, tmp_path: Path) -> None:
         assert [read_image(settings, row) for row in rows] == [IMAGES[key] for key in sorted(IMAGES)]
 
 
+def test_an_objects_version_is_that_of_its_bytes(server: FaultyS3) -> None:
+    for key in ("a/1.png", "a/b/2.png", "c/3.png", "top.txt"):
+        storage.write_bytes(f"s3://data/versions/{key}", key.encode())
+    first = {key: (size, version) for key, size, version in s3.list_objects("s3://data/versions")}
+    assert {key: size for key, (size, _) in first.items()} == {"a/1.png": 7, "a/b/2.png": 9, "c/3.png": 7, "top.txt": 7}
+    assert storage.size_and_version("s3://data/versions/a/1.png") == first["a/1.png"]
+    storage.write_bytes("s3://data/versions/a/1.png", b"a/1.png")
+    storage.write_bytes("s3://data/versions/c/3.png", b"c/4.png")
+    second = {key: (size, version) for key, size, version in s3.list_objects("s3://data/versions")}
+    assert {key for key in first if first[key] != second[key]} == {"c/3.png"}
+    with pytest.raises(FileNotFoundError):
+        storage.size_and_version("s3://data/versions/absent")
+    settings = ImageSettings(source="s3://data/versions", size=16)
+    assert list_images(settings).rows.column("version").tolist() == [second[key][1] for key in ("a/1.png", "a/b/2.png", "c/3.png")]
+
+
 def test_a_tar_of_small_members_is_listed_with_few_requests(server: FaultyS3, tmp_path: Path) -> None:
     images = {f"a/{number:03d}.png": encoded(60, 60, number) for number in range(150)}  # 1.6 MB of noise
     pattern = write_webdataset(tmp_path, images, shards=1).replace("{000..000}", "000")

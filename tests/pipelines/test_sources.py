@@ -52,6 +52,9 @@ def test_every_form_holds_the_same_images(form: str, images: Images, tmp_path: P
     if form == "parquet":
         assert keys == [f"train-{number >= 5:05d}/{number - 5 * (number >= 5):08d}" for number in range(11)]
     assert list_images(replace(settings, format=form)).digest == listing.digest  # type: ignore[arg-type]
+    root = Path(settings.source) if form == "imagefolder" else (tmp_path / form)
+    times = [(root / (row.file or row.key)).stat().st_mtime_ns for row in listing.rows]
+    assert listing.rows.column("version").tolist() == times
     held_out = list_images(replace(settings, held_out_share=0.4))
     assert 0 < len(held_out.held_out()) < 11
     assert len(held_out.train()) + len(held_out.held_out()) == 11

@@ -65,7 +65,7 @@ def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: T
     assert last[1] < 0.2 * first[1]
     assert summary["psnr_images"] == 16
     assert sorted(storage.list_directory(settings.path)) == [
-        "config.json", "identity.json", "pairs.png", "summary.json", "tokenizer.safetensors", RESULT,
+        "config.json", "identity.json", "listing.arrow", "pairs.png", "summary.json", "tokenizer.safetensors", RESULT,
     ]  # fmt: skip
 
     tokenizer = load_tokenizer(Path(settings.path))
