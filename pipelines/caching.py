@@ -73,7 +73,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         return summary
 
     summary_path = storage.join(cache.path, "summary.json")
-    if storage.exists(summary_path):
+    if storage.exists(storage.join(cache.path, MANIFEST)) or storage.exists(summary_path):
         if lost := lost_file(cache.path):
             stage.say(f"{cache.path} has lost files, which are made again: {lost}")
         storage.delete(summary_path)

@@ -103,6 +103,8 @@ class Stage:
             self._restore(path, identity)
             self.say(f"{path} is complete")
             return summary
+        if summary is None:
+            storage.delete(storage.join(path, SUMMARY))  # a damaged one; nobody else is to meet it while the stage is at work
         storage.make_directory(path)
         storage.write_json(identity_file, identity)
         if self.configuration:

@@ -31,6 +31,8 @@ def kinds(file: str) -> dict[str, Damage]:
     """What can happen to a file of this name."""
     if not file.endswith((".json", ".jsonl")):
         return BINARY
+    if file.endswith("attempts.json"):  # a list, whatever it holds
+        return BINARY | OBJECTS
     return JSON if file.endswith(ANY_OBJECT) else JSON | OBJECTS
 
 
