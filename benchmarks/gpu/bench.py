@@ -1,0 +1,186 @@
+"""What every part of the benchmark works with: the device, the sizes, the time that is left, lines of results, timings."""
+
+import contextlib
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mar_model import MAR, Architecture, MARConfig
+from mar_model.config import PUBLISHED
+from mar_model.ema import WeightAverage
+from mar_model.masking import masked_tokens, mean_mask_ratio
+from mar_model.recipe import initial_weights, micro_batch_draws, parameter_groups
+from mar_model.strategies import Replicated
+from mar_model.tokenizers import KLConfig
+from mar_model.training_step import OptimizerStep, forward_backward
+
+Line = dict[str, Any]
+TINY = {  # --tiny: models in which everything happens and nothing takes long
+    name: Architecture(
+        encoder_depth=2, encoder_width=width, encoder_heads=2, decoder_depth=2, decoder_width=width, decoder_heads=2, buffer_size=4,
+        denoiser_depth=2, denoiser_width=width,
+    )
+    for name, width in (("base", 64), ("large", 80), ("huge", 96))
+}  # fmt: skip
+
+
+def line(kind: str, name: str, summary: str, passed: bool | None = None, **values: Any) -> Line:
+    """One result. `passed` is None for what has no bound, `summary` is what the table shows."""
+    return {"kind": kind, "name": name, "passed": passed, "summary": summary, **values}
+
+
+def within(kind: str, name: str, error: float, bound: float, **values: Any) -> Line:
+    """A line for an error that has to be at most `bound` (NaN is not)."""
+    return line(kind, name, f"error {error:.2e}, bound {bound:.0e}", error <= bound, error=error, bound=bound, **values)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run of the benchmark."""
+
+    device: torch.device
+    tiny: bool
+    deadline: float  # of time.monotonic()
+    peak: float  # FLOP/s of dense bf16 products
+    records: Path
+    release: Path | None
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def backend(self) -> str:
+        """Of torch.compile. On a CPU inductor would compile C++ for minutes: there what dynamo captures runs as it is."""
+        return "inductor" if self.cuda else "eager"
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def config(self, size: str, **changes: Any) -> MARConfig:
+        """Of base, large or huge."""
+        sizes = {"latent_size": 4, "latent_channels": 8, "classes": 10} if self.tiny else {}
+        architecture = TINY[size] if self.tiny else PUBLISHED[f"mar_{size}"]
+        return MARConfig(**{**vars(architecture), **sizes, **changes})
+
+    def kl(self) -> tuple[KLConfig, int]:
+        """The tokenizer and the image's side in pixels."""
+        small = KLConfig(channels=8, width=32, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1)
+        return (small, 32) if self.tiny else (KLConfig(), 256)
+
+    def seconds_for(self, flops: float, share: float = 0.15) -> float:
+        """A cautious estimate: this share of the peak is reached."""
+        return 0.0 if self.tiny else flops / (share * self.peak)
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def clean(self) -> None:
+        """Give back the memory of what is gone."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+
+def float32_products(tf32: bool) -> None:
+    """Whether the GPU may shorten the factors of float32 products and convolutions to 10 bits."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one repetition."""
+
+    median: float
+    low: float
+    high: float
+    repetitions: int
+
+    def values(self) -> dict[str, float]:
+        return {"seconds": self.median, "seconds_min": self.low, "seconds_max": self.high, "repetitions": self.repetitions}
+
+
+def timed(bench: Bench, work: Callable[[], object], *, repetitions: int, at_most: float, inner: int = 1) -> Timing:
+    """`work`, run `inner` times a repetition, until the device has done it; no new repetition begins after `at_most` seconds."""
+    found: list[float] = []
+    began = time.perf_counter()
+    while not found or (len(found) < repetitions and time.perf_counter() - began + found[-1] * inner < at_most):
+        bench.synchronize()
+        start = time.perf_counter()
+        for _ in range(inner):
+            work()
+        bench.synchronize()
+        found.append((time.perf_counter() - start) / inner)
+    return Timing(statistics.median(found), min(found), max(found), len(found))
+
+
+def made_model(bench: Bench, config: MARConfig, filled: bool = False) -> MAR:
+    """The model, made on the device. `filled`: what begins at zero, and would hide what comes before it, is random too."""
+    torch.manual_seed(initial_weights(0))
+    with bench.device:
+        model = MAR(config)
+    if filled:
+        for parameter in model.parameters():
+            if not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def autocast(bench: Bench, precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+class Trainer:
+    """Training steps as the worker takes them, on one micro-batch of random latents whose draws were made beforehand."""
+
+    def __init__(
+        self, bench: Bench, config: MARConfig, images: int, *, precision: str = "bf16", compiled: bool = False, recompute: bool = False,
+        learning_rate: float = 1e-4, masked: int | None = None, steps_apart: bool = False,
+    ) -> None:  # fmt: skip
+        """masked: the mean number by default. steps_apart: dropout's seed changes from step to step."""
+        self.bench, self.config, self.precision, self.steps_apart = bench, config, precision, steps_apart
+        self.masked = masked or masked_tokens(config.tokens, mean_mask_ratio())
+        self.model = made_model(bench, config).train()
+        if compiled:
+            self.model.compile_blocks(bench.backend)
+        if recompute:
+            self.model.recompute_activations()
+        strategy = Replicated(self.model, workers=1)
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=learning_rate, betas=(0.9, 0.95), fused=True)
+        self.average = WeightAverage(self.model, 0.9999, warmup=False)
+        self.optimizer_step = OptimizerStep(self.model, optimizer, [self.average], strategy, 3.0, micro_batches=1, workers=1, requests=2)
+        self.draws, self.seed = micro_batch_draws(config, images, self.masked, seed=0, images_seen=0, micro_batch=0)
+        shape = (images, config.latent_channels, config.latent_size, config.latent_size)
+        self.latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
+        self.labels = torch.arange(images) % config.classes
+        self.steps = 0
+
+    def forward_backward(self) -> tuple[Tensor, Tensor]:
+        """Loss (mean, no dimensions) and whether it is finite, on the device."""
+        loss, _, finite = forward_backward(
+            self.model, self.latents, self.labels, self.masked, self.draws, self.seed + self.steps * self.steps_apart,
+            1 / (self.draws.timesteps.numel()), autocast(self.bench, self.precision),
+        )  # fmt: skip
+        return loss.total.detach().mean(), finite
+
+    def step(self) -> Tensor:
+        """One step; its loss, on the device."""
+        loss, finite = self.forward_backward()
+        self.optimizer_step.settle(self.steps)
+        self.optimizer_step(finite.logical_not().float()[None], [False, False])
+        self.steps += 1
+        return loss
+
+
+def without_dropout(config: MARConfig) -> MARConfig:
+    return replace(config, attention_dropout=0.0, projection_dropout=0.0)
