@@ -34,7 +34,8 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str) -> "FeatureStatistics":
-        """Read our own files and ADM's. Raises UserError when the file is missing or holds no `mu` and `sigma` that fit."""
+        """Read our own files and ADM's. Raises UserError when the file is missing, holds no `mu` and `sigma` that fit, values that are not
+        finite, or statistics of fewer than two images."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
         try:
@@ -45,6 +46,11 @@ class FeatureStatistics:
         shapes = {name: entries[name].shape for name in ("mu", "sigma") if name in entries}
         if len(shapes) < 2 or len(shapes["mu"]) != 1 or shapes["sigma"] != shapes["mu"] * 2:
             raise UserError(f"{path} holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)")
+        for name in shapes:
+            if not np.isfinite(entries[name]).all():
+                raise UserError(f"{path}: {name} holds values that are not finite; compute the statistics again")
+        if "count" in entries and entries["count"] < 2:
+            raise UserError(f"{path} holds statistics of {entries['count']} image(s), expected 2 or more: one image has no covariance")
         return cls(
             mu=entries["mu"].astype(np.float64),
             sigma=entries["sigma"].astype(np.float64),
