@@ -112,16 +112,19 @@ def _train(images: ImageSettings, listing: ImageListing, path: str, seed: int, c
     use_threads(cluster)
     device = default_device()
     train, held_out = listing.train(), listing.held_out()
-    pixels, labels = DecodedImages(images, train).take(np.arange(len(train)))
+    trained = DecodedImages(images, train)
+    pixels, labels = trained.take(np.arange(len(train)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, "classifier").initial_seed())  # initial weights and dropout know no generator argument
         classifier = Classifier(len(listing.class_names)).to(device).to(memory_format=torch.channels_last)
         fit(classifier, pixels, torch.from_numpy(labels), seed)
     classifier.eval()
-    summary: dict[str, Any] = {"images": len(train), "images_held_out": len(held_out)}
+    summary: dict[str, Any] = {"images": len(train) - len(trained.rejected), "images_held_out": 0}
     if held_out:
-        pixels, labels = DecodedImages(images, held_out).take(np.arange(len(held_out)))
-        summary["accuracy_held_out"] = float(np.mean(classifier.predict(pixels) == labels))
+        judged = DecodedImages(images, held_out)
+        pixels, labels = judged.take(np.arange(len(held_out)))
+        right = np.delete(classifier.predict(pixels) == labels, list(judged.rejected))  # in a rejected one's place stands the next
+        summary |= {"images_held_out": len(right), "accuracy_held_out": float(right.mean())}
     with tempfile.TemporaryDirectory() as temporary:
         config = {"format_version": FORMAT_VERSION, "image_size": images.size, "class_names": listing.class_names}
         (Path(temporary) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipelines import samples, storage
+from pipelines import cautions, samples, storage
 from pipelines.classifier import check_classes, classifier_digest
 from pipelines.cluster import require_workers
 from pipelines.errors import UserError
@@ -63,8 +63,10 @@ def evaluate(
 
     `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/` and the
     reference's statistics. Returns the summary: the distance under its network's name and as `frechet_distance`, and where a
-    classifier is given `label_agreement`. Raises UserError for missing weights, checkpoint, reference or classifier.
+    classifier is given `label_agreement`; `caution` where the images are too few for these. Raises UserError for missing weights,
+    checkpoint, reference or classifier, and for fewer than two samples.
     """
+    check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)
     drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False, say=stage.say)
@@ -100,12 +102,17 @@ def evaluate(
     _write_picture(drawing, evaluate, stage)
     if result.out_of_range:
         stage.say(range_warning(result.out_of_range, evaluate.images, drawing))
-    figures = {
+    figures: dict[str, Any] = {
         "images": evaluate.images,
         **metrics,
         "out_of_range": result.out_of_range,
         **drawing.speed(result.drawn, result.seconds),
     }
+    found = cautions.of_evaluation({**figures, "features": evaluate.features, "reference_images": real.count})
+    for caution in found:
+        stage.say(caution)
+    if found:
+        figures["caution"] = "; ".join(found)
     record = {
         "format_version": FORMAT_VERSION,
         **figures,
@@ -133,6 +140,12 @@ def evaluate(
             "reference_images": real.count,
         },
     )
+
+
+def check_count(setting: str, images: int) -> None:
+    """Raise UserError for a number of samples that has no covariance."""
+    if images < 2:
+        raise UserError(f"{setting} is {images}, expected 2 or more: one image has no covariance")
 
 
 def scoring_identity(
@@ -232,7 +245,7 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
     """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
     train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
 
-    Raises UserError as `real_and_noise` does.
+    Where `count` is too small for a distance, a caution is printed. Raises UserError as `real_and_noise` does.
     """
     digest = network_digest(evaluate.features, evaluate.weights)
     record_path = storage.join(evaluate.path, RECORD)
@@ -250,6 +263,8 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
         held_out = statistics.pop("held_out")
         rows = {name: distance(one, held_out) for name, one in statistics.items()}
         finished = stage.complete(path, {**identity, "network": digest}, {"images": count, "features": evaluate.features, **rows})
+    if caution := cautions.of_distance({cautions.ROW_IMAGES: count}, evaluate.features):
+        stage.say(caution)
     return {name: finished[name] for name in sources if name != "held_out"}
 
 

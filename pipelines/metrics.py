@@ -39,8 +39,8 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str) -> "FeatureStatistics":
-        """Read our own files and ADM's. Raises UserError when the file is missing, and DamagedFileError when it holds no `mu` and `sigma`
-        that fit."""
+        """Read our own files and ADM's. Raises UserError when the file is missing or holds statistics of fewer than two images, and
+        DamagedFileError when it holds no `mu` and `sigma` that fit, or values that are not finite."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
         try:
@@ -52,6 +52,11 @@ class FeatureStatistics:
         shapes = {name: entries[name].shape for name in ("mu", "sigma") if name in entries}
         if len(shapes) < 2 or len(shapes["mu"]) != 1 or shapes["sigma"] != shapes["mu"] * 2:
             raise damaged(path, f"it holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)", REMEDY)
+        for name in shapes:
+            if not np.isfinite(entries[name]).all():
+                raise damaged(path, f"{name} holds values that are not finite", REMEDY)
+        if count is not None and count < 2:
+            raise UserError(f"{path} holds statistics of {count} image(s), expected 2 or more: one image has no covariance")
         return cls(
             mu=entries["mu"].astype(np.float64),
             sigma=entries["sigma"].astype(np.float64),

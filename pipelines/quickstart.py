@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mar_model.config import Architecture
-from pipelines import caching, evaluation, storage, sweeping, tokenizing, validating
+from pipelines import caching, cautions, evaluation, storage, sweeping, tokenizing, validating
 from pipelines.attempts import Attempts
 from pipelines.caching import CacheSettings
 from pipelines.classifier import train_classifier
@@ -124,6 +124,7 @@ def quickstart(
             evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
             rows = evaluation.frechet_rows(images, evaluate, seed, compared, child)
 
+        caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
         # Ray's start, the reference's features, the comparison, and what killed attempts had done
         by_stage = {**seconds, "other": max(0.0, attempts.seconds - sum(seconds.values()))}
         summary = {
@@ -135,6 +136,7 @@ def quickstart(
             "classifier_accuracy_real": real["accuracy_held_out"],
             "frechet_distance": rows,
             "frechet_images": compared,
+            **({"caution": caution} if caution else {}),
             "sampling": chosen,
             "resumed": attempts.resumed,
         }
@@ -161,7 +163,13 @@ def _images_compared(images: ImageSettings, listing: ImageListing, evaluate: Eva
             f"{images.source} has {held_out} held-out images, and the quickstart compares what it draws with those: "
             "set images.held_out_share, e.g. 0.1, or images.held_out_folder"
         )
-    return min(FRECHET_IMAGES, held_out, len(listing.train()), evaluate.images)
+    compared = min(FRECHET_IMAGES, held_out, len(listing.train()), evaluate.images)
+    if compared < 2:
+        raise UserError(
+            f"the quickstart compares {len(listing.train())} images to train on, {held_out} held-out images and evaluate.images "
+            f"{evaluate.images}: expected 2 or more of each, since one image has no covariance"
+        )
+    return compared
 
 
 def width_sweep(sweep: SweepSettings, model: Architecture) -> SweepSettings:

@@ -60,7 +60,9 @@ def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest
 
 
 def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", digest: str, stage: Stage) -> list[FeatureStatistics]:
-    """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once."""
+    """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once.
+
+    Prints how many images of a source could not be used. Raises UserError where fewer than two could."""
     paths = [statistics_path(evaluate, source, digest) for source in sources]
     missing = {path: source for path, source in zip(paths, sources, strict=True) if not _is_kept(path, stage)}
     if missing:
@@ -73,7 +75,8 @@ def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", 
                 if len(block["source"]):
                     sums[int(block["source"][0])].merge(FeatureSums.of(block["features"]))
                 bar.update(sum(one.count for one in sums))
-        for path, one in zip(missing, sums, strict=True):
+        for (path, source), one in zip(missing.items(), sums, strict=True):
+            _check_used(source, one.count, stage)
             one.statistics(evaluate.features, digest).save(path)
     return [FeatureStatistics.load(path) for path in paths]
 
@@ -88,6 +91,17 @@ def _is_kept(path: str, stage: Stage) -> bool:
         stage.say(f"{str(error).partition(';')[0]}; the statistics are computed again")
         return False
     return True
+
+
+def _check_used(source: ImageSource, used: int, stage: Stage) -> None:
+    kind = source.identity()["kind"]
+    if used < 2:
+        raise UserError(
+            f"{used} of {len(source):,} {kind} to compare with can be used, expected 2 or more: one image has no covariance; "
+            "give more of them, or name another evaluate.reference"
+        )
+    if used < len(source):
+        stage.say(f"{len(source) - used:,} of {len(source):,} {kind} to compare with can't be used and are left out of the statistics")
 
 
 def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:

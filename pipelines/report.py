@@ -68,6 +68,8 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     """
     from jinja2 import Environment
 
+    from pipelines import cautions  # with torch behind it
+
     path = path.rstrip("/")
     reading = Reading()
     stages = find_stages(path, reading)
@@ -93,6 +95,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         title=path.rpartition("/")[2],
         path=path,
         tiles=key_figures(run, stages),
+        cautions=cautions.of_run(run, [one.summary for one in stages if one.stage == "evaluate"]),
         samples=_samples(path, stages, pictures, run, reading),
         distances=distances(run, stages),
         training=_training(stages, pictures, reading),
@@ -146,11 +149,13 @@ def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str
 
     if (agreement := known.get("label_agreement")) is not None:
         real = known.get("classifier_accuracy_real", known.get("accuracy_held_out"))
-        tile("label agreement", f"{100 * agreement:.1f}\u00a0%", f"real images {100 * real:.1f}\u00a0%" if real is not None else "")
+        count = f"{number(known['images_held_out'])} " if "images_held_out" in known else ""
+        note = f"{count}real images {100 * real:.1f}\u00a0%" if real is not None else ""
+        tile("label agreement", f"{100 * agreement:.1f}\u00a0%", note)
     for row in distances(run, stages)[:1]:
         tile("Fréchet distance", number(row["distance"]), row["name"].replace("_", " "))
     if known.get("psnr_held_out") is not None:
-        tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", "PSNR, held-out images")
+        tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", f"PSNR, {_measured_on(known)}")
     if "loss" in trained:
         tile("training loss", number(trained["loss"]), f"{number(trained['images_seen'])} images seen")
     if "images_per_second" in trained:
@@ -251,7 +256,8 @@ def _tokenizer(stages: list[StageOutput], pictures: Pictures, reading: Reading) 
             points = [(seen, loss) for seen, loss in one.summary.get("loss_curve") or []]
             curve = pictures.add("tokenizer", loss_curve(points)) if len(points) > 1 else None
             pairs = pictures.copy("reconstructions", reading.picture(one.file("pairs.png")))
-            return {"pairs": pairs, "curve": curve, "summary": one.summary} if pairs or curve else None
+            about = {"pairs": pairs, "curve": curve, "summary": one.summary, "measured_on": _measured_on(one.summary)}
+            return about if pairs or curve else None
     return None
 
 
@@ -280,6 +286,11 @@ def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> 
         top = {name: value for name, value in configuration.items() if not isinstance(value, dict)}
         return {**({"run": top} if top else {}), **{name: value for name, value in configuration.items() if isinstance(value, dict)}}
     return {one.name: one.summary["identity"] for one in stages if one.summary.get("identity")}
+
+
+def _measured_on(tokenized: dict[str, Any]) -> str:
+    """The images of `psnr_held_out`; their number is missing in summaries of earlier versions."""
+    return f"{number(tokenized['psnr_images'])} held-out images" if "psnr_images" in tokenized else "held-out images"
 
 
 def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from pipelines.sweep_grid import Trial
 
 
 def row_of(trial: Trial, outcome: dict[str, Any], metric: str) -> dict[str, Any]:
-    """A line of the table: {trial, parameters, metric, metrics, seconds, error}, with NaN for a number that is not finite.
+    """A line of the table: {trial, parameters, metric, metrics, seconds, caution, error}, with NaN for a number that is not finite.
 
     `outcome`: what the trial returned. It failed where it raised an error, and where its `metric` is missing or not finite.
     """
@@ -28,6 +28,7 @@ def row_of(trial: Trial, outcome: dict[str, Any], metric: str) -> dict[str, Any]
         "metric": value if error is None else None,
         "metrics": numbers,
         "seconds": outcome["seconds"],
+        "caution": outcome["metrics"].get("caution", ""),
         "error": error,
     }
 
@@ -52,8 +53,9 @@ def write_table(path: str, rows: list[dict[str, Any]]) -> None:
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *parameters, *metrics, "seconds", "error"])
+    writer.writerow(["trial", *parameters, *metrics, "seconds", "caution", "error"])
     for row in rows:
         numbers = [nan_for_null(row["metrics"]).get(name, "") for name in metrics]
-        writer.writerow([row["trial"], *(row["parameters"][name] for name in parameters), *numbers, row["seconds"], row["error"] or ""])
+        ending = [row["seconds"], row.get("caution", ""), row["error"] or ""]
+        writer.writerow([row["trial"], *(row["parameters"][name] for name in parameters), *numbers, *ending])
     storage.write_bytes(storage.join(path, "table.csv"), text.getvalue().encode())

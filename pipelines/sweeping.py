@@ -67,11 +67,13 @@ def sweep(
 ) -> dict[str, Any]:
     """Run every combination of `sweep.parameters` as a Tune trial; trials that an earlier attempt finished are not run again.
 
-    Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, error), `best` (trial, parameters, metric).
+    Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, caution, error), `best` (trial, parameters, metric).
     A failed trial is a row with its reason, and is run again when the sweep is. Raises UserError for a parameter or metric that
     does not exist, a trial that the cluster can't hold, or when every trial failed.
     """
     check_metric(sweep, evaluate)
+    if _is_scored(sweep):
+        evaluation.check_count("sweep.images", sweep.images)
     if sweep.over == "generate":
         checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
         if checkpoint is None:
@@ -115,6 +117,8 @@ def sweep(
         stage.artifact(storage.join(sweep.path, "table.csv"))
         stage.artifact(storage.join(sweep.path, "sweep.png"))
     stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
+    if caution := best.get("caution"):
+        stage.say(caution)
     return stage.complete(
         sweep.path,
         identity,
@@ -125,6 +129,7 @@ def sweep(
             "trials": len(ordered),
             "failed": sum(row["error"] is not None for row in ordered),
             "best": {key: best[key] for key in ("trial", "parameters", "metric")},
+            **({"caution": caution} if caution else {}),
             "rows": ordered,
         },
     )

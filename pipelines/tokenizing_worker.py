@@ -134,10 +134,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
                 torch.distributed.all_reduce(means)
             loss, error, kl = means.tolist()
             if not math.isfinite(loss):
-                raise UserError(
-                    f"training the tokenizer diverged (loss {loss} at {images_seen} images); lower tokenizer.learning_rate, "
-                    f"now {settings.learning_rate:g}, and give another tokenizer.path"
-                )
+                raise diverged(f"loss {loss} at {images_seen} images", settings)
             curve.append([images_seen, loss])
             speed = (images_seen - first) / (time.perf_counter() - began)
             row = {"loss": loss, "squared_error": error, "kl": kl, "learning_rate": rate, "images_per_second": speed}
@@ -147,7 +144,9 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
         if worker == 0 and (ended or _crosses(images_seen, settings.batch, settings.checkpoint_images)):
             save_progress(settings.path, tokenizer, optimizer, images_seen, curve)
     if worker == 0:
-        figures = {"loss": curve[-1][1], "images_per_second": round((images_seen - first) / (time.perf_counter() - began), 3)}
+        figures = {"loss": curve[-1][1]}
+        if images_seen > first:  # else a killed run had trained on all of them
+            figures["images_per_second"] = round((images_seen - first) / (time.perf_counter() - began), 3)
         write_result(job, tokenizer.eval(), listing, {**figures, "rejected": len(train.rejected), "loss_curve": curve})
 
 
@@ -221,7 +220,8 @@ def read_progress(file: str) -> tuple[dict[str, Tensor], int, list[list[float]]]
 
 @torch.no_grad()
 def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageListing, figures: dict[str, Any]) -> None:
-    """Measure PSNR, and write the tokenizer, the picture of pairs, and `training.json` last of all."""
+    """Measure PSNR, and write the tokenizer, the picture of pairs, and `training.json` last of all. Images that can't be used are not
+    counted. Raises UserError for a tokenizer that does not reconstruct finite numbers: the last step may have made it so."""
     path = job.tokenizer.path
     part = "held_out" if listing.held_out() else "train"
     rows = listing.held_out() or listing.train()
@@ -236,16 +236,28 @@ def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageList
         originals, _ = images.take(indices)
         with autocast(job.tokenizer.precision, device):
             moments = tokenizer.encode(to_model(originals).to(device))
-            reconstructions = to_uint8(tokenizer.decode(moments[:, : tokenizer.channels]))
-        decibels.append(psnr(originals, reconstructions))
+            decoded = tokenizer.decode(moments[:, : tokenizer.channels])
+        if not bool(decoded.isfinite().all()):
+            raise diverged(f"its reconstructions are not finite after {job.tokenizer.images} images", job.tokenizer)
+        reconstructions = to_uint8(decoded)
+        used = [index not in images.rejected for index in indices.tolist()]  # in a rejected one's place stands the next
+        decibels.append(psnr(originals, reconstructions)[used])
         pairs += [np.stack([originals[i - start], reconstructions[i - start]]) for i in indices if i in shown]
     with tempfile.TemporaryDirectory() as temporary:
         save_tokenizer(tokenizer, Path(temporary))
         for name in ("tokenizer.safetensors", "config.json"):
             storage.write_bytes(storage.join(path, name), (Path(temporary) / name).read_bytes())
     storage.write_bytes(storage.join(path, "pairs.png"), pairs_picture(np.stack(pairs)))
-    quality = {f"psnr_{part}": round(float(np.concatenate(decibels).mean()), 4), "psnr_images": len(rows)}
+    measured = np.concatenate(decibels)
+    quality = {f"psnr_{part}": round(float(measured.mean()), 4), "psnr_images": len(measured)}
     storage.write_json(storage.join(path, RESULT), {**quality, **figures})
+
+
+def diverged(found: str, settings: "TokenizerSettings") -> UserError:
+    return UserError(
+        f"training the tokenizer diverged ({found}); lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another "
+        "tokenizer.path"
+    )
 
 
 def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:

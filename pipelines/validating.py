@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mar_model.config import Architecture
-from pipelines import samples, storage, training
+from pipelines import cautions, samples, storage, training
 from pipelines.caching import CacheSettings
 from pipelines.checkpoints import VALIDATION
 from pipelines.cluster import ClusterSettings, default_device, require_workers, worker_resources
-from pipelines.errors import UserError
-from pipelines.evaluation import EvaluateSettings, distance, metric_name
+from pipelines.evaluation import EvaluateSettings, check_count, distance, metric_name
 from pipelines.features import DIMENSIONS, load_network, network_digest
 from pipelines.generation import GenerateSettings, plan_drawing
 from pipelines.generation_worker import LoadedModel
@@ -57,15 +56,17 @@ def plan_validation(
     Raises UserError for a reference or weights that are missing, and for a cluster without room beside the training workers.
     """
     cluster = stage.cluster
-    if train.validation_samples < 2:
-        raise UserError(f"train.validation_samples is {train.validation_samples}, expected 2 or more: one image has no covariance")
+    check_count("train.validation_samples", train.validation_samples)
     require_workers({"train.workers": train.workers, "validations at once (train.validation_images)": 1}, cluster)
     digest = network_digest(evaluate.features, evaluate.weights)
     reference = find_reference(images, tokenizer, evaluate, digest)
     if not isinstance(reference, FeatureStatistics):
         [reference] = source_statistics([reference], evaluate, digest, stage)
     drawn = replace(generate, precision=resolved(generate.precision, cluster), ema=True)
-    return Validation(tokenizer, train, drawn, evaluate.features, evaluate.weights, digest, reference, seed, cluster)
+    validation = Validation(tokenizer, train, drawn, evaluate.features, evaluate.weights, digest, reference, seed, cluster)
+    if caution := cautions.of_distance(validation.counts, evaluate.features):
+        stage.say(f"validations: {caution}")
+    return validation
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,11 @@ class Validation:
         return f"{VALIDATION}_{metric_name(self.features)}"
 
     @property
+    def counts(self) -> dict[str, int | None]:
+        """The images that a distance is of."""
+        return {"samples": self.train.validation_samples, "reference images": self.reference.count}
+
+    @property
     def identity(self) -> str:
         """Of all that a distance depends on beside the weights: distances of the same identity can be compared."""
         drawn = identity_of(generate=self.generate, seed=self.seed)
@@ -105,7 +111,8 @@ class Validation:
         """In the driver, what a validation has found: to the person, MLflow and Prometheus."""
         metrics = found["metrics"]
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s"
+        caution = cautions.of_distance_in_short(self.counts, self.features)
+        effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s{f'; {caution}' if caution else ''}"
         stage.say(f"validation at {found['validated']:,} images: {shown} ({effort})")
         stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found["validated"])
         gauges.of_validation(metrics)
@@ -156,7 +163,9 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> di
     picture = f"{target}.png"
     samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
-    about = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
+    about: dict[str, Any] = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
+    if caution := cautions.of_distance(validation.counts, validation.features):
+        about["caution"] = caution
     storage.write_json(f"{target}.json", null_for_nan({**found, **about, "identity": validation.identity}))
     return found
 

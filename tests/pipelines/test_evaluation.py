@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
 from pipelines import samples, storage
@@ -29,7 +30,7 @@ HELD_OUT, DRAWN = 8 * len(CLASSES), 30
 def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) -> dict:
     """One evaluation of 30 samples against 24 held-out images, with a classifier."""
     root = tmp_path_factory.mktemp("run")
-    stage = Stage("evaluate", ray_local)
+    stage = Listening(ray_local)
     images = ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out")
     trained = train_classifier(images, str(root / "classifier"), 0, stage)
     tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
@@ -100,6 +101,53 @@ def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: Eff
     assert record["seconds_per_image"] > 0
     assert record["generation"]["ar_steps"] == 4
     assert Path(path, "samples.png").is_file()
+
+
+def test_numbers_of_few_images_are_marked_in_the_terminal_and_the_record(run: dict) -> None:
+    path = run["evaluate"].path
+    distance_of_few = (
+        "warning: 30 samples and 24 reference images are far too few: below 300 images most of a Fréchet distance is the error of its "
+        "estimate; draw no conclusion from it"
+    )
+    agreement_of_few = "caution: the label agreement of 30 samples has a standard error of up to 9 percentage points"
+    assert [line for line in run["stage"].said if line in (distance_of_few, agreement_of_few)] == [distance_of_few, agreement_of_few]
+    for found in (run["summary"], storage.read_json(f"{path}/evaluation.json"), storage.read_json(f"{path}/summary.json")):
+        assert found["caution"] == f"{distance_of_few}; {agreement_of_few}"
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_a_single_sample_is_refused_before_any_is_drawn(run: dict, tmp_path: Path, images: int) -> None:
+    with pytest.raises(UserError, match=rf"evaluate\.images is {images}, expected 2 or more: one image has no covariance"):
+        evaluate(**sections(run, images=images, path=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_reference_images_that_cannot_be_used_are_counted(run: dict, tmp_path: Path) -> None:
+    images = replace(run["images"], source=write_images(tmp_path / "images", per_class=2))
+    files = sorted((tmp_path / "images" / "held_out").rglob("*.png"))
+    stage = Listening(run["stage"].cluster)
+
+    def reference_of(folder: str) -> FeatureStatistics:
+        settings = replace(run["evaluate"], path=str(tmp_path / folder))
+        prepared = with_reference(images, run["tokenizer"], settings, stage)
+        return FeatureStatistics.load(prepared.reference)
+
+    files[0].write_bytes(b"no image")
+    assert reference_of("one").count == 5
+    assert stage.said == ["1 of 6 images to compare with can't be used and are left out of the statistics"]
+    for file in files[:-1]:
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"1 of 6 images to compare with can be used, expected 2 or more"):
+        reference_of("five")
+
+
+def test_the_classifier_is_judged_by_the_images_that_can_be_used(run: dict, tmp_path: Path) -> None:
+    images = replace(run["images"], source=write_images(tmp_path / "images", per_class=4), max_rejected=0.5)
+    for file in sorted((tmp_path / "images" / "held_out").rglob("*.png"))[:5]:
+        file.write_bytes(b"no image")
+    trained = train_classifier(images, str(tmp_path / "classifier"), 0, run["stage"])
+    assert (trained["images"], trained["images_held_out"]) == (12, 7)
+    assert (7 * trained["accuracy_held_out"]) % 1 == pytest.approx(0)
 
 
 def test_the_classifier_on_disk_is_the_one_that_was_measured(run: dict) -> None:

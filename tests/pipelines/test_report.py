@@ -177,6 +177,27 @@ def test_a_training_that_diverged_shows_no_loss_and_says_so(run: Path) -> None:
     report(str(run))  # with no point to draw
 
 
+def test_numbers_of_few_images_are_marked_on_the_page(run: Path) -> None:
+    def change(folder: Path, **more: Any) -> None:
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps({**summary, **more}))
+
+    assert 'class="caution"' not in Path(report(str(run))).read_text()
+    change(run / "evaluation", features="efficientnet-lite0", images=40, reference_images=5000)
+    change(run / "sweep", caution="warning: 20 samples are far too few")
+    change(run / "tokenizer", psnr_images=7)
+    change(run / "classifier", images_held_out=50)
+    change(run, frechet_images=500)
+    text = Page(Path(report(str(run))).read_text()).text
+    for shown in (
+        "warning: 40 samples are far too few: below 300 images most of a Fréchet distance",
+        "caution: the label agreement of 40 samples has a standard error of up to 8 percentage points.",
+        "caution: 500 images in each row of the comparison are fewer than the 1,280 features",
+        "warning: 20 samples are far too few.", "PSNR, 7 held-out images", "dB on 7 held-out images", "50 real images 98.4\u00a0%",
+    ):  # fmt: skip
+        assert shown in text, shown
+
+
 def test_a_folder_without_a_stage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "not there"):

@@ -27,7 +27,7 @@ from pipelines.latents import LatentStatistics, Manifest, shard_bytes, shard_nam
 from pipelines.plots import sweep_plot
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, grid
-from pipelines.sweep_table import write_table
+from pipelines.sweep_table import row_of, write_table
 from pipelines.sweeping import SweepSettings, best_of, concurrency, finished, run_trial, sweep, sweep_identity
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.tracking import Tracker, TrackingSettings
@@ -290,14 +290,17 @@ def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_
         ("generate", "loss", "'loss'; a sweep over generate measures frechet_distance, fid"),
         ("train", "label_agreement", "label_agreement needs evaluate.classifier"),
         ("generate", "fid", r"train\.path .* holds no checkpoint; run `mar train`"),
+        ("train", "fid", r"sweep\.images is 1, expected 2 or more"),
     ],
 )
 def test_what_a_sweep_needs_is_checked_first(
     sections: Sections, ray_local: ClusterSettings, tmp_path: Path, over: Any, metric: str, message: str
 ) -> None:
     parameters = {"generate.temperature": [0.9]} if over == "generate" else {"model.denoiser_width": [8]}
+    images = 1 if "sweep.images" in message.replace("\\", "") else 1000
+    settings = SweepSettings(path=str(tmp_path), over=over, metric=metric, parameters=parameters, images=images)
     with pytest.raises(UserError, match=message):
-        run(sections, SweepSettings(path=str(tmp_path), over=over, metric=metric, parameters=parameters), Stage("sweep", ray_local))
+        run(sections, settings, Stage("sweep", ray_local))
 
 
 @pytest.mark.long  # the journey of tests/e2e sweeps over generation too
@@ -314,17 +317,35 @@ def test_a_sweep_over_generation_draws_from_one_checkpoint_and_trains_nothing(ra
         EvaluateSettings(features="efficientnet-lite0"),
     )
     settings = SweepSettings(path=str(tmp_path / "sweep"), parameters={"generate.temperature": [0.5, 1.0]}, images=6)
-    summary = run(sections, settings, Stage("sweep", ray_local))
+    summary = run(sections, settings, stage := Listening(ray_local))
     first, second = summary["rows"]
     assert [first["trial"], second["trial"]] == ["temperature=0.5", "temperature=1.0"]
     assert first["error"] is second["error"] is None
     assert first["metric"] == first["metrics"]["frechet_distance_efficientnet-lite0"] > 0
     assert first["metric"] != second["metric"]
     assert summary["best"]["metric"] == min(first["metric"], second["metric"])
+    assert summary["caution"] == first["caution"] == second["caution"]
+    assert first["caution"].startswith("warning: 6 samples and 12 reference images are far too few")
+    assert stage.said[-1] == summary["caution"]
     assert len(list((tmp_path / "sweep" / "reference").glob("reference-*.npz"))) == 1  # computed once, for all trials
     record = json.loads((tmp_path / "sweep" / "trials" / "temperature=0.5" / "evaluation" / "evaluation.json").read_text())
     assert (record["images"], record["generation"]["temperature"], record["generation"]["checkpoint"]) == (6, 0.5, checkpoint)
     assert not (tmp_path / "train").exists()
+
+
+def test_a_row_carries_the_caution_of_its_evaluation(sections: Sections, tmp_path: Path) -> None:
+    [trial] = grid(sections, SweepSettings(path="s", parameters={"generate.temperature": [0.9]}))
+    metrics = {"fid": 12.5, "images": 30, "reference_images": None, "features": "inception", "caution": "warning: 30 samples are too few"}
+    row = row_of(trial, {"metrics": metrics, "seconds": 1.0, "error": None}, "fid")
+    assert (row["metric"], row["caution"], row["metrics"]["images"]) == (12.5, "warning: 30 samples are too few", 30)
+    write_table(str(tmp_path), [row])
+    with open(tmp_path / "table.csv", newline="") as file:
+        [read] = csv.DictReader(file)
+    assert (read["fid"], read["reference_images"], read["caution"]) == ("12.5", "nan", "warning: 30 samples are too few")
+    for value, error in ((math.nan, "sweep.metric fid is nan"), (math.inf, "sweep.metric fid is inf")):
+        row = row_of(trial, {"metrics": {"fid": value}, "seconds": 1.0, "error": None}, "fid")
+        assert (row["metric"], row["error"]) == (None, error)
+    assert "is not among its metrics: images" in row_of(trial, {"metrics": {"images": 3}, "seconds": 1.0, "error": None}, "fid")["error"]
 
 
 def test_table_and_plot_of_two_parameters(tmp_path: Path) -> None:
@@ -346,7 +367,7 @@ def test_table_and_plot_of_two_parameters(tmp_path: Path) -> None:
         read = list(csv.DictReader(file))
     assert read[1] == {
         "trial": "0.0001-cosine", "train.learning_rate": "0.0001", "train.schedule": "cosine", "loss": "1.0001", "seconds": "2.5",
-        "error": "",
+        "caution": "", "error": "",
     }  # fmt: skip
     assert read[5]["loss"] == ""
     assert read[5]["error"] == "out of memory, sorry"

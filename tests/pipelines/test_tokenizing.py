@@ -4,6 +4,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from pipelines.tokenizing_worker import (
     RESULT,
     WARMUP_SHARE,
     Objective,
+    TokenizerJob,
     batches,
     load_progress,
     psnr,
     save_progress,
+    write_result,
 )
 
 
@@ -171,6 +174,34 @@ def test_batches_do_not_depend_on_workers(images: ImageSettings, settings: Token
     for whole, left, right in zip(alone, *shared, strict=True):
         for part in range(2):
             assert torch.equal(whole[part], torch.cat([left[part], right[part]]))
+
+
+def test_psnr_is_of_the_images_that_can_be_used_and_of_finite_reconstructions(settings: TokenizerSettings, tmp_path: Path) -> None:
+    for part in ("train", "held_out"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (16, 16), (60 * index, 0, 0)).save(tmp_path / part / "a" / f"{index}.png")
+    for index in (0, 1):
+        (tmp_path / "held_out" / "a" / f"{index}.png").write_bytes(b"no image")
+    images = ImageSettings(source=str(tmp_path), size=16, held_out_folder="held_out")
+    listing, nobody = list_images(images), cast(Any, None)
+    job = TokenizerJob(images, settings, nobody, 0, nobody, nobody)
+    torch.manual_seed(0)
+    tokenizer = KLAutoencoder(settings.network()).eval()
+    write_result(job, tokenizer, listing, {})
+    originals, _ = DecodedImages(images, list(listing.held_out())[2:]).take(np.arange(2))
+    with torch.no_grad():
+        reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals))[:, :4]))
+    expected = psnr(originals, reconstructions)
+    assert expected[0] != pytest.approx(expected[1], abs=0.01)
+    assert storage.read_json(f"{settings.path}/{RESULT}") == {"psnr_held_out": pytest.approx(expected.mean(), abs=1e-3), "psnr_images": 2}
+
+    with torch.no_grad():  # as the last step may leave them, whose loss is of before
+        next(tokenizer.parameters()).fill_(torch.nan)
+    elsewhere = replace(job, tokenizer=replace(settings, path=f"{settings.path}-nan"))
+    with pytest.raises(UserError, match=r"diverged \(its reconstructions are not finite after 3072 images\); lower tokenizer"):
+        write_result(elsewhere, tokenizer, listing, {})
+    assert not Path(elsewhere.tokenizer.path).exists()
 
 
 def test_psnr_closed_form() -> None:

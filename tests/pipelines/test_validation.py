@@ -3,9 +3,12 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from listening import Listening
 from mlflow import MlflowClient
 from PIL import Image
 from tiny_cache import ARCHITECTURE, write_latents
@@ -18,14 +21,13 @@ from pipelines.errors import UserError
 from pipelines.evaluation import EvaluateSettings, evaluate, metric_name
 from pipelines.generation import GenerateSettings
 from pipelines.images import ImageSettings
+from pipelines.metrics import FeatureStatistics
 from pipelines.stage import Stage
 from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
 from pipelines.tracking import Tracker, TrackingSettings
 from pipelines.training import TrainSettings
 from pipelines.training_channel import STOP, TrainingChannel
-from pipelines.validating import plan_validation, train, validate
-
-pytestmark = pytest.mark.long
+from pipelines.validating import Validation, plan_validation, train, validate
 
 NAME = metric_name("efficientnet-lite0")
 SAMPLES = 10
@@ -56,6 +58,26 @@ def sections(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSetting
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("count", "reference", "remark"),
+    [
+        (10, 24, "10 samples, 3 s; warning: far too few images"),
+        (1000, 50_000, "1,000 samples, 3 s; caution: fewer images than the 1,280 features"),
+        (1280, None, "1,280 samples, 3 s"),
+    ],
+)
+def test_a_line_about_few_samples_says_so(tmp_path: Path, count: int, reference: int | None, remark: str) -> None:
+    statistics = FeatureStatistics(np.zeros(2), np.eye(2), reference)
+    nobody: Any = SimpleNamespace(of_validation=lambda metrics: None)
+    validation = Validation(
+        nobody, TrainSettings(validation_samples=count), nobody, "efficientnet-lite0", "", "digest", statistics, 0, nobody
+    )
+    stage = Listening(nobody)
+    validation.tell({"validated": 96, "metrics": {NAME: 12.345}, "seconds": 3.2, "picture": "s3://none/there.png"}, stage, nobody)
+    assert stage.said == [f"validation at 96 images: {NAME} 12.35 ({remark})"]
+
+
+@pytest.mark.long
 def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_local: ClusterSettings, tmp_path: Path) -> None:
     tracking = TrackingSettings(uri=f"sqlite:///{tmp_path}/mlflow.db")
     stage = Stage("train", ray_local, start_tracking=lambda: Tracker.open(tracking, "train", {}, sections["train"].path))
@@ -70,6 +92,7 @@ def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_lo
     assert list(found)[-1] == 96
     assert found.keys() <= {32, 64, 96}  # one that was written while another waited to be reported gives way to it
     assert all(one["samples"] == SAMPLES and one["reference_images"] == 24 for one in found.values())
+    assert all(one["caution"].startswith("warning: 10 samples and 24 reference images are far too few") for one in found.values())
     assert len({one["metrics"][NAME] for one in found.values()}) == len(found)  # other weights each time
     scores = Scores(sections["train"].path, sections["train"].keep_best, found[96]["identity"])
     assert scores == {f"images-{seen:012d}": one["metrics"][NAME] for seen, one in found.items()}
@@ -89,6 +112,7 @@ def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_lo
     assert {f"images-{seen:012d}.png" for seen in found} <= {one.path for one in client.list_artifacts(run)}
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(sections: dict[str, Any], stage: Stage, tmp_path: Path) -> None:
     rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
     validation, channel, told = plan_validation(**rest, stage=stage), TrainingChannel(), list[str]()
@@ -102,6 +126,7 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(secti
     assert "images-000000000032 failed, training goes on: UserError" in told[1]
 
 
+@pytest.mark.long
 def test_a_run_that_is_asked_to_end_does_not_wait_for_validations(sections: dict[str, Any], stage: Stage) -> None:
     rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
     validation, channel = plan_validation(**rest, stage=stage), TrainingChannel()
@@ -116,6 +141,7 @@ def test_a_run_that_is_asked_to_end_does_not_wait_for_validations(sections: dict
     assert told == []
 
 
+@pytest.mark.long
 def test_validation_needs_room_beside_the_workers(sections: dict[str, Any], stage: Stage) -> None:
     with pytest.raises(UserError, match=r"train\.workers 2 and validations at once .* 1: 3 workers.*the cluster has 2 CPUs"):
         train(**{**sections, "train": replace(sections["train"], workers=2)}, stage=stage)
