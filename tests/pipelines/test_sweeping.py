@@ -28,7 +28,7 @@ from pipelines.plots import sweep_plot
 from pipelines.stage import Stage
 from pipelines.sweep_grid import Sections, grid
 from pipelines.sweep_table import row_of, write_table
-from pipelines.sweeping import SweepSettings, best_of, concurrency, finished, run_trial, sweep, sweep_identity
+from pipelines.sweeping import SweepSettings, best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
 from pipelines.tokenizing import TokenizerSettings
 from pipelines.tracking import Tracker, TrackingSettings
 from pipelines.training import TrainSettings, train
@@ -266,7 +266,7 @@ def test_a_training_that_diverged_never_wins(sections: Sections, ray_local: Clus
 
     # a row that an earlier version wrote for such a trial does not stay
     (trial / "trial.json").write_text(json.dumps({**bad, "metric": 0.0, "error": None, "metrics": {"loss_band_3": 0.0}}))
-    assert [finished(one, settings) for one in grid(sections, settings)] == [None, good]
+    assert list(finished_rows(grid(sections, settings), settings, stage).values()) == [good]
 
 
 def strict_json(text: str) -> Any:
