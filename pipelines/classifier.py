@@ -79,6 +79,8 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
     import ray
 
     listing = list_images(images)
+    for remark in listing.remarks:
+        stage.say(remark)
     identity = {**identity_of(images=images, seed=seed), "images.listing": listing.digest}
     finished = stage.begin(path, identity)
     if finished is not None:

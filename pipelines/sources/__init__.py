@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.sources.class_folders import class_folders
 from pipelines.sources.ilsvrc import list_ilsvrc
 from pipelines.sources.imagefolder import SUFFIXES, Files, list_files, list_imagefolder
 from pipelines.sources.parquet import RowGroups, list_parquet
@@ -57,7 +58,7 @@ class Source:
             return list_webdataset(self.root, names)
         if self.form == "parquet":
             return list_parquet(self.root, names)
-        return list_imagefolder(self.files, parts)
+        return list_imagefolder(self.files, parts, *class_folders(self.root, parts))
 
 
 def find_source(source: str, form: str = "auto") -> Source:
