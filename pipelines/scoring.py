@@ -46,7 +46,7 @@ class RealImages:
 
     def identity(self) -> dict[str, Any]:
         keys = storage.digest("\n".join(row.key for row in self.rows).encode())
-        return {"kind": "images", "size": self.images.size, "keys": keys}
+        return {"kind": "images", "size": self.images.size, "keys": keys, **({"exif": True} if self.images.exif else {})}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         found = []
