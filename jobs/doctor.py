@@ -130,6 +130,7 @@ def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
             "images.source", False, found.removeprefix("images.source "), remedy or "give the folder of your images: --set images.source=…"
         )
     text = f"{source}: {len(listing.rows):,} images, {len(listing.held_out()):,} of them held out, {len(listing.class_names)} classes"
+    text = "; ".join([text, *listing.remarks])
     return (len(listing.train()), len(listing.class_names)), Check("images.source", True, text)
 
 

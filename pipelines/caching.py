@@ -60,6 +60,8 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
     channels, latent_size = _check(images, tokenizer, cache)
     kept = storage.join(cache.path, LISTING)
     listing = list_images(images, kept)
+    for remark in listing.remarks:
+        stage.say(remark)
     rows = listing.train()
     identity = {
         **identity_of(images=images, cache=cache),

@@ -95,6 +95,8 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
     import ray
 
     listing = list_images(images)
+    for remark in listing.remarks:
+        stage.say(remark)
     identity = {**identity_of(images=images, seed=seed), "images.listing": listing.digest}
     check_source(path, "path of the classifier", images.source, listing, identity, stage)
     finished = stage.begin(path, identity)

@@ -20,6 +20,7 @@ from pipelines.errors import ImageError as ImageError
 from pipelines.errors import UserError
 from pipelines.pixels import to_rgb
 from pipelines.settings import identity, operational
+from pipelines.sources.class_folders import counted, first
 from pipelines.sources.imagefolder import SUFFIXES
 from pipelines.sources.table import ImageRow, ImageRows, Listed
 
@@ -38,6 +39,7 @@ class ImageSettings:
     size: int = identity(256, "side of the square centre crop, pixels")
     exif: bool = identity(False, "turn images as their EXIF orientation says (torchvision's loader ignores it)")
     classes: int = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
+    allow_empty_classes: bool = operational(False, "class folders without images are classes; off: they are an error")
     held_out_share: float = identity(0.0, "share of images held out, chosen by a hash of the key")
     held_out_folder: str = identity("", "hold out by folder instead: SOURCE/<held_out_folder>/class/…; the other folders train")
     max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
@@ -56,6 +58,20 @@ class ImageListing:
     rows: ImageRows
     class_names: list[str]
     stamp: str = ""  # of the tars or Parquet files it was made of
+    notes: tuple[str, ...] = ()  # lines for the user about what was passed over
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and a line that names the classes without an image to train on."""
+        train = self.train()
+        usable = train.column("label")[train.table.column("reason").is_null().to_numpy()]
+        counts = np.bincount(usable, minlength=len(self.class_names))
+        missing = [name for name, count in zip(self.class_names, counts.tolist(), strict=True) if not count]
+        if not missing:
+            return list(self.notes)
+        have = "has" if len(missing) == 1 else "have"
+        whole = len(self.class_names)
+        return [*self.notes, f"{len(missing):,} of {whole:,} classes {have} no image to train on: {first(missing, len(missing))}"]
 
     def train(self) -> ImageRows:
         return ImageRows(self.rows.table.filter(pc.invert(self.rows.table.column("held_out"))))
@@ -81,10 +97,11 @@ def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
 def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     """List the source, sorted by key, and split it.
 
-    The classes of a tree are the sorted names of all class folders with at least one image, in whichever part; hidden files and
-    folders are passed over. Of images with the same key the first is used. One that can't be used for what the listing shows has
+    The classes of a tree are the sorted names of all class folders, in whichever part; hidden files and folders are passed over.
+    Of images with the same key the first is used. One that can't be used for what the listing shows has
     a `reason`. Where the file `kept` (see `keep_listing`) was made of the very same tars or Parquet files, they are not read again.
-    Raises UserError when there is no source, no class folder, nothing to train on, or nothing held out although the settings ask for it.
+    Raises UserError when there is no source, no class folder, a class folder without images (unless the settings allow it), nothing to
+    train on, or nothing held out although the settings ask for it.
     """
     _check_split(settings)
     source = sources.find_source(settings.source, settings.format)
@@ -104,7 +121,8 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
                 f"images.source {settings.source!r} holds no {'class folders with ' if source.form == 'imagefolder' else ''}images; "
                 f"expected {settings.source}/{layout}, tars, or Parquet files; found {[name for name, *_ in source.files[:5]]}"
             )
-        listing = _split(settings, found)
+        _check_empty_classes(settings, found)
+        listing = replace(_split(settings, found), notes=found.notes)
     _check_parts(settings, listing)
     return replace(listing, stamp=stamp)
 
@@ -136,7 +154,7 @@ def _split(settings: ImageSettings, found: Listed) -> ImageListing:
 
 
 def _listing_settings(settings: ImageSettings) -> list[object]:
-    return [settings.classes, settings.held_out_share, settings.held_out_folder]
+    return [settings.classes, settings.held_out_share, settings.held_out_folder, settings.allow_empty_classes]
 
 
 def keep_listing(path: str, listing: ImageListing) -> None:
@@ -175,6 +193,16 @@ def _check_split(settings: ImageSettings) -> None:
         raise UserError(
             f"images.held_out_share is {settings.held_out_share} and images.held_out_folder {settings.held_out_folder!r}: "
             "the split is by hash or by folder; set one of them back"
+        )
+
+
+def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:
+    if found.empty and not settings.allow_empty_classes:
+        named = [f"{name} ({content})" for name, content in found.empty.items()]
+        raise UserError(
+            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}; "
+            "bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
+            "images.allow_empty_classes=true: each is then a class with a number of its own"
         )
 
 

@@ -43,7 +43,7 @@ def find_reference(
                 f"{tokenizer.path!r} holds {found[:12]}…; name that tokenizer, or another reference"
             )
         return CachedLatents(reference, tokenizer.path)
-    whole = ImageSettings(source=reference, size=images.size)
+    whole = ImageSettings(source=reference, size=images.size, exif=images.exif, allow_empty_classes=True)  # classes play no part
     return RealImages(whole, list_images(whole).rows)
 
 

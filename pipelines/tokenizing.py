@@ -101,6 +101,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
         )
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
     listing = list_images(images) if tokenizer.kind == "kl" else None
+    for note in listing.notes if listing else ():
+        stage.say(note)
     identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
     if listing is not None:
         check_source(path, "tokenizer.path", images.source, listing, identity, stage)

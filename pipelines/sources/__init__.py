@@ -11,12 +11,13 @@ import json
 import posixpath
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from pipelines import storage
 from pipelines.errors import UserError
+from pipelines.sources.class_folders import class_folders
 from pipelines.sources.ilsvrc import list_ilsvrc
 from pipelines.sources.imagefolder import SUFFIXES, Files, list_files, list_imagefolder
 from pipelines.sources.parquet import RowGroups, list_parquet
@@ -55,7 +56,7 @@ class Source:
             return self._with_versions(list_webdataset(self.root, names))
         if self.form == "parquet":
             return self._with_versions(list_parquet(self.root, names))
-        return list_imagefolder(self.files, parts)
+        return list_imagefolder(self.files, parts, *class_folders(self.root, parts))
 
     def _with_versions(self, found: Listed) -> Listed:
         """The version of an image is that of the file it lies in."""
@@ -63,7 +64,7 @@ class Source:
         files = found.table.column("file").combine_chunks()
         known = pa.array([versions[name] for name in files.dictionary.to_pylist()], pa.int64())
         place = found.table.schema.get_field_index("version")
-        return Listed(found.table.set_column(place, "version", known.take(files.indices)), found.class_names)
+        return replace(found, table=found.table.set_column(place, "version", known.take(files.indices)))
 
 
 def find_source(source: str, form: str = "auto") -> Source:

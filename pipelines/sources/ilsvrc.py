@@ -37,4 +37,5 @@ def list_ilsvrc(file: str, path: str) -> Listed:
         sizes=[one.size for *_, one in found],
         reasons=[None] * len(found),
     )
-    return Listed(table, class_names)
+    with_images = {key.partition("/")[0] for key, _, _ in found}
+    return Listed(table, class_names, {name: "its tar is empty" for name in class_names if name not in with_images})

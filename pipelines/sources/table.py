@@ -1,7 +1,7 @@
 """What every source is listed as: one row an image in an Arrow table, so that millions cost megabytes and travel without pickling."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, overload
 
 import pyarrow as pa
@@ -21,10 +21,16 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Listed:
-    """A source's images in any order, and the names of its classes (None: the source only numbers them)."""
+    """A source's images in any order, and the names of its classes (None: the source only numbers them).
+
+    `empty`: names of classes that have a folder or tar and no image in it, with what it holds instead. `notes`: lines for the user
+    about what was passed over.
+    """
 
     table: pa.Table
     class_names: list[str] | None
+    empty: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from listening import Listening
 from PIL import Image
 
 from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, write_webdataset
@@ -326,6 +327,20 @@ def test_sizes_and_tokenizers_that_do_not_fit(images: ImageSettings, tokenizer: 
         cache(replace(images, size=15), tokenizer, settings, stage)
     with pytest.raises(UserError, match=r"holds no tokenizer .* run `mar tokenize` first"):
         cache(images, replace(tokenizer, path=str(tmp_path)), settings, stage)
+
+
+def test_what_a_source_holds_beside_its_images_is_printed(tokenizer: TokenizerSettings, ray_local: ClusterSettings, tmp_path: Path) -> None:
+    for key in ("a/0.png", "b/1.png", ".c/2.png"):
+        (tmp_path / "source" / key).parent.mkdir(parents=True)
+        (tmp_path / "source" / key).write_bytes(png(0))
+    (tmp_path / "source" / "bb").mkdir()
+    stage, settings = Listening(ray_local), CacheSettings(path=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="1 class folder without images: bb"):
+        cache(ImageSettings(source=str(tmp_path / "source"), size=SIZE), tokenizer, settings, stage)
+    allowed = ImageSettings(source=str(tmp_path / "source"), size=SIZE, allow_empty_classes=True)
+    assert cache(allowed, tokenizer, settings, stage)["images"] == 2
+    assert stage.said[:2] == ["passed over: 1 hidden folder (.c)", "1 of 3 classes has no image to train on: bb"]
+    assert LatentCache(settings.path).manifest.class_names == ["a", "b", "bb"]
 
 
 def test_moments_beyond_float16_reject_the_image(images: ImageSettings, tokenizer: TokenizerSettings, tmp_path: Path) -> None:

@@ -52,6 +52,73 @@ def test_held_out_by_folder_numbers_the_classes_of_all_parts_together(tmp_path: 
     assert [(row.key, row.label) for row in listing.held_out()] == [("val/bee/4.png", 0), ("val/emu/5.png", 2)]
 
 
+def test_empty_class_folders_are_refused_or_classes_of_their_own(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path, "cat/1.png", "emu/2.png", "dog/notes.txt", ".bee/3.png")
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(UserError) as error:
+        list_images(settings)
+    assert str(error.value) == (
+        f"images.source {str(tmp_path)!r} has 2 class folders without images: ant (no files), dog (1 file, such as dog/notes.txt); bring "
+        "their images, take these folders away (or begin their names with a dot: they are passed over), or set "
+        "images.allow_empty_classes=true: each is then a class with a number of its own"
+    )
+    listing = list_images(replace(settings, allow_empty_classes=True))
+    assert listing.class_names == ["ant", "cat", "dog", "emu"]  # as torchvision numbers them
+    assert [(row.key, row.label) for row in listing.rows] == [("cat/1.png", 1), ("emu/2.png", 3)]
+    assert listing.remarks == [
+        "passed over: 1 hidden folder (.bee), 1 file that is no image by its ending (.txt 1)",
+        "2 of 4 classes have no image to train on: ant, dog",
+    ]
+
+
+def test_what_a_tree_holds_beside_its_images_is_named(tmp_path: Path) -> None:
+    settings = write_tree(
+        tmp_path, "cat/1.png", "cat/deep/2.png", "cat/3.avif", "cat/4.AVIF", "README", "top.png", ".a/x.png", ".b/c/x.png"
+    )
+    assert list_images(settings).notes == (
+        "passed over: 2 hidden folders (.a, .b), 1 image outside the class folders (top.png), "
+        "3 files that are no images by their ending (.avif 2, none 1)",
+    )
+    for name in (".a", ".b", "README", "top.png", "cat/3.avif", "cat/4.AVIF"):
+        (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}{name.replace('/', '-')}")
+    assert list_images(settings).remarks == []
+
+
+def test_a_class_that_one_part_lacks_is_no_empty_class(tmp_path: Path) -> None:
+    settings = replace(write_tree(tmp_path, "train/cat/1.png", "val/bee/2.png", "val/cat/3.png", "val/.x/4.png"), held_out_folder="val")
+    (tmp_path / "train" / "bee").mkdir()
+    listing = list_images(settings)
+    assert (listing.class_names, [row.label for row in listing.rows]) == (["bee", "cat"], [1, 0, 1])
+    assert listing.remarks == ["passed over: 1 hidden folder (val/.x)", "1 of 2 classes has no image to train on: bee"]
+    for part in ("train", "val"):
+        (tmp_path / part / "emu").mkdir()
+    with pytest.raises(UserError, match=r"has 1 class folder without images: emu \(no files\); "):
+        list_images(settings)
+    assert list_images(replace(settings, allow_empty_classes=True)).class_names == ["bee", "cat", "emu"]
+
+
+def test_a_loop_of_links_is_named_and_a_link_outside_is_followed(tmp_path: Path) -> None:
+    settings = write_tree(tmp_path / "source", "a/1.png", "b/deep/2.png")
+    write_tree(tmp_path / "outside", "3.png")
+    root = tmp_path / "source"
+    (root / "a" / "more").symlink_to(tmp_path / "outside")
+    (root / "c").symlink_to(root / "b")  # twice the same images, and no loop
+    assert [row.key for row in list_images(settings).rows] == ["a/1.png", "a/more/3.png", "b/deep/2.png", "c/deep/2.png"]
+    for link, target in {
+        root / "b" / "deep" / "up": root / "b",
+        root / "b" / "self": root / "b" / "self",
+        root / "b" / "above": tmp_path,  # which holds the source
+        root / "up": root,
+        tmp_path / "outside" / "back": tmp_path / "outside",
+    }.items():
+        link.symlink_to(target)
+        name = "a/more/back" if link.name == "back" else link.relative_to(root)
+        with pytest.raises(UserError) as error:
+            list_images(settings)
+        assert str(error.value) == f"{root}/{name} is a link that leads in a circle; remove it"
+        link.unlink()
+
+
 def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
     settings = write_tree(tmp_path, *(f"c/{number:03d}.png" for number in range(400)))
     small = {row.key for row in list_images(replace(settings, held_out_share=0.1)).held_out()}

@@ -174,6 +174,22 @@ def test_other_images_in_the_same_parquet_files_are_another_source(images: Image
     assert digests[0] == list_images(write("parquet", tmp_path / "again", images)).digest
 
 
+def test_an_empty_synset_is_refused_or_a_class_of_its_own(images: Images, tmp_path: Path) -> None:
+    settings = write("ilsvrc", tmp_path, images)
+    empty = io.BytesIO()
+    tarfile.open(fileobj=empty, mode="w").close()
+    with tarfile.open(settings.source, "a") as tar:
+        add(tar, "aa.tar", empty.getvalue())
+    with pytest.raises(UserError, match=r"has 1 class folder without images: aa \(its tar is empty\); "):
+        list_images(settings)
+    kept = str(tmp_path / "listing.arrow")
+    listing = list_images(replace(settings, allow_empty_classes=True))
+    assert (listing.class_names, listing.remarks) == (["a", "aa", "b", "c"], ["1 of 4 classes has no image to train on: aa"])
+    keep_listing(kept, listing)
+    with pytest.raises(UserError, match="without images: aa"):
+        list_images(settings, kept)
+
+
 def test_patterns() -> None:
     assert sources.expanded("s3://b/a-{08..11}.tar") == [f"s3://b/a-{number}.tar" for number in ("08", "09", "10", "11")]
     assert sources.expanded("{0..10}")[-2:] == ["9", "10"]
