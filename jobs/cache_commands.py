@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.path_options import path_given
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,15 +16,17 @@ REASONS_SHOWN = 10
 KEYS_SHOWN = 10
 BARS = " ▁▂▃▄▅▆▇█"
 
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help="directory of the latent cache")]
+Cache = Annotated[str, typer.Argument(metavar="CACHE", callback=path_given, help="directory of the latent cache")]
 Check = Annotated[bool, typer.Option("--check", help="read every image again, and compare it with what a finished cache was made of")]
-Tokenizer = Annotated[str, typer.Option(metavar="DIR", help="its tokenizer, where it has moved since")]
+Tokenizer = Annotated[str, typer.Option(metavar="DIR", callback=path_given, help="its tokenizer, where it has moved since")]
 
 
 def inspect_command(
     cache: Cache,
     tokenizer: Tokenizer = "",
-    wall: Annotated[str, typer.Option(metavar="FILE.png", help="picture of decoded images; else CACHE/inspect.png")] = "",
+    wall: Annotated[
+        str, typer.Option(metavar="FILE.png", callback=path_given, help="picture of decoded images; else CACHE/inspect.png")
+    ] = "",
 ) -> None:
     """Show what is in a latent cache, and decode some of it."""
     from jobs.stages import guarded
@@ -48,7 +51,7 @@ def verify_command(
     cache: Cache,
     sample: Annotated[int, typer.Option("--sample", metavar="N", help="images to encode again from the source")] = 0,
     tokenizer: Tokenizer = "",
-    source: Annotated[str, typer.Option(metavar="SOURCE", help="the images, where they have moved since")] = "",
+    source: Annotated[str, typer.Option(metavar="SOURCE", callback=path_given, help="the images, where they have moved since")] = "",
 ) -> None:
     """Compare a latent cache with its checksums."""
     from jobs.stages import guarded

@@ -10,6 +10,7 @@ import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.leaving import last_line
+from jobs.path_options import path_given
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
@@ -98,7 +99,7 @@ def _stage_command(name: str) -> Callable[..., None]:
         _run(name, config, preset, assignments, print_config)
 
     def run_generate(
-        label: Label = None, image: Image = None, mask: Mask = None, film: Film = False, out: Out = None,
+        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
         config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
     ) -> None:  # fmt: skip
         short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
@@ -121,7 +122,9 @@ for _name, _stage in STAGES.items():
 
 @app.command(epilog="Example:  mar report runs/demo")
 def report(
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="directory of the run; else the one that holds train.path")] = "",
+    run: Annotated[
+        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; else the one that holds train.path")
+    ] = "",
     config: ConfigFile = None,
     preset: Preset = None,
     assignments: Assignments = None,
@@ -164,7 +167,7 @@ def quickstart(
 )
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
-    address: Annotated[str, typer.Option(metavar="URL", help="dashboard of the head node")] = "",
+    address: Annotated[str, typer.Option(metavar="URL", callback=path_given, help="dashboard of the head node")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave; the job goes on")] = False,
     env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment of the job; repeatable")] = None,
     config: ConfigFile = None,

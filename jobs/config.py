@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jobs.sizes import misfits
+from jobs.stages import STAGES
 from jobs.yaml_text import DuplicateKey, parse, parse_text, write_text
 from mar_model.config import Architecture
 from pipelines.caching import CacheSettings
@@ -74,6 +75,7 @@ class RunConfig(BaseModel):
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
 
+WRITTEN = (*(stage.writes for stage in STAGES.values()), "tracking.uri")  # settings that name where something is written
 LOCATIONS = (
     "images.source", "tokenizer.path", "cache.path", "train.path", "train.init_from", "generate.path", "generate.checkpoint",
     "generate.image", "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
@@ -245,7 +247,9 @@ def _validated(layers: _Layers) -> RunConfig:
         keys = dict.fromkeys(".".join(str(part) for part in one["loc"][:2]) for one in error.errors())
         found = {key: _value_at(layers.values, key) for key in keys}
         raise UserError("\n".join(_wrong_value(key, value, layers) for key, value in found.items())) from error
-    faults = [f"{text}{_origin(key, layers)}" for key, text in misfits(config)] or _sweep_faults(config)
+    written = [key for key in WRITTEN if not _value_at(config.plain(), key).strip()]
+    faults = [f"{key} is empty{_origin(key, layers)}, expected where to write; give a path, or leave {key} out" for key in written]
+    faults = faults or [f"{text}{_origin(key, layers)}" for key, text in misfits(config)] or _sweep_faults(config)
     if faults:
         raise UserError("\n".join(faults))
     return config

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.path_options import path_given
 from pipelines.errors import UserError
 
 
@@ -15,10 +16,10 @@ class Format(StrEnum):
 
 
 def import_command(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="checkpoint-last.pth, its folder, or kl16.ckpt")],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", help="the directory to make")],
+    file: Annotated[str, typer.Argument(metavar="FILE", callback=path_given, help="checkpoint-last.pth, its folder, or kl16.ckpt")],
+    out: Annotated[str, typer.Option("--out", metavar="DIR", callback=path_given, help="the directory to make")],
     ema: Annotated[bool, typer.Option("--ema/--raw", help="weights to draw with: their average, or the raw ones alone")] = True,
-    tokenizer: Annotated[str, typer.Option(metavar="DIR", help="its tokenizer; else the first it is used with")] = "",
+    tokenizer: Annotated[str, typer.Option(metavar="DIR", callback=path_given, help="its tokenizer; else the first it is used with")] = "",
     latent_scale: Annotated[float, typer.Option(metavar="X", help="what latents were multiplied by")] = 0.2325,
     heads: Annotated[str, typer.Option(metavar="N[,M]", help="attention heads of encoder and decoder")] = "",
     patch_size: Annotated[int | None, typer.Option(metavar="N", help="latents per token side", show_default=False)] = None,
@@ -40,8 +41,8 @@ def import_command(
 
 
 def export_command(
-    checkpoint: Annotated[str, typer.Argument(metavar="DIR", help="a checkpoint directory")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="the folder that gets checkpoint-last.pth")],
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR", callback=path_given, help="a checkpoint directory")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", callback=path_given, help="the folder that gets checkpoint-last.pth")],
     format: Annotated[Format, typer.Option("--format", help="whose files to write")] = Format.RELEASED,
 ) -> None:
     """Write a checkpoint as the release's --resume takes it."""

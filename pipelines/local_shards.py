@@ -28,7 +28,7 @@ class LocalShards:
         self.capacity = max(1, limit // max(largest, 1))
         if self.capacity < 2 <= len(entries):
             raise UserError(f"cache.local_gb is {limit / 1e9:g}, expected room for two shards or more, of {largest / 1e9:g} GB each")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(folder)
         for left in self.folder.glob(f"*{PARTIAL}"):
             process = left.name.split(".")[-2]
             if not Path(f"/proc/{process}").exists():

@@ -107,11 +107,14 @@ def _made_of(out: str) -> Any:
 
 
 def _scratch(out: str) -> AbstractContextManager[str]:
-    """A temporary folder, for a local `out` on its disk, so that a rename is enough to publish what was written there."""
+    """A temporary folder, for a local `out` on its disk, so that a rename is enough to publish what was written there.
+
+    Raises UnwritableError."""
     parent = Path(storage.filesystem(out)[1]).parent if storage.is_local(out) else None
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryDirectory(dir=parent, prefix=".writing-")
+    with storage.writing(out):
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent, prefix=".writing-")
 
 
 def export_released(checkpoint: str, out: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
 def find_stages(path: str, reading: Reading) -> list[StageOutput]:
     """The finished stages in the folders of `path` and `path` itself, in the order the work flows."""
     found = []
-    for name in ["", *storage.list_directory(path)]:
+    for name in ["", *storage.list_directory(path)] if storage.is_directory(path) else []:
         folder = storage.join(path, name) if name else path
         summary = reading.object(storage.join(folder, "summary.json"), ReportedSummary)
         if summary and (name or summary.get("stage") in ORDER):

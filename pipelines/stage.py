@@ -247,7 +247,9 @@ def _alone_in(path: str) -> Iterator[None]:
         yield
         return
     storage.make_directory(path)
-    with open(Path(path) / LOCK, "a+") as lock:
+    with storage.writing(path):
+        lock = open(Path(path) / LOCK, "a+")  # noqa: SIM115  # closed below
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

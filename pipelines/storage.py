@@ -7,6 +7,8 @@ import posixpath
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -83,9 +85,30 @@ def list_directory(path: str) -> list[str]:
     return sorted(info.base_name for info in system.get_file_info(fs.FileSelector(inner, allow_not_found=True)))
 
 
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """An OSError of the body as UnwritableError that names `path` and the reason."""
+    try:
+        yield
+    except UnwritableError:
+        raise
+    except OSError as error:
+        reason: object = error
+        if is_local(path) and isinstance(error, FileExistsError):
+            reason = "a file, or a link that leads nowhere, is in its place"
+        raise UnwritableError(
+            f"{path} can't be written: {reason}; fix that and run the same command (what is finished is kept), or give another path"
+        ) from error
+
+
 def make_directory(path: str) -> None:
+    """The folder and those above it, where they are not there yet. Raises UnwritableError."""
     system, inner = filesystem(path)
-    system.create_dir(inner, recursive=True)
+    with writing(path):
+        if isinstance(system, fs.LocalFileSystem):
+            os.makedirs(inner, exist_ok=True)
+        else:
+            system.create_dir(inner, recursive=True)
 
 
 def size_and_version(path: str) -> tuple[int, int]:
@@ -121,13 +144,11 @@ def read_range(path: str, offset: int, count: int) -> bytes:
 def write_bytes(path: str, data: bytes) -> None:
     """Write one file so that it is there whole or not at all (rename on local disks, one object on S3). Raises UnwritableError."""
     system, inner = filesystem(path)
-    try:
+    with writing(path):
         if isinstance(system, fs.LocalFileSystem):
             _write_local(inner, data)
         else:
             s3.write(path, data)
-    except OSError as error:
-        raise UnwritableError(f"{path} can't be written: {error}; mend that and run the same command: what is finished is kept") from error
 
 
 def _write_local(path: str, data: bytes) -> None:
@@ -171,15 +192,16 @@ def digest(data: bytes | memoryview) -> str:
 
 def publish_directory(local: Path, path: str, last: str) -> None:
     """Move a finished local folder to `path`: by rename on a local disk; on S3 file by file with the file named `last` at the
-    end, so that a folder without it is known to be unfinished."""
+    end, so that a folder without it is known to be unfinished. Raises UnwritableError."""
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
-        os.makedirs(os.path.dirname(inner), exist_ok=True)
-        staging = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-        shutil.move(local, staging)  # a copy when `local` is on another disk; the rename below is what makes it visible
-        if os.path.isdir(inner):
-            shutil.rmtree(inner)
-        os.replace(staging, inner)
+        with writing(path):
+            os.makedirs(os.path.dirname(inner), exist_ok=True)
+            staging = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
+            shutil.move(local, staging)  # a copy when `local` is on another disk; the rename below is what makes it visible
+            if os.path.isdir(inner):
+                shutil.rmtree(inner)
+            os.replace(staging, inner)
         return
     names = sorted((str(one.relative_to(local)) for one in local.rglob("*") if one.is_file()), key=lambda name: (name == last, name))
     for name in names:
