@@ -5,6 +5,7 @@ is quick.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,18 @@ def test_200_steps_of_random_mask_ratios_compile_three_graphs(compiled: MAR) -> 
     losses(plain, lengths[-1]).mean().backward()
     for one, other in zip(made.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_of_another_width_takes_a_graph_of_its_own() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = replace(TINY, decoder_width=48, decoder_heads=3)
+    made = MAR(config)
+    made.compile_blocks(backend="eager")
+    for masked in (11, 9, 16):
+        losses(made, masked)
+    assert graphs() == GRAPHS + 1
+    torch._dynamo.reset()
 
 
 def test_generation_compiles_nothing_after_its_first_step(compiled: MAR) -> None:
