@@ -61,6 +61,7 @@ class Denoiser(nn.Module):
     def __init__(self, token_dim: int, condition_width: int, width: int, depth: int) -> None:
         super().__init__()
         self.recompute = False  # see MAR.recompute_activations
+        self.compiler = ""  # the backend that the blocks were compiled with, see MAR.compile_blocks
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = Linear(condition_width, width)
         self.input_proj = Linear(token_dim, width)

@@ -90,7 +90,7 @@ class MAR(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks):
             block.compile(dynamic=True, backend=backend)
-        self.compiler = backend
+        self.compiler = self.diffloss.net.compiler = backend
 
     def recompute_activations(self) -> None:
         """Train with activation (gradient) checkpointing: a block's activations are computed anew in the backward pass (`run`)."""

@@ -119,9 +119,9 @@ class TokenSampler:
         self.denoiser = denoiser
         if dtype is not None:
             self.denoiser = copy.deepcopy(denoiser).to(dtype)
-            for block, own in zip(denoiser.res_blocks, self.denoiser.res_blocks, strict=True):
-                if block._compiled_call_impl is not None:  # a copy is not compiled
-                    own.compile(dynamic=True)
+            if denoiser.compiler:  # a copy is not compiled
+                for block in self.denoiser.res_blocks:
+                    block.compile(dynamic=True, backend=denoiser.compiler)
         self.dtype, self.cuda_graph = dtype, cuda_graph
         self._schedules: dict[tuple[int, torch.device], Diffusion] = {}
         self._loops: dict[Any, _StaticLoop] = {}

@@ -1,5 +1,6 @@
 """The file of results, the table at the end, and a verdict for each goal."""
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -45,8 +46,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def verdicts(lines: Sequence[Line]) -> list[Line]:
-    """A line for each goal; `passed` is None where something it needs was not measured."""
+def verdicts(lines: Sequence[Line], judged: bool = True) -> list[Line]:
+    """A line for each goal; `passed` is None where something it needs was not measured, and without `judged` (tiny models)."""
+    goal = functools.partial(_goal, judged)
     by_name = {(one["kind"], one["name"]): one for one in lines}
 
     def best(kind: str, names: Sequence[str], value: str, of: Any) -> Line | None:
@@ -58,19 +60,19 @@ def verdicts(lines: Sequence[Line]) -> list[Line]:
         ours = best("training", [f"{size} compiled", f"{size} eager"], "images_per_second", max)
         release = best("training", [f"{size} release"], "images_per_second", max)
         ratio = ours["images_per_second"] / release["images_per_second"] if ours and release else None
-        found.append(_goal(f"training {size}, times the release", ratio, TRAINING, "{:.2f}"))
-        found.append(_goal(f"training {size}, MFU", ours["mfu"] if ours else None, MFU, "{:.1%}"))
+        found.append(goal(f"training {size}, times the release", ratio, TRAINING, "{:.2f}"))
+        found.append(goal(f"training {size}, MFU", ours["mfu"] if ours else None, MFU, "{:.1%}"))
     release = best("generation", ["release"], "seconds_an_image", min)
     fast = [name for kind, name in by_name if kind == "generation" and name.endswith("all fast modes")]
-    for name, names, goal in (("exact", EXACT, EXACT_GENERATION), ("with fast modes", fast, FAST_GENERATION)):
+    for name, names, times in (("exact", EXACT, EXACT_GENERATION), ("with fast modes", fast, FAST_GENERATION)):
         ours = best("generation", names, "seconds_an_image", min)
         ratio = release["seconds_an_image"] / ours["seconds_an_image"] if ours and release else None
-        found.append(_goal(f"generation {name}, times the release", ratio, goal, "{:.2f}"))
+        found.append(goal(f"generation {name}, times the release", ratio, times, "{:.2f}"))
     return found
 
 
-def _goal(name: str, value: float | None, goal: float, form: str) -> Line:
+def _goal(judged: bool, name: str, value: float | None, goal: float, form: str) -> Line:
     if value is None:
         return line("verdict", name, f"not measured; the goal is {form.format(goal)}", value=None, goal=goal)
-    reached = value >= goal
+    reached = value >= goal if judged else None
     return line("verdict", name, f"{form.format(value)}; the goal is {form.format(goal)}", reached, value=value, goal=goal)

@@ -5,12 +5,15 @@ is quick.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, generate
+from mar_model.masking import draw_mask_ratio, masked_tokens
+from mar_model.noise import stream
 from mar_model.recipe import micro_batch_draws
 
 TINY = MARConfig(
@@ -64,6 +67,41 @@ def test_training_compiles_once_for_all_masks(compiled: MAR) -> None:
     assert graphs() == 3
 
 
+RATIOS, GRAPHS = 200, 3  # docs/training.md: a block, the last decoder block, a block of the denoiser
+
+
+def test_200_steps_of_random_mask_ratios_compile_three_graphs(compiled: MAR) -> None:
+    """As in training, forward and backward: the ratio changes from step to step, and nothing is compiled again."""
+    made, plain = compiled, model()
+    made.compile_blocks(backend="aot_eager")
+    lengths: list[int] = []
+    for step in range(RATIOS):
+        masked = masked_tokens(TINY.tokens, draw_mask_ratio(stream(0, step), 1.0, 0.25, 0.1))
+        lengths.append(masked)
+        made.zero_grad()
+        losses(made, masked).mean().backward()
+        assert graphs() <= GRAPHS, lengths
+    assert len(set(lengths)) >= 12
+    assert max(lengths) == TINY.tokens  # then the encoder sees the buffer alone
+    assert graphs() == torch._dynamo.utils.counters["aot_autograd"]["ok"] == GRAPHS
+    plain.zero_grad()
+    losses(plain, lengths[-1]).mean().backward()
+    for one, other in zip(made.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_decoder_of_another_width_takes_a_graph_of_its_own() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = replace(TINY, decoder_width=48, decoder_heads=3)
+    made = MAR(config)
+    made.compile_blocks(backend="eager")
+    for masked in (11, 9, 16):
+        losses(made, masked)
+    assert graphs() == GRAPHS + 1
+    torch._dynamo.reset()
+
+
 def test_generation_compiles_nothing_after_its_first_step(compiled: MAR) -> None:
     labels, after_each = torch.tensor([0, 3, 4]), []
 
@@ -97,6 +135,14 @@ def test_blocks_that_reuse_features_are_compiled_too(compiled: MAR) -> None:
     assert after_each[-1] <= 5
     draw(compiled, 1)
     assert graphs() == after_each[-1]
+
+
+def test_weights_copied_in_bf16_are_compiled_with_the_same_backend(compiled: MAR) -> None:
+    sampler = TokenSampler(compiled.diffloss.net, dtype=torch.bfloat16)
+    labels, noise = torch.tensor([0, 3]), SampleNoise(0, [0, 1])
+    generate(compiled.eval(), labels, noise, ar_steps=3, diffusion_steps=3, token_sampler=sampler)
+    assert graphs() >= 3  # the transformer's blocks, and the denoiser's
+    assert not torch._dynamo.utils.counters["inductor"]
 
 
 def test_activations_can_be_recomputed_in_compiled_blocks(compiled: MAR) -> None:
