@@ -14,7 +14,7 @@ from pipelines import loopback
 from pipelines.errors import UserError
 from pipelines.host_memory import ENVIRONMENT, keep_freed_memory
 from pipelines.interruption import held_back, raised
-from pipelines.orphans import DRIVER, end_orphans, identity_of
+from pipelines.orphans import DRIVER, end_orphans, identity_of, mark
 from pipelines.progress import output_in
 from pipelines.settings import operational
 
@@ -154,6 +154,7 @@ def _start(cluster: ClusterSettings) -> None:
                     configure_logging=False,
                 )
             node = ray._private.worker._global_node
+            mark(node.get_session_dir_path())
             for idle in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # no logs here, no nodes to add, no pages
                 idle(check_alive=False)
             return

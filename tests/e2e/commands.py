@@ -81,8 +81,13 @@ class Command:
         self.process.send_signal(number)
         return started
 
-    def end(self, seconds: float = 240) -> int:
-        return int(self.process.wait(timeout=seconds))
+    def end(self, seconds: float = 600) -> int:
+        """Its exit status; killed, and psutil.TimeoutExpired raised, if it does not end in time."""
+        try:
+            return int(self.process.wait(timeout=seconds))
+        except psutil.TimeoutExpired:
+            self.process.kill()
+            raise
 
 
 def _heed_ctrl_c() -> None:

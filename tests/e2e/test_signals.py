@@ -42,31 +42,46 @@ def test_while_ray_starts(tmp_path: Path, draw: random.Random, number: signal.Si
     assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
+class Undisturbed:
+    """The folders in which the stages have ended, and the seconds that each took; run when they are first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.seconds = root, dict[str, float]()
+        self.folder("").mkdir()
+        prepare(self.folder(""))
+
+    def folder(self, stage: str) -> Path:
+        return self.root / ("quickstart" if stage == "quickstart" else "stages")
+
+    def run(self, stage: str) -> None:
+        stages = list(STAGES)
+        if stage == "quickstart" and stage not in self.seconds:
+            self.folder(stage).mkdir()
+            prepare(self.folder(stage), stage, self.folder(""))
+        for one in [stage] if stage == "quickstart" else stages[: stages.index(stage) + 1]:
+            if one not in self.seconds:
+                began = time.monotonic()
+                command = Command(one, self.folder(one))
+                assert command.end() == 0, command.err
+                self.seconds[one] = time.monotonic() - began
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """A folder in which every stage has ended (the quickstart in a folder below), and the seconds that each took."""
-    folder, seconds = Path(tmp_path_factory.mktemp("undisturbed")), {}
-    prepare(folder)
-    prepare(folder / "quickstart", "quickstart", folder)
-    for stage in STAGES:
-        began = time.monotonic()
-        command = Command(stage, folder / ("quickstart" if stage == "quickstart" else ""))
-        assert command.end() == 0, command.err
-        seconds[stage] = time.monotonic() - began
-    return folder, seconds
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(Path(tmp_path_factory.mktemp("undisturbed")))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_at_any_moment_and_the_same_command_ends_with_the_same_result(
-    undisturbed: tuple[Path, dict[str, float]], tmp_path: Path, draw: random.Random, stage: str, number: signal.Signals
+    undisturbed: Undisturbed, tmp_path: Path, draw: random.Random, stage: str, number: signal.Signals
 ) -> None:
-    folder, seconds = undisturbed
-    prepare(tmp_path, before=stage, made_in=folder)
+    undisturbed.run(stage)
+    prepare(tmp_path, before=stage, made_in=undisturbed.folder(""))
     command = Command(stage, tmp_path)
     command.wait_until_it_answers()
-    moment = draw.uniform(0, 0.9 * seconds[stage])
+    moment = draw.uniform(0, 0.9 * undisturbed.seconds[stage])
     time.sleep(moment)
     if command.process.poll() is None:
         started = command.send(number)
@@ -74,7 +89,7 @@ def test_at_any_moment_and_the_same_command_ends_with_the_same_result(
         assert not [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE], moment
     again = Command(stage, tmp_path)
     assert again.end() == 0, again.err
-    assert outcome(stage, tmp_path) == outcome(stage, folder / ("quickstart" if stage == "quickstart" else ""))
+    assert outcome(stage, tmp_path) == outcome(stage, undisturbed.folder(stage))
 
 
 def test_before_the_first_step_no_checkpoint_is_announced(tmp_path: Path) -> None:

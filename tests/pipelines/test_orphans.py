@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.orphans import DRIVER, end_orphans, identity_of
+from pipelines.orphans import DRIVER, MARK, end_orphans, identity_of
 
 BECOME_PARENT_OF_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER in linux/prctl.h
 STARTED = """
@@ -38,6 +39,7 @@ def parent_of_orphans() -> Iterator[None]:
 def test_all_processes_of_a_driver_that_was_killed_are_ended(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     environment.pop("RAY_ADDRESS", None)
+    environment |= {f"EXTRA_{number}": "x" * 50 for number in range(20)}  # with these Ray's agents overwrite the mark in their environment
     driver = subprocess.Popen([sys.executable, "-c", STARTED, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "started").exists():
@@ -58,6 +60,28 @@ def test_all_processes_of_a_driver_that_was_killed_are_ended(tmp_path: Path) -> 
     end_orphans()
     _, alive = psutil.wait_procs(started, timeout=10)
     assert not alive
+
+
+def test_a_process_that_has_overwritten_its_environment_is_known_by_the_logs_that_it_writes(tmp_path: Path) -> None:
+    number, _, start = identity_of(os.getpid()).partition("-")
+    processes = {}
+    for session, identity in (("session_dead", f"{number}-{int(start) - 1}"), ("session_living", f"{number}-{start}")):
+        (tmp_path / session / "logs").mkdir(parents=True)
+        (tmp_path / session / MARK).write_text(identity)
+        for name in ("ray::Agent", "reader"):  # somebody may read the logs
+            program = tmp_path / name
+            if not program.exists():
+                program.symlink_to(shutil.which("sleep") or "sleep")
+            with (tmp_path / session / "logs" / "agent.out").open("a") as log:
+                processes[session, name] = subprocess.Popen([program, "60"], env={}, stdout=log)
+    try:
+        end_orphans()
+        assert processes.pop(("session_dead", "ray::Agent")).wait(timeout=10) == -signal.SIGKILL
+        assert [process.poll() for process in processes.values()] == [None] * 3
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
 
 
 def test_a_driver_is_known_by_its_start_too_since_process_numbers_are_used_again() -> None:
