@@ -224,7 +224,7 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
         for part, figure in value.items() if isinstance(value, dict) else [("", value)]:
             if isinstance(figure, str | int | float):
                 table.add_row(f"{key} {part}".replace("_", " "), f"{figure:,.4g}" if isinstance(figure, float) else str(figure))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _print_next_steps(root: str, tracking_uri: str) -> None:

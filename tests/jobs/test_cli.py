@@ -17,7 +17,9 @@ from command_line import Mar
 from jobs import cli, stages
 from jobs.config import RunConfig, load
 from jobs.stages import STAGES
+from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
+from pipelines.stage import Stage
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = [
@@ -120,6 +122,16 @@ def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatc
     assert "0.1235" in result.out
     assert "rows noise" in result.out
     assert "297.5" in result.out
+
+
+def test_what_looks_like_markup_of_the_terminal_is_text(
+    mar: Mar, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "runs/[bold]x[/a]/:cat:/y"
+    stand_in(monkeypatch, lambda: {"checkpoint": odd})
+    assert odd in mar("train", "--preset", "demo").out
+    Stage("test", ClusterSettings()).say(odd)
+    assert capsys.readouterr().err == f"test: {odd}\n"
 
 
 def test_a_user_error_in_a_worker_is_a_user_error(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
