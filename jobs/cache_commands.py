@@ -151,7 +151,7 @@ def _show(found: "Inspection") -> None:
         "digest": found.cache.digest,
     }.items():
         table.add_row(name, value)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     for label in np.argsort(-found.images, kind="stable")[:CLASSES_SHOWN].tolist():
         console.print(f"  {found.images[label]:>9,}  {manifest.class_names[label]}", markup=False)

@@ -241,7 +241,7 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
             if figure is None or isinstance(figure, str | int | float):
                 text = f"{figure:,.4g}" if isinstance(figure, float) else str("none" if figure is None else figure)
                 table.add_row(f"{key} {part}".replace("_", " "), text)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _print_next_steps(root: str, tracking_uri: str) -> None:

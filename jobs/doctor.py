@@ -63,7 +63,7 @@ def show(checks: Iterator[Check]) -> bool:
     from rich.console import Console
     from rich.text import Text
 
-    console, failed = Console(soft_wrap=True, highlight=False), 0
+    console, failed = Console(soft_wrap=True, highlight=False, markup=False, emoji=False), 0
     for check in checks:
         mark = Text("✓", "green") if check.ok else Text("✗", "bold red")
         console.print(Text.assemble(mark, f" {check.name:20} {check.found}"))

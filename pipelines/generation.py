@@ -135,7 +135,7 @@ class Drawing:
     def folder(self, label: int) -> str:
         """The folder of a class's PNG files, so that they are an image source again."""
         names = self.state.get("class_names") or [f"{number:04d}" for number in range(self.state["model"]["classes"])]
-        return storage.join(self.path, IMAGES, names[label])
+        return storage.join(self.path, IMAGES, samples.folder_name(names[label]))
 
 
 def plan_drawing(

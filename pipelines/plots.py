@@ -64,7 +64,7 @@ def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
     place = {str(value): float(value) if numeric else float(index) for index, value in enumerate(values)}
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
-        others = ", ".join(f"{name.split('.')[-1]} {row['parameters'][name]}" for name in names if name != across)
+        others = ", ".join(literal(f"{name.split('.')[-1]} {row['parameters'][name]}") for name in names if name != across)
         if row["metric"] is not None:
             lines[others].append((place[str(row["parameters"][across])], row["metric"]))
 
@@ -76,13 +76,18 @@ def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
             point = (place[str(row["parameters"][across])], row["metric"])
             axes.plot(*point, marker="o", markersize=13, fillstyle="none", color=INK, linestyle="none", label="best")
     if not numeric:
-        axes.set_xticks(range(len(values)), [str(value) for value in values])
+        axes.set_xticks(range(len(values)), [literal(str(value)) for value in values])
     elif min(values) > 0 and max(values) / min(values) >= LOG_SCALE_RATIO:
         axes.set_xscale("log")
     elif len(values) <= 8:
         axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
-    axes.set_ylabel(metric.replace("_", " ").replace("frechet", "Fréchet"), color=INK, fontsize=9)
+    axes.set_ylabel(literal(metric.replace("_", " ").replace("frechet", "Fréchet")), color=INK, fontsize=9)
     return _finished(figure, axes, across)
+
+
+def literal(text: str) -> str:
+    """For matplotlib, which takes what is between two dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -24,7 +24,7 @@ _terminal: TextIO | None = None  # the person's stderr while `output_in` sends t
 
 def console() -> Console:
     """Where a person reads: stderr, so that a stage's result on stdout can be piped."""
-    return Console(file=_terminal or sys.stderr, highlight=False)
+    return Console(file=_terminal or sys.stderr, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager

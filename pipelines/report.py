@@ -4,6 +4,7 @@ import base64
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from pipelines import storage
@@ -12,6 +13,7 @@ from pipelines.errors import UserError
 from pipelines.plots import loss_curve, training_curves, training_panels
 from pipelines.progress import console
 from pipelines.report_reading import Classes, Reading, ReportedSummary
+from pipelines.samples import GRID_CLASSES
 from pipelines.stage import Configuration
 from pipelines.tracking import without_password
 
@@ -229,13 +231,23 @@ def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict
             if one.path != path:
                 storage.write_bytes(storage.join(path, "samples.png"), data)
             cached = next((other.path for other in stages if other.stage == "cache"), one.path)
-            names = reading.object(storage.join(cached, "manifest.json"), Classes).get("class_names", [])
+            manifest = reading.object(storage.join(cached, "manifest.json"), Classes)
+            names = classes_drawn(one, manifest.get("class_names", []))
             return {
                 "picture": pictures.add("samples", data),
-                "classes": names if len(names) <= 20 else [],  # the grid has a row a class up to that number
+                "classes": names if len(names) <= GRID_CLASSES else [],  # the grid has a row a class up to that number
                 "sampling": run.get("sampling", {}),
             }
     return None
+
+
+def classes_drawn(one: StageOutput, names: list[str]) -> list[str]:
+    """Of all classes those that a generation or an evaluation drew, in their order; none where they are not known."""
+    chosen = one.summary.get("identity", {}) if one.stage == "generate" else {}
+    labels = [names.index(label) if label in names else label for label in chosen.get("generate.labels") or range(len(names))]
+    numbers = chosen.get("generate.samples") or range(one.images or 0)
+    drawn = {labels[number % len(labels)] for number in numbers if labels}
+    return [names[label] for label in sorted(drawn)] if drawn <= set(range(len(names))) else []
 
 
 def _training(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
@@ -296,15 +308,15 @@ def _measured_on(tokenized: dict[str, Any]) -> str:
 def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command line)."""
     if not configuration:
-        return [("write this page again", f"mar report {path}")]
-    file = storage.join(path, "configuration.json")
+        return [("write this page again", f"mar report {quote(path)}")]
+    file = quote(storage.join(path, "configuration.json"))
     commands = (
         [("the whole run, into an empty folder", f"mar quickstart --config {file}")]
         if run.get("stage", "quickstart") == "quickstart"
         else []
     )
-    commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {path}")]
+    commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {quote(path)}")]
     if uri := (configuration.get("tracking") or {}).get("uri"):
-        command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}"
+        command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {quote(uri)}"
         commands.append(("its numbers in MLflow", command))
     return commands

@@ -89,6 +89,12 @@ def shards_to_draw(total: int, batch: int, there: list[tuple[int, int]]) -> list
     return shards
 
 
+def folder_name(class_name: str) -> str:
+    """The class's name as that of one visible folder; what a path would take for something else is written as %XX."""
+    escaped = re.sub(r"[%/\0]|^\.", lambda found: f"%{ord(found[0]):02X}", class_name)
+    return escaped or "%"
+
+
 def _shard_name(start: int, stop: int) -> str:
     return f"samples-{start:08d}-{stop:08d}.parquet"
 

@@ -18,7 +18,9 @@ from command_line import Mar
 from jobs import cli, stages
 from jobs.config import RunConfig, load
 from jobs.stages import STAGES
+from pipelines.cluster import ClusterSettings
 from pipelines.errors import UserError
+from pipelines.stage import Stage
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = [
@@ -128,6 +130,16 @@ def test_the_cache_is_asked_to_read_every_image_again(mar: Mar, monkeypatch: pyt
     assert [mar("cache", *options, "--preset", "demo").status for options in ((), ("--check",))] == [0, 0]
     assert [call["check"] for call in calls] == [False, True]
     assert set(calls[0]) == {"images", "tokenizer", "cache", "stage", "check"}
+
+
+def test_what_looks_like_markup_of_the_terminal_is_text(
+    mar: Mar, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = "runs/[bold]x[/a]/:cat:/y"
+    stand_in(monkeypatch, lambda: {"checkpoint": odd})
+    assert odd in mar("train", "--preset", "demo").out
+    Stage("test", ClusterSettings()).say(odd)
+    assert capsys.readouterr().err == f"test: {odd}\n"
 
 
 def test_a_user_error_in_a_worker_is_a_user_error(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:
