@@ -84,12 +84,12 @@ def shard_paths(path: str, index: int) -> tuple[str, str]:
     return shard, shard.removesuffix(".arrow") + ".json"
 
 
-def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | None, str]:
-    """Bytes of one image and their SHA-256, or (None, "") where they can't be read. Raises UserError when the source doesn't answer."""
+def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | ImageError, str]:
+    """Bytes of one image and their SHA-256, or why they can't be read and "". Raises UserError when the source doesn't answer."""
     try:
         data = read_bytes(images, row)
-    except ImageError:
-        return None, ""
+    except ImageError as error:
+        return error, ""
     return data, storage.digest(data)
 
 
@@ -158,8 +158,8 @@ def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
     try:
         if row.reason:
             raise ImageError(row.reason)
-        if data is None:
-            raise ImageError("the file can't be read")
+        if isinstance(data, ImageError):
+            raise data
         return Decoded(decode(data, images.size, images.exif), "", digest)
     except ImageError as error:
         return Decoded(None, str(error), digest)

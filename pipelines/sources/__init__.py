@@ -96,10 +96,10 @@ def exists(source: str) -> bool:
 
 
 def read(source: str, row: ImageRow) -> bytes:
-    """The encoded bytes of one image. Raises OSError when they can't be read."""
+    """The encoded bytes of one image. Raises OSError when they can't be read, ImageError where the source holds none."""
     path = storage.join(root_of(source), row.file or row.key)
     if row.file.endswith(".parquet"):
-        return _row_groups.image(path, row.offset, row.version) or b""
+        return _row_groups.image(path, row.offset, row.version)
     return storage.read_bytes(path) if row.offset < 0 else storage.read_range(path, row.offset, row.size)
 
 
@@ -140,13 +140,16 @@ def _sized(source: str, root: str) -> Files:
 
 
 def _form(root: str, files: Files) -> str:
-    """By what is there: images anywhere make a tree; else Parquet files, else tars, of which a single one may hold tars."""
+    """By what is there: images anywhere make a tree; else Parquet files, else tars, of which a single one may hold tars. Raises
+    UserError where both are there."""
     names = [name for name, *_ in files]
     if any(name.lower().endswith(SUFFIXES) for name in names):
         return "imagefolder"
-    if any(name.endswith(".parquet") for name in names):
-        return "parquet"
     tars = [name for name in names if name.endswith(".tar")]
+    if any(name.endswith(".parquet") for name in names):
+        if tars:
+            raise UserError(f"images.source {root!r} holds both Parquet files and tars; set images.format to parquet or webdataset")
+        return "parquet"
     if not tars:
         return "imagefolder"  # an empty one, which the listing says
     return "ilsvrc" if len(tars) == 1 and _holds_tars(storage.join(root, tars[0])) else "webdataset"

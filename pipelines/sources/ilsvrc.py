@@ -13,12 +13,15 @@ def list_ilsvrc(file: str, path: str) -> Listed:
     """Images of the tar at `path`, called `file` in the listing. The keys are those of the unpacked tree, `synset/name`, the
     classes the sorted synsets.
 
-    Nothing is unpacked: an image is a byte range of the outer tar. Raises UserError when the tar holds no inner tars.
+    Nothing is unpacked: an image is a byte range of the outer tar. Raises UserError when the tar holds no inner tars, or links to them.
     """
     with open_at(path) as read_at:
         inner = [one for one in members(path, read_at) if one.name.endswith(".tar")]
         if not inner:
             raise UserError(f"images.source {path!r} holds no inner tars; expected one a synset, as in ILSVRC2012_img_train.tar")
+
+        if linked := next((one for one in inner if one.link), None):
+            raise UserError(f"{path}: {linked.name} {linked.reason}")
 
         def of(synset: Member) -> list[Member]:
             return list(members(path, read_at, synset.offset, synset.offset + synset.size))
@@ -35,7 +38,7 @@ def list_ilsvrc(file: str, path: str) -> Listed:
         files=[file] * len(found),
         offsets=[one.offset for *_, one in found],
         sizes=[one.size for *_, one in found],
-        reasons=[None] * len(found),
+        reasons=[one.reason for *_, one in found],
     )
     with_images = {key.partition("/")[0] for key, _, _ in found}
     return Listed(table, class_names, {name: "its tar is empty" for name in class_names if name not in with_images})

@@ -20,12 +20,18 @@ ReadAt = Callable[[int, int], bytes]  # (offset, bytes) → the bytes there, few
 
 
 class Member(NamedTuple):
-    """One regular file in a tar. `start` holds its first bytes where they came with the header."""
+    """One regular file in a tar, or a link to one. `start` holds its first bytes where they came with the header."""
 
     name: str
     offset: int
     size: int
     start: bytes
+    link: str = ""  # what a hard or symbolic link leads to; empty for a file
+
+    @property
+    def reason(self) -> str | None:
+        """Why the member can't be read, where it can't."""
+        return f"is a link to {self.link}, which is not followed; store the file itself" if self.link else None
 
 
 @contextmanager
@@ -53,11 +59,11 @@ def open_at(path: str) -> Iterator[ReadAt]:
 
 
 def members(path: str, read_at: ReadAt, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The regular files of the tar that begins at byte `start` of `path` (POSIX ustar and pax, GNU long names).
+    """The regular files and links of the tar that begins at byte `start` of `path` (POSIX ustar and pax, GNU long names).
 
     Raises UserError where a header's checksum is wrong, and where the file ends without the end mark: it was cut off.
     """
-    offset, name, size = start, "", -1  # name and size: what an extended header says of the next member
+    offset, name, link, size = start, "", "", -1  # name, link and size: what an extended header says of the next member
     while stop is None or offset < stop:
         block = read_at(offset, READ)
         header = block[:BLOCK]
@@ -68,19 +74,26 @@ def members(path: str, read_at: ReadAt, start: int = 0, stop: int | None = None)
         _check(path, offset, header)
         kind, data = header[156:157], offset + BLOCK
         found = _number(header[124:136])
-        length = size if size >= 0 and kind not in b"xgL" else found
-        if kind in (b"L", b"x"):
+        length = size if size >= 0 and kind not in b"xgLK" else found
+        if kind in b"123456":  # links, devices and folders: no content follows, whatever their size
+            length = 0
+        if kind in (b"L", b"K", b"x"):
             content = read_at(data, found)
             if kind == b"L":
                 name = _text(content)
+            elif kind == b"K":
+                link = _text(content)
             else:
                 for field, value in _pax(content):
                     name = _text(value) if field == b"path" else name
+                    link = _text(value) if field == b"linkpath" else link
                     size = int(value) if field == b"size" else size
         elif kind != b"g":
             if kind in (b"0", b"\0", b"7"):
                 yield Member(name or _name(header), data, length, block[BLOCK : BLOCK + length])
-            name, size = "", -1
+            elif kind in (b"1", b"2"):
+                yield Member(name or _name(header), data, 0, b"", link or _text(header[157:257]))
+            name, link, size = "", "", -1
         offset = data + -(-length // BLOCK) * BLOCK
 
 

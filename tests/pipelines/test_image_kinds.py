@@ -164,10 +164,10 @@ def test_a_folder_of_all_kinds_rejects_exactly_the_broken_ones(tmp_path: Path) -
     found = {row.key.partition("/")[2]: decode_row(settings, row) for row in rows}
     assert {name for name, one in found.items() if one.pixels is not None} == set(USABLE)
     assert found.keys() == {*USABLE, *BROKEN, "leads-nowhere.png"}
-    assert found.pop("leads-nowhere.png") == (None, "the file can't be read", "")
+    assert found.pop("leads-nowhere.png") == (None, "can't be read: FileNotFoundError", "")
     for name, (data, reason) in BROKEN.items():
         assert found[name].reason.startswith(reason), found[name].reason
         assert found[name].digest == digest(data)
     (tmp_path / "class" / "empty.jpg").unlink()  # between the listing and the reading
     vanished = next(row for row in rows if row.key.endswith("/empty.jpg"))
-    assert decode_row(settings, vanished) == (None, "the file can't be read", "")
+    assert decode_row(settings, vanished) == (None, "can't be read: FileNotFoundError", "")

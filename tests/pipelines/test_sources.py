@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import webdataset
 
 from benchmarks.source_forms import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 from pipelines import sources
+from pipelines.encoding import decode_row
 from pipelines.errors import UserError
 from pipelines.images import ImageError, ImageSettings, keep_listing, kept_listing, list_images, read_image
 from pipelines.sources.tars import members, open_at
@@ -90,7 +92,7 @@ def test_tar_headers_of_every_kind_agree_with_tarfile(tmp_path: Path) -> None:
             tar.addfile(link)
         with open_at(str(path)) as read_at, tarfile.open(path) as tar:
             found = [(one.name, one.offset, one.size) for one in members(str(path), read_at)]
-            assert found == [(one.name, one.offset_data, one.size) for one in tar if one.isreg()]
+            assert found == [(one.name, one.offset_data, one.size) for one in tar if one.isreg() or one.issym()]
 
 
 def test_damaged_tars(images: Images, tmp_path: Path) -> None:
@@ -112,11 +114,19 @@ def test_samples_that_make_no_image(tmp_path: Path) -> None:
             "0.jpg": b"0", "0.cls": b"1", "1.jpg": b"1", "2.JPG": b"2", "2.cls": b"cat", "3.txt": b"3", "3.cls": b"0", "4.png": b"4",
             "4.json": b'{"label": true}', "5.png": b"5", "5.json": b'{"label": -2}', "6.webp": b"6", "6.json": b'{"cls": "3"}',
             "7.png": b"7", "7.cls": b"70000", "70.png": b"7", "70.cls": b"9" * 20, "71.png": b"7", "71.json": b"1e300",
-            "._7.png": b"", "8.jpg": b"8", "8.json": b"[", "9.png": b"9", "9.json": b"2",
+            "._7.png": b"", "72.png": b"7", "72.cls": b"1_0", "8.jpg": b"8", "8.json": b"[", "9.png": b"9", "9.json": b"2",
         }.items():  # fmt: skip
             add(tar, name, data)
         add(tar, "0.jpg", b"again")
         add(tar, "0.cls", b"2")
+        for name in ("b0.jpg", "b0.png", "b0.cls", "b1.jpg", "b1.cls", "b1.JPG", "b2.jpeg", "b2.webp"):
+            add(tar, name, b"0")
+        for name, kind in (("b3.jpg", tarfile.LNKTYPE), ("b4.cls", tarfile.SYMTYPE)):
+            add(tar, "b4.png", b"4") if name == "b4.cls" else None
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, f"9.{name[3:]}"
+            tar.addfile(link)
+            add(tar, "b3.cls", b"0") if name == "b3.jpg" else None
     settings = ImageSettings(source=str(tmp_path / "a.tar"))
     rows = list_images(settings).rows
     assert [(row.key, row.label) for row in rows if not row.reason] == [("a/0", 1), ("a/6", 3), ("a/9", 2)]
@@ -130,7 +140,13 @@ def test_samples_that_make_no_image(tmp_path: Path) -> None:
         "a/7": "label 70000 is out of range, expected 0 to 65535",
         "a/70": "label 1e+20 is out of range",
         "a/71": "label 1e+300 is out of range",
+        "a/72": "no label: cls holds '1_0', expected a whole number",
         "a/8": "no label: json holds '[', expected a whole number",
+        "a/b0": "the sample has 2 images (jpg, png), expected one",
+        "a/b1": "the sample has 2 images (jpg, JPG), expected one",
+        "a/b2": "the sample has 2 images (jpeg, webp), expected one",
+        "a/b3": "jpg is a link to 9.jpg, which is not followed; store the file itself",
+        "a/b4": "no label: cls is a link to 9.cls, which is not followed; store the file itself",
     }
     assert list_images(settings).class_names == ["0", "1", "2", "3"]
     few = list_images(replace(settings, classes=3))
@@ -145,15 +161,56 @@ def test_parquet_labels_and_layouts(images: Images, tmp_path: Path) -> None:
     settings = ImageSettings(source=str(tmp_path / "a.parquet"))
     listing = list_images(settings)
     assert [(row.label, row.reason) for row in listing.rows] == [(1, ""), (0, ""), (-1, "no label")]
-    assert (read_image(settings, listing.rows[1]), listing.class_names) == (b"", ["0", "1"])
+    assert listing.class_names == ["0", "1"]
     pq.write_table(pa.table({"image": image, "class": [1, 2, 3]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"no column of whole numbers named label; .* found \['image', 'class'\]"):
+    with pytest.raises(UserError, match=r"has no column label; expected .* found \['image', 'class'\]"):
         list_images(settings)
+    for labels, kind in (([1.0, 2.0, 3.0], "double"), (["1", "2", "3"], "string"), ([True, False, True], "bool"), ([None] * 3, "null")):
+        pq.write_table(pa.table({"image": image, "label": labels}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=rf"column label of type {kind}; expected whole numbers"):
+            list_images(settings)
+    pq.write_table(pa.table({"image": image, "label": pa.array([1, 2**64 - 1, 70_000], pa.uint64())}), tmp_path / "a.parquet")
+    assert [row.reason for row in list_images(settings).rows] == [
+        "", "label 18446744073709551615 is out of range", "label 70000 is out of range, expected 0 to 65535",
+    ]  # fmt: skip
     pq.write_table(pa.table({"picture": image, "label": [1, 2, 3]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no column image\.bytes"):
         list_images(settings)
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+        list_images(settings)
+
+
+def test_parquet_rows_without_bytes_say_what_is_null(tmp_path: Path) -> None:
+    rows = [
+        ({"bytes": encoded(4, 4), "path": "0.png"}, ""),
+        ({"bytes": None, "path": "cat/1.png"}, "image.bytes is null, only image.path is given: 'cat/1.png'"),
+        ({"bytes": None, "path": None}, "image.bytes and image.path are null"),
+        (None, "image is null"),
+        ({"bytes": b"", "path": "4.png"}, "empty file"),
+    ]
+    path = tmp_path / "a.parquet"
+    settings = ImageSettings(source=str(path), size=4)
+    for names in (("bytes", "path"), ("bytes",)):
+        kind = pa.struct([(name, {"bytes": pa.binary(), "path": pa.string()}[name]) for name in names])
+        image = pa.array([one and {name: one[name] for name in names} for one, _ in rows], kind)
+        pq.write_table(pa.table({"image": image, "label": [0] * len(rows)}), path)
+        found = [decode_row(settings, row).reason for row in list_images(settings).rows]
+        assert found == [reason if "path" in names or "path" not in reason else "image.bytes is null" for _, reason in rows]
+        path.rename(tmp_path / f"{len(names)}.parquet")
+        settings, path = replace(settings, source=str(tmp_path / "b.parquet")), tmp_path / "b.parquet"
+
+
+def test_parquet_files_that_name_the_classes_otherwise(images: Images, tmp_path: Path) -> None:
+    settings = write("parquet", tmp_path, images)
+    path = tmp_path / "train-00001.parquet"
+    table = pq.read_table(path)
+    features = json.loads(table.schema.metadata[b"huggingface"])
+    features["info"]["features"]["label"]["names"].reverse()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), path)
+    with pytest.raises(
+        UserError, match=r"train-00001\.parquet names the classes \['c', 'b', 'a'\], .*train-00000.parquet \['a', 'b', 'c'\]"
+    ):
         list_images(settings)
 
 
@@ -205,6 +262,12 @@ def test_mistakes_are_named(images: Images, tmp_path: Path) -> None:
         list_images(replace(settings, held_out_folder="a"))
     with pytest.raises(UserError, match=r"is of the form parquet: expected \.parquet files, found 0"):
         list_images(replace(settings, format="parquet"))
+    (tmp_path / "both").mkdir()
+    shutil.copy(tmp_path / "train-000.tar", tmp_path / "both" / "a.tar")
+    write_parquet(tmp_path / "both", images)
+    with pytest.raises(UserError, match=r"holds both Parquet files and tars; set images\.format to parquet or webdataset"):
+        list_images(replace(settings, source=str(tmp_path / "both")))
+    assert len(list_images(replace(settings, source=str(tmp_path / "both"), format="parquet")).rows) == 11
     with pytest.raises(UserError, match=r"holds no inner tars"):
         list_images(replace(settings, format="ilsvrc", source=str(tmp_path / "train-000.tar")))
     folder = tmp_path / "data.parquet"  # as Spark writes it
