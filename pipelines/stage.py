@@ -93,6 +93,7 @@ class Stage:
         has been made, and DamagedFileError where its identity can't be read.
         """
         self._began = time.monotonic()
+        storage.make_directory(path)
         identity_file = storage.join(path, IDENTITY)
         summary = self._read_summary(path)
         if not BOOKKEEPING.issuperset(storage.list_directory(path)):
@@ -105,7 +106,6 @@ class Stage:
             return summary
         if summary is None:
             storage.delete(storage.join(path, SUMMARY))  # a damaged one; nobody else is to meet it while the stage is at work
-        storage.make_directory(path)
         storage.write_json(identity_file, identity)
         if self.configuration:
             storage.write_json(storage.join(path, CONFIGURATION), self.configuration)

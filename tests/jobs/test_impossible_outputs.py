@@ -83,7 +83,9 @@ def test_an_output_that_cannot_be_written(mar: Mar, here: Path, tmp_path: Path, 
 def test_a_report_and_a_folder_in_the_way(mar: Mar, here: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "train").mkdir(parents=True)
-    (run / "train" / "summary.json").write_text('{"stage": "train", "seconds": 1.0, "images_seen": 5, "loss": 0.5}')
+    (run / "train" / "summary.json").write_text(
+        '{"format_version": 1, "stage": "train", "seconds": 1.0, "images_seen": 5, "loss": 0.5, "identity": {}}'
+    )
     (run / "report.html").mkdir()
     refused(mar("report", str(run)), f"{run}/report.html", here, tmp_path)
     file = tmp_path / "file"
