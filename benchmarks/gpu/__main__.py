@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to measure beside")
     parser.add_argument("--minutes", type=float, default=8.0, help="parts that no longer fit are skipped")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), metavar="FILE", help="replaced if it exists (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), metavar="FILE", help="replaced if there (%(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models: whether the script works, not how fast the device is")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help=f"some of {', '.join(PARTS)}")
