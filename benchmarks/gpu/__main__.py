@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to measure beside")
     parser.add_argument("--minutes", type=float, default=8.0, help="parts that no longer fit are skipped")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), metavar="FILE", help="written anew (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), metavar="FILE", help="replaced if there (%(default)s)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models: whether the script works, not how fast the device is")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help=f"some of {', '.join(PARTS)}")
@@ -116,8 +116,9 @@ def main() -> int:
             report.add(speed.failed("error", name, error))
             error.__traceback__ = None
         report.add(line("part", name, f"{time.monotonic() - start:.1f} s", seconds=time.monotonic() - start))
-        if not _answers(bench):  # an error that CUDA keeps: only another process gets on
-            return _start_again(options, options.parts[index + 1 :], bench)
+        rest = options.parts[index + 1 :]
+        if rest and not _answers(bench):  # after an error that CUDA does not recover from, only another process can use the device
+            _start_again(options, rest, bench)
     for found in verdicts(report.lines, judged=not bench.tiny):
         report.add(found)
     print(report.table())
@@ -134,10 +135,8 @@ def _answers(bench: Bench) -> bool:
         return False
 
 
-def _start_again(options: argparse.Namespace, parts: list[str], bench: Bench) -> int:
-    """This process in the place of which another runs the parts that are left, into the same file."""
-    if not parts:
-        return 1
+def _start_again(options: argparse.Namespace, parts: list[str], bench: Bench) -> None:
+    """Replace this process by one that runs the parts that are left and appends to the same file."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--append", "--parts", *parts, "--minutes", str(bench.left() / 60)]
     command += ["--out", str(options.out), "--device", options.device, "--records", str(options.records)]
     command += ["--tiny"] if options.tiny else []

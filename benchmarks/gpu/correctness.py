@@ -106,7 +106,7 @@ def training(bench: Bench) -> Iterator[Line]:
     found: dict[str, list[float]] = {}
     for name in ("eager", "compiled"):
         trainer = Trainer(
-            bench, bench.config("base"), 8 if bench.tiny else 64, compiled=name == "compiled", learning_rate=1e-3 if bench.tiny else 3e-4,
+            bench, bench.config("base"), 8 if bench.tiny else 64, compiled=name == "compiled", learning_rate=1e-3 if bench.tiny else 2e-4,
             steps_apart=True,
         )  # fmt: skip
         losses = found[name] = torch.stack([trainer.step() for _ in range(20)]).tolist()

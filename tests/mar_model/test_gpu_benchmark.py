@@ -26,7 +26,6 @@ class Blocker:
         if name.partition(".")[0] in {BLOCKED!r}:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Blocker())
-sys.argv[1:] = sys.argv[1:]
 runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
 
@@ -86,6 +85,29 @@ def test_what_no_longer_fits_and_what_fails_is_a_line_and_the_rest_runs(tmp_path
     lines = [json.loads(one) for one in out.read_text().splitlines()]
     assert [one["name"] for one in lines if one.get("skipped")] == list(script.PARTS)
     assert all("are left of --minutes" in one["summary"] for one in lines if one.get("skipped"))
+
+
+def test_after_an_error_that_cuda_keeps_another_process_runs_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu import __main__ as script
+
+    started: list[list[str]] = []
+
+    def replaced(program: str, command: list[str]) -> None:
+        started.append(command[3:])
+        monkeypatch.setattr(script, "_answers", lambda bench: True)
+        monkeypatch.setattr(sys, "argv", ["gpu", *command[3:]])
+        raise SystemExit(script.main())
+
+    monkeypatch.setattr(script.os, "execv", replaced)
+    monkeypatch.setattr(script, "_answers", lambda bench: False)
+    out = tmp_path / "gpu.jsonl"
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--parts", "synchronisation", "tokenizer", "--out", str(out)])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    assert started[0][:3] == ["--append", "--parts", "tokenizer"]
+    kinds = [json.loads(one)["kind"] for one in out.read_text().splitlines()]
+    assert kinds.count("environment") == 1
+    assert kinds.index("synchronisation") < kinds.index("tokenizer") < kinds.index("verdict")
 
 
 def test_without_a_gpu_the_command_says_what_to_do() -> None:
