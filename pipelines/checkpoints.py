@@ -40,10 +40,11 @@ class TokenizerOf:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The files of a checkpoint with their digests, and which averages they are."""
+    """The files of a checkpoint with their digests, which averages they are, and the names of the classes."""
 
     files: dict[str, str]
     train: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,6 @@ class CheckpointState(Weights):
     latent_min: list[float] | None
     latent_max: list[float] | None
     tokenizer: TokenizerOf
-    class_names: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class TrainingState(CheckpointState):
     interval: list[float]
 
 
-def read_checkpoint(path: str, shape: type[CheckpointState] = CheckpointState) -> dict[str, Any]:
+def read_checkpoint(path: str, shape: type[Weights] = CheckpointState) -> dict[str, Any]:
     """The state of the checkpoint directory `path`, whose files all match their digests.
 
     Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or does not hold what `shape` says; what to do

@@ -11,7 +11,7 @@ from mar_model.config import MARConfig
 from mar_model.files import read_tensors
 from mar_model.mar import MAR
 from pipelines import storage
-from pipelines.checkpoints import ANOTHER_CHECKPOINT, read_checkpoint
+from pipelines.checkpoints import ANOTHER_CHECKPOINT, Weights, read_checkpoint
 from pipelines.errors import UserError
 from pipelines.released import checkpoint_directory
 
@@ -63,7 +63,7 @@ def start_from(init_from: str, config: MARConfig, class_names: Sequence[str]) ->
     path = checkpoint_directory(init_from)
     directory = storage.local_directory(path)
     try:
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, Weights)
     except ValueError as error:
         raise UserError(f"train.init_from: {error}; {ANOTHER_CHECKPOINT}") from error
     with torch.device("meta"):

@@ -72,5 +72,9 @@ def test_a_run_with_checkpoints_of_its_own_goes_on_when_what_it_began_with_is_go
     with pytest.raises(UserError, match="dropped"):  # nothing to go on from
         begun_with(settings, CONFIG, ["ant"])
     model = MAR(CONFIG)
-    save_checkpoint(Path(checkpoint_path(settings.path, 16)), model, dict(model.state_dict()), {"images_seen": 16})
+    state = {
+        "images_seen": 16, "step": 2, "intervals": [], "interval": [], "image_size": 8, "latent_mean": [0.0], "latent_std": [1.0],
+        "latent_min": [-1.0], "latent_max": [1.0], "tokenizer": {"path": "tokenizer", "digest": "0" * 64},
+    }  # fmt: skip
+    save_checkpoint(Path(checkpoint_path(settings.path, 16)), model, dict(model.state_dict()), state)
     assert begun_with(settings, CONFIG, ["ant"]) == (None, {"train.init_from": "0" * 64})
