@@ -114,7 +114,7 @@ def outcome(stage: str, folder: Path) -> dict[str, Any]:
     """What the finished stage has made: its numbers that do not depend on time, and the digests of its data."""
     path = folder / STAGES[stage]
     summary = json.loads((path / "summary.json").read_text())
-    changing = ("second", "share", "resumed", "rate", "tflops", "mfu", "memory", "path", "checkpoint")
+    changing = ("second", "share", "resumed", "rate", "flop", "mfu", "memory", "path", "checkpoint")
     numbers = {name: value for name, value in _flat(summary).items() if not any(one in name for one in changing)}
     suffixes = ("safetensors", "arrow")
     files = sorted(one for one in path.rglob("*") if one.suffix[1:] in suffixes and "ray" not in one.relative_to(path).parts)
