@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.leaving import last_line
-from jobs.path_options import path_given
+from jobs.path_options import Command, path_given
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
@@ -18,7 +19,7 @@ from pipelines.errors import UserError
 from pipelines.interruption import Terminated, raised
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config import ConfigurationFile, RunConfig
 
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
 Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
@@ -49,6 +50,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 96},
 )
+command = partial(app.command, cls=Command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from mar_model import __version__
+
+        print(f"mar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")] = False,
+) -> None:
+    """Masked autoregressive image models (MAR) on Ray."""
 
 
 def main() -> None:
@@ -71,13 +88,14 @@ def _leave(text: str, status: int) -> None:
     sys.exit(status)
 
 
-def _load(config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
+def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
     """The configuration; printed and done with --print-config, else named on stderr."""
     from jobs.config import load
     from pipelines.tracking import without_password
 
     loaded = load(preset, config, assignments or [])
-    sources = [f"preset {preset}" if preset else "defaults", *([config] if config else []), *(assignments or [])]
+    file = config if isinstance(config, str | None) else config.name
+    sources = [f"preset {preset}" if preset else "defaults", *([file] if file else []), *(assignments or [])]
     source = ", ".join(without_password(one) for one in sources)
     if print_config:
         print(f"# {source}\n{loaded.yaml()}", end="")
@@ -117,10 +135,10 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 
 for _name, _stage in STAGES.items():
-    app.command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(_stage_command(_name))
+    command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(_stage_command(_name))
 
 
-@app.command(epilog="Example:  mar report runs/demo")
+@command(epilog="Example:  mar report runs/demo")
 def report(
     run: Annotated[
         str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; else the one that holds train.path")
@@ -131,8 +149,10 @@ def report(
     print_config: PrintConfig = False,
 ) -> None:
     """Write RUN/report.html, one page of all results."""
-    loaded = _load(config, preset, assignments, print_config)
-    run = run or run_directory(loaded)
+    given = {"--config": config, "--preset": preset, "--set": assignments, "--print-config": print_config}
+    if unused := [option for option, value in given.items() if run and value]:
+        raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given; give one of the two")
+    run = run or run_directory(_load(config, preset, assignments, print_config))
 
     def work() -> str:
         from pipelines.report import report as write_report
@@ -142,7 +162,7 @@ def report(
     print(guarded("report", run, work))
 
 
-@app.command(epilog="Example:  mar quickstart --set train.workers=1")
+@command(epilog="Example:  mar quickstart --set train.workers=1")
 def quickstart(
     config: ConfigFile = None, preset: Preset = "demo", assignments: Assignments = None, print_config: PrintConfig = False
 ) -> None:
@@ -161,7 +181,7 @@ def quickstart(
     _print_next_steps(run_directory(loaded), loaded.tracking.uri)
 
 
-@app.command(
+@command(
     epilog="Example:  mar submit --address http://127.0.0.1:8265 -- doctor --preset demo",
     context_settings={"allow_interspersed_args": False},
 )
@@ -179,14 +199,15 @@ def submit(
     from jobs.submit import environment, job_command, outputs_lost_with_the_job, refuse_password, send
 
     job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])
-    loaded = _load(job.config, job.preset, job.assignments, print_config)
-    refuse_password(loaded)
-    for warning in outputs_lost_with_the_job(job, loaded):
-        print(f"mar: warning: {warning}", file=sys.stderr)
+    if job.configured:
+        loaded = _load(job.config, job.preset, job.assignments, print_config)
+        refuse_password(loaded)
+        for warning in outputs_lost_with_the_job(job, loaded):
+            print(f"mar: warning: {warning}", file=sys.stderr)
     raise typer.Exit(send(address, job, environment(env or []), detach))
 
 
-@app.command(epilog="Example:  mar doctor --preset demo")
+@command(epilog="Example:  mar doctor --preset demo")
 def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
     """Check Ray, paths, MLflow, weights and disk before a long job."""
     loaded = _load(config, preset, assignments, print_config)
@@ -195,7 +216,7 @@ def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assign
     raise typer.Exit(0 if show(examine(loaded)) else 1)
 
 
-@app.command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
+@command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
 def plan(
     gpus: Annotated[int, typer.Option(metavar="N", help="how many")] = 16,
     gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, … (another name lists them all)")] = "h100",
@@ -221,10 +242,16 @@ def plan(
     print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
 
 
-app.command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
-app.command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
-app.command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
-app.command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)
+@command("help", epilog="Example:  mar help train")
+def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="of which; else of mar itself")] = "") -> None:
+    """Show the help of a command."""
+    typer.main.get_command(app)([*([command] if command else []), "--help"], prog_name="mar")
+
+
+command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
+command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
+command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
+command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import typer
 from jobs.path_options import path_given
 from jobs.yaml_text import write_text
 
+SHORTCUTS = ("label", "image", "mask", "film", "out")  # parameters of `mar generate`
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # 010 is a name
 Label = Annotated[list[str] | None, typer.Option("--label", metavar="CLASS", help="draw this class, number or name; repeatable")]
 Image = Annotated[str, typer.Option("--image", metavar="FILE", callback=path_given, help="complete this image: draw what --mask hides")]

@@ -105,6 +105,9 @@ def _contradictions(config: "RunConfig") -> Iterator[tuple[str, str]]:
     if config.train.schedule == "cosine" and not config.train.schedule_images:
         key = "train.schedule_images"
         yield key, f"{key} is 0, expected the images at which the cosine schedule (train.schedule) reaches zero, e.g. {config.train.images}"
+    if config.generate.ema_decay and not config.generate.ema:
+        key = "generate.ema_decay"
+        yield key, f"{key} is {config.generate.ema_decay:g}, but generate.ema is false: the weights themselves are drawn with; set one back"
     if config.images.held_out_share and config.images.held_out_folder:
         yield (
             "images.held_out_share",

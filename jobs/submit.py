@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from jobs.shortcuts import as_assignments
+from jobs.shortcuts import SHORTCUTS, as_assignments
 from jobs.stages import STAGES, value_at
 from pipelines.errors import UserError
 from pipelines.host_memory import ENVIRONMENT
 from pipelines.tracking import without_password
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config import ConfigurationFile, RunConfig
 
+CONFIGURATION = ("config", "preset", "assignments")  # parameters of every command that uses a configuration
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("jobs", "pipelines", "mar_model", "pyproject.toml")  # all that a job imports: no runs, data or virtual environments
 # In .gitignore's language, as Ray reads it: everything at the top (but not the top itself), except the parts and what is in them
@@ -34,31 +35,35 @@ LOST_LOG_SECONDS = 120.0  # without a word from the head before following is giv
 
 @dataclass(frozen=True)
 class Job:
-    """A `mar` command to run elsewhere: its name, its own arguments, and where its configuration comes from."""
+    """A `mar` command to run elsewhere: its name, its own arguments, and where its configuration comes from, if it uses one."""
 
     name: str
     arguments: list[str]
-    config: str | None
+    config: "ConfigurationFile | None"
     preset: str | None
     assignments: list[str]
+    configured: bool = True
 
     def entrypoint(self) -> str:
         """The shell line that runs it in the job's working directory. A configuration file travels as its settings."""
         from jobs.config import file_as_assignments
 
         assignments = [*(file_as_assignments(self.config) if self.config else []), *self.assignments]
-        words = ["python", "-m", "jobs.cli", self.name, *self.arguments]
-        words += ["--preset", self.preset] if self.preset else []
-        return shlex.join([*words, *(word for text in assignments for word in ("--set", text))])
+        configuration = ["--preset", self.preset] if self.preset else []
+        configuration += [word for text in assignments for word in ("--set", text)]
+        return shlex.join(["python", "-m", "jobs.cli", self.name, *configuration, *self.arguments])
 
 
 def job_command(group: Any, words: Sequence[str], config: str | None, preset: str | None, assignments: list[str]) -> Job:
     """Read `train --preset …` with the command line's own rules; what `mar submit` itself was given comes underneath.
 
-    Raises UserError for a command that is not there or can't be a job.
+    Raises UserError for a command that is not there or can't be a job, for a configuration file that can't be read, and for a
+    configuration that the command does not use.
     """
+    from jobs.config import read_file
+
     name, *rest = words[1:] if words[0] == "mar" and len(words) > 1 else words
-    possible = [one for one in group.commands if one != "submit"]
+    possible = [one for one in group.commands if one not in ("submit", "help")]
     if name not in possible:
         close = difflib.get_close_matches(name, possible, n=1)
         raise UserError(
@@ -66,12 +71,40 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
         )
     context = group.commands[name].make_context(name, list(rest))
     given = context.params
-    arguments = [*([given["run"]] if given.get("run") else []), *(["--print-config"] if given["print_config"] else [])]
-    source = context.get_parameter_source("preset")
-    named = source is not None and source.name == "COMMANDLINE"
-    preset = given["preset"] if named or preset is None else preset
+    arguments = _arguments(context, skipped={*CONFIGURATION, *(SHORTCUTS if name == "generate" else ())})
+    if "config" not in given or given.get("run"):
+        unused = [option for option, value in {"--config": config, "--preset": preset, "--set": assignments}.items() if value]
+        if unused:
+            raise UserError(f"{shlex.join([name, *arguments])} uses no configuration, but {unused[0]} is given; leave it out")
+        return Job(name, arguments, None, None, [], configured=False)
+    if given["config"] and config:
+        raise UserError(f"--config is given twice, {config!r} and {given['config']!r}; give one")
+    preset = given["preset"] if _is_given(context, "preset") or preset is None else preset
     assignments = [*assignments, *(given["assignments"] or []), *(as_assignments(given) if name == "generate" else [])]
-    return Job(name, arguments, given["config"] or config, preset, assignments)
+    file = given["config"] or config
+    return Job(name, arguments, read_file(file) if file is not None else None, preset, assignments)
+
+
+def _is_given(context: Any, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _arguments(context: Any, skipped: set[str]) -> list[str]:
+    """The words that give a command the same options and arguments again, apart from the `skipped` parameters."""
+    options, arguments = list[str](), list[str]()
+    for one in context.command.params:
+        if one.name in skipped or not _is_given(context, one.name):
+            continue
+        value = context.params[one.name]
+        values = [getattr(each, "value", each) for each in (value if isinstance(value, list | tuple) else [value])]
+        if not one.opts[0].startswith("-"):
+            arguments += [str(each) for each in values]
+        elif isinstance(value, bool):
+            options.append(one.opts[0] if value else one.secondary_opts[0])
+        else:
+            options += [f"{one.opts[0]}={each}" for each in values]
+    return [*options, *(["--"] if any(word.startswith("-") for word in arguments) else []), *arguments]
 
 
 def environment(pairs: Sequence[str]) -> dict[str, str]:

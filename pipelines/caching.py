@@ -116,6 +116,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
     )
     storage.write_json(storage.join(cache.path, MANIFEST), manifest.as_dict())
     absolve(cache.path)
+    shares = {f"share_{name}": round(share, 3) for name, share in seconds.shares().items()}
     return stage.complete(
         cache.path,
         identity,
@@ -124,8 +125,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
             "rejected": rejected,
             "shards": len(ordered),
             "bytes": sum(record["bytes"] for record in ordered),
-            "images_per_second": round(rate, 3),
-            **{f"share_{name}": round(share, 3) for name, share in seconds.shares().items()},
+            **({"images_per_second": round(rate, 3)} | shares if rate else {}),  # nothing was left to encode: no speed
         },
     )
 

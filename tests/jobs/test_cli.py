@@ -35,15 +35,18 @@ COMMANDS = [
     "submit",
     "doctor",
     "plan",
+    "help",
     "import",
     "export",
     "inspect",
     "verify",
 ]
-CONFIGURED = [name for name in COMMANDS if name not in ("import", "export", "inspect", "verify")]  # those are told all by their own options
+CONFIGURED = [
+    name for name in COMMANDS if name not in ("import", "export", "inspect", "verify", "help")
+]  # those are told all by their own options
 
 
-def test_the_fifteen_commands_are_there() -> None:
+def test_the_sixteen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 
@@ -83,6 +86,42 @@ def test_an_unknown_command_names_the_nearest(mar: Mar) -> None:
     result = mar("trian")
     assert result.status == 2
     assert "Did you mean 'train'?" in result.err
+
+
+def test_help_and_version_as_words(mar: Mar) -> None:
+    from mar_model import __version__
+
+    assert mar("--version").out == f"mar {__version__}\n"
+    assert mar("help").out == mar("--help").out
+    assert mar("help", "train").out == mar("train", "--help").out
+    unknown = mar("help", "trian")
+    assert (unknown.status, "Did you mean 'train'?" in unknown.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "--config", "a.yaml", "--config=b.yaml"), "--config is given 2 times, expected it once"),
+        (("generate", "--out", "a", "--label", "1", "--label", "2", "--out", "b"), "--out is given 2 times"),
+        (("report", "runs/x", "--set", "train.path=runs/y/train"), "report 'runs/x' uses no configuration, but --set is given"),
+        (("report", "runs/x", "--preset", "demo"), "report 'runs/x' uses no configuration, but --preset is given"),
+        (("submit", "--preset", "demo", "--", "verify", "c"), "verify c uses no configuration, but --preset is given"),
+        (("submit", "--config", "a.yaml", "--", "train", "--config", "b.yaml"), "--config is given twice, 'a.yaml' and 'b.yaml'"),
+        (
+            ("train", "--set", "generate.ema=false", "--set", "generate.ema_decay=0.99"),
+            "generate.ema_decay is 0.99, but generate.ema is false",
+        ),
+    ],
+)
+def test_nothing_that_is_given_is_ignored(mar: Mar, words: tuple[str, ...], said: str) -> None:
+    result = mar(*words)
+    assert (result.status, len(result.err.splitlines())) == (2, 1), result.err
+    assert said in result.err
+
+
+def test_no_configuration_is_named_where_none_is_used(mar: Mar, tmp_path: Path) -> None:
+    result = mar("report", str(tmp_path))
+    assert (result.status, "configuration:" in result.err) == (2, False)
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ def test_addresses_that_do_not_answer(mar: Mar) -> None:
     silent = mar("submit", "--address", "http://127.0.0.1:1", "--", "train", "--preset", "demo")
     assert silent.status == 2
     assert "--address 'http://127.0.0.1:1' does not answer" in silent.err
-    for address in ("", "127.0.0.1:8265", "ray://127.0.0.1:10001"):
+    for address in ("127.0.0.1:8265", "ray://127.0.0.1:10001"):
         result = mar("submit", "--address", address, "--", "train", "--preset", "demo")
         assert result.status == 2
         assert f"--address is {address!r}, expected the http:// address" in result.err

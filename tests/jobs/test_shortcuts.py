@@ -1,7 +1,11 @@
 """What `mar generate` is told in short is what its settings say, here and in a submitted job."""
 
+import os
 import shlex
+import threading
+from pathlib import Path
 
+import pytest
 import typer
 from command_line import Mar
 
@@ -27,3 +31,30 @@ def test_a_job_is_told_the_settings() -> None:
     assert job.assignments == ["seed=4", "seed=5", *LONG]
     assert load(job.preset, None, job.assignments) == load("demo", None, ["seed=5", *LONG])
     assert shlex.split(job.entrypoint())[3] == "generate"
+    assert job.arguments == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--gpus=4", "--gpu=l4", "--efficiency=0.5", "--json"],
+        ["verify", "--sample=3", "runs/cache"],
+        ["inspect", "--tokenizer=runs/tokenizer", "runs/cache"],
+        ["import", "--out=there", "--raw", "--latent-scale=0.5", "--heads=12,16", "--", "-odd.pth"],
+        ["export", "--out=there", "--format=released", "runs/checkpoint"],
+        ["report", "runs/demo"],
+        ["train", "--print-config"],
+    ],
+)
+def test_every_option_travels(words: list[str]) -> None:
+    job = job_command(typer.main.get_command(cli.app), words, None, None, [])
+    assert shlex.split(job.entrypoint()) == ["python", "-m", "jobs.cli", *words]
+
+
+def test_a_pipe_travels(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_text, args=("seed: 3\n",), daemon=True).start()
+    job = job_command(typer.main.get_command(cli.app), ["train"], str(pipe), None, [])
+    assert load(job.preset, job.config).seed == 3
+    assert "--set seed=3" in job.entrypoint()

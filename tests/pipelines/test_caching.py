@@ -169,8 +169,10 @@ def test_without_its_manifest_a_cache_is_no_cache_and_needs_no_work(
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no finished latent cache"):
         LatentCache(again.path)
-    cache(images, tokenizer, again, stage)
+    summary = cache(images, tokenizer, again, stage)
     assert contents(again.path) == contents(built.path)
+    assert "images_per_second" in storage.read_json(storage.join(built.path, "summary.json"))
+    assert not [name for name in summary if name == "images_per_second" or name.startswith("share_")]  # nothing was encoded
 
 
 def test_a_complete_cache_says_so(

@@ -114,6 +114,8 @@ def test_the_grid_has_every_combination_with_its_own_configuration(sections: Sec
         ("generate", {"generate.temperature": []}, r"temperature is \[\], expected a list of one value or more"),
         ("generate", {"generate.ar_steps": [8, "many"]}, "the value 'many', expected int, as in 64"),
         ("generate", {"generate.limit_x0": [1]}, "the value 1, expected bool"),
+        ("generate", {"generate.temperature": [0.9, 1.0, 0.9]}, "the trial temperature=0.9 twice, for .*; give other values"),
+        ("train", {"train.init_from": ["a/b", "a:b"]}, "the trial init_from=a-b twice, for 'a/b' and 'a:b'"),
     ],
 )
 def test_a_parameter_that_cannot_be_swept_is_named(sections: Sections, over: Any, parameters: dict[str, list[Any]], message: str) -> None:
