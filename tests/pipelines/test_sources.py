@@ -218,9 +218,14 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     write_tree(tmp_path, {"a/1.png": encoded(4, 4)})
     with open(os.fsencode(tmp_path / "a") + b"/\xff.png", "wb") as stream:
         stream.write(encoded(4, 4))
-    assert [(row.key, row.reason) for row in list_images(ImageSettings(source=str(tmp_path))).rows] == [
-        ("a/1.png", ""), ("a/\\xff.png", "its name is not UTF-8"),
+    os.mkdir(os.fsencode(tmp_path) + b"/\xfe")
+    with open(os.fsencode(tmp_path) + b"/\xfe/2.png", "wb") as stream:
+        stream.write(encoded(4, 4))
+    listing = list_images(ImageSettings(source=str(tmp_path)))
+    assert [(row.key, row.reason) for row in listing.rows] == [
+        ("\\xfe/2.png", "its name is not UTF-8"), ("a/1.png", ""), ("a/\\xff.png", "its name is not UTF-8"),
     ]  # fmt: skip
+    assert (listing.class_names, listing.remarks) == (["\\xfe", "a"], ["1 of 2 classes has no image to train on: \\xfe"])
 
 
 def test_other_images_in_the_same_parquet_files_are_another_source(images: Images, tmp_path: Path) -> None:
