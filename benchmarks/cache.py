@@ -29,15 +29,15 @@ import torch
 from benchmarks.cache_same_bytes import faults, forms, kills
 from benchmarks.photographs import BATCH, MIDDLE, SMALL, row, write_photographs, write_tokenizer
 from mar_model.tokenizers import KLConfig
-from pipelines import progress
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings, connected, use_threads
-from pipelines.encoding import Decoded, Encoder, EncodingJob, decode_row
-from pipelines.host_memory import ENVIRONMENT
-from pipelines.images import ImageSettings, list_images
-from pipelines.shards import make, shards_of
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
+from pipelines.caching.shards import make, shards_of
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.worker import Decoded, Encoder, EncodingJob, decode_row
+from pipelines.images.listing import ImageSettings, list_images
+from pipelines.runtime import progress
+from pipelines.runtime.cluster.connection import ClusterSettings, connected, use_threads
+from pipelines.runtime.cluster.host_memory import ENVIRONMENT
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
 
 SHARD = 256
 

@@ -22,14 +22,14 @@ from benchmarks.faulty_s3 import KINDS, FaultyS3
 from benchmarks.photographs import BATCH, MIDDLE, SMALL, row, write_photographs, write_tokenizer
 from benchmarks.source_forms import write_ilsvrc, write_parquet, write_webdataset
 from jobs.stages import guarded
-from pipelines import s3, storage
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings, connected
-from pipelines.errors import UserError
-from pipelines.images import ImageSettings
-from pipelines.latents import MANIFEST, SHARDS, LatentCache
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
+from pipelines.caching.latent_cache import MANIFEST, SHARDS, LatentCache
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import s3, storage
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
 
 
 def kills(options: argparse.Namespace) -> None:

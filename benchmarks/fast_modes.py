@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.classifier import load_classifier
-from pipelines.cluster import ClusterSettings
-from pipelines.evaluation import distance
-from pipelines.features import load_network
-from pipelines.generation import GenerateSettings, plan_drawing
-from pipelines.generation_worker import LoadedModel
-from pipelines.images import ImageSettings, list_images
-from pipelines.metrics import FeatureStatistics, FeatureSums
-from pipelines.scoring import RealImages
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.evaluation.classifier import load_classifier
+from pipelines.evaluation.features import load_network
+from pipelines.evaluation.scoring import RealImages
+from pipelines.evaluation.stage import distance
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
+from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.generation.worker import LoadedModel
+from pipelines.images.listing import ImageSettings, list_images
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 BATCH = 100
 ANNEALED = {"diffusion_steps_end": 5}

@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mar_model.noise import stream
-from pipelines import storage
-from pipelines.latent_dataset import LatentDataset
-from pipelines.latents import FORMAT_VERSION, MANIFEST, SHARDS, LatentCache, Manifest, shard_bytes, shard_name
-from pipelines.sampler import SampleOrder
-from pipelines.training_worker import Normalisation
+from mar_model.training.sample_order import SampleOrder
+from pipelines.caching.latent_cache import FORMAT_VERSION, MANIFEST, SHARDS, LatentCache, Manifest, shard_bytes, shard_name
+from pipelines.runtime import storage
+from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.worker import Normalisation
 
 SHAPE = (32, 16, 16)
 SHARD = 1024

@@ -25,13 +25,13 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.training_runs import RECIPE, SMALL, TOKENIZER, Recorded, write_cache
-from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
-from pipelines.caching import CacheSettings
-from pipelines.checkpoints import checkpoint_path, newest_checkpoint
-from pipelines.cluster import ClusterSettings, connected
-from pipelines.latents import LatentCache
-from pipelines.sampler import SampleOrder
-from pipelines.training import train
+from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
+from mar_model.training.sample_order import SampleOrder
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import checkpoint_path, newest_checkpoint
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.training.stage import train
 
 KINDS = ("worker killed", "worker hangs", "driver killed", "driver terminated")
 

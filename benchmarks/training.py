@@ -24,21 +24,21 @@ import torch
 
 from benchmarks.training_interrupted import node, restart, resume
 from benchmarks.training_runs import MODEL, RECIPE, SMALL, TOKENIZER, Recorded, write_cache
-from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, optimizer_state
+from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS, optimizer_state
 from mar_model.config import Architecture
-from mar_model.ema import WeightAverage
 from mar_model.mar import MAR, TrainingDraws
-from mar_model.recipe import parameter_groups
-from pipelines.caching import CacheSettings
-from pipelines.checkpoint_writing import CheckpointWriter, HostMemory
-from pipelines.checkpoints import checkpoint_state, publish_checkpoint
-from pipelines.cluster import ClusterSettings, connected, use_threads
-from pipelines.latents import LatentCache
-from pipelines.metrics_log import MetricsLog
-from pipelines.micro_batches import GlobalBatch, MicroBatches, share_of
-from pipelines.sampler import SampleOrder
-from pipelines.training import model_config, train
-from pipelines.training_worker import Normalisation, TrainingJob
+from mar_model.training.ema import WeightAverage
+from mar_model.training.recipe import parameter_groups
+from mar_model.training.sample_order import SampleOrder
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import checkpoint_state, publish_checkpoint
+from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
+from pipelines.runtime.cluster.connection import ClusterSettings, connected, use_threads
+from pipelines.training.data import GlobalBatch, MicroBatches, share_of
+from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.stage import model_config, train
+from pipelines.training.worker import Normalisation, TrainingJob
 
 SHARE = 128  # images of a global batch that each of two workers takes, as in the published recipe
 TURNS = 3  # of the runs that are compared: a machine's speed drifts

@@ -19,14 +19,14 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from benchmarks.training_runs import RECIPE, SMALL, TOKENIZER, Recorded, write_cache
-from mar_model.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
-from pipelines.caching import CacheSettings
-from pipelines.checkpoints import checkpoint_path
-from pipelines.cluster import ClusterSettings, connected
-from pipelines.latents import LatentCache
-from pipelines.micro_batches import GlobalBatch, MicroBatches
-from pipelines.training import train
-from pipelines.training_worker import Training
+from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import checkpoint_path
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.training.data import GlobalBatch, MicroBatches
+from pipelines.training.stage import train
+from pipelines.training.worker import Training
 
 
 def after(run: Path, images: int, event: Callable[[], object]) -> threading.Thread:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from mar_model.config import Architecture
-from pipelines import storage
-from pipelines.cluster import ClusterSettings
-from pipelines.latents import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.caching.latent_cache import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 MODEL = Architecture(
     encoder_depth=4, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, buffer_size=8,

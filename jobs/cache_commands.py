@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.path_options import path_given
-from pipelines.errors import UserError
+from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.images import ImageSettings
-    from pipelines.inspecting import Inspection
+    from pipelines.caching.inspecting import Inspection
+    from pipelines.images.listing import ImageSettings
 
 CLASSES_SHOWN = 10
 REASONS_SHOWN = 10
@@ -32,8 +32,8 @@ def inspect_command(
     from jobs.stages import guarded
 
     def work() -> None:
-        from pipelines import storage
-        from pipelines.inspecting import inspect, write_wall
+        from pipelines.caching.inspecting import inspect, write_wall
+        from pipelines.runtime import storage
 
         found = inspect(cache)
         _show(found)
@@ -59,9 +59,9 @@ def verify_command(
     def work() -> bool:
         import torch
 
-        from pipelines.latents import LatentCache
-        from pipelines.shard_checks import absolve, condemn, condemned
-        from pipelines.verifying import damaged_records, damages, encode_again
+        from pipelines.caching.latent_cache import LatentCache
+        from pipelines.caching.shard_checks import absolve, condemn, condemned
+        from pipelines.caching.verifying import damaged_records, damages, encode_again
 
         opened = LatentCache(cache, condemned=True)
         found, records = list(damages(opened)), list(damaged_records(cache))
@@ -101,8 +101,8 @@ def verify_command(
 
 def _recorded(cache: str, section: str) -> dict[str, Any]:
     """That section of the configuration that the cache was made with; empty where it was not kept."""
-    from pipelines import storage
-    from pipelines.stage import CONFIGURATION, Configuration
+    from pipelines.runtime import storage
+    from pipelines.runtime.stage import CONFIGURATION, Configuration
 
     path = storage.join(cache, CONFIGURATION)
     remedy = "name what is missing with --tokenizer or --source; or run `mar cache` with the cache's settings: it writes the file again"
@@ -113,7 +113,7 @@ def _recorded(cache: str, section: str) -> dict[str, Any]:
 def _image_settings(cache: str, source: str) -> "ImageSettings":
     from dataclasses import fields
 
-    from pipelines.images import ImageSettings
+    from pipelines.images.listing import ImageSettings
 
     recorded = _recorded(cache, "images")
     known = {one.name for one in fields(ImageSettings)}
@@ -129,7 +129,7 @@ def _show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.inspecting import EDGES
+    from pipelines.caching.inspecting import EDGES
 
     manifest = found.cache.manifest
     table = Table(title=f"cache {found.cache.path}", show_header=False, title_justify="left")

@@ -15,11 +15,11 @@ from jobs.path_options import Command, path_given
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
-from pipelines.errors import UserError
-from pipelines.interruption import Terminated, raised
+from pipelines.runtime.cluster.interruption import Terminated, raised
+from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.config import ConfigurationFile, RunConfig
+    from jobs.config.schema import ConfigurationFile, RunConfig
 
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
 Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
@@ -90,8 +90,8 @@ def _leave(text: str, status: int) -> None:
 
 def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
     """The configuration; printed and done with --print-config, else named on stderr."""
-    from jobs.config import load
-    from pipelines.tracking import without_password
+    from jobs.config.schema import load
+    from pipelines.runtime.tracking import without_password
 
     loaded = load(preset, config, assignments or [])
     file = config if isinstance(config, str | None) else config.name
@@ -155,7 +155,7 @@ def report(
     run = run or run_directory(_load(config, preset, assignments, print_config))
 
     def work() -> str:
-        from pipelines.report import report as write_report
+        from jobs.report.page import report as write_report
 
         return write_report(run)
 
@@ -170,8 +170,8 @@ def quickstart(
     loaded = _load(config, preset, assignments, print_config)
 
     def work() -> dict[str, Any]:
-        from jobs.config import load
-        from pipelines.quickstart import quickstart as run_all
+        from jobs.config.schema import load
+        from jobs.quickstart.stage import quickstart as run_all
 
         located = loaded.located()
         sections = {name: getattr(located, name) for name in type(loaded).model_fields}
@@ -272,7 +272,7 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
 
 
 def _print_next_steps(root: str, tracking_uri: str) -> None:
-    from pipelines.tracking import without_password
+    from pipelines.runtime.tracking import without_password
 
     print(f"report: {root}/report.html")
     served = tracking_uri.startswith(("http://", "https://"))

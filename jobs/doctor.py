@@ -18,12 +18,12 @@ from urllib.parse import parse_qs, urlsplit
 
 from jobs.estimate import cache_bytes, checkpoint_bytes, sample_bytes
 from jobs.stages import STAGES, value_at
-from pipelines import storage
-from pipelines.errors import UserError
-from pipelines.tracking import without_password
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.tracking import without_password
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config.schema import RunConfig
 
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ def show(checks: Iterator[Check]) -> bool:
 
 def ray_checks(config: "RunConfig") -> list[Check]:
     """Ray answers, or can be started; and has the processors that the workers of the widest stage take."""
-    from pipelines.cluster import cluster_resources, connected
+    from pipelines.runtime.cluster.connection import cluster_resources, connected
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
     where = f"cluster at {address}" if address else "a Ray of this machine's own"
@@ -116,8 +116,8 @@ def _silent(address: str) -> str:
 
 def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
     """The image source, listed whole: (images to train on, classes), and the row."""
-    from jobs.config import load
-    from pipelines.images import list_images
+    from jobs.config.schema import load
+    from pipelines.images.listing import list_images
 
     source = config.images.source
     if source == load("demo").images.source and not storage.exists(source):
@@ -148,11 +148,11 @@ def input_check(key: str, path: str) -> Check:
 
 def _read_input(key: str, path: str) -> None:
     """Raises UserError where what a stage reads first is damaged."""
-    from mar_model.checkpoint import STATE
-    from pipelines.checkpoints import CheckpointState, read_checkpoint
-    from pipelines.classifier import load_classifier
-    from pipelines.latents import MANIFEST, read_manifest
-    from pipelines.metrics import FeatureStatistics
+    from mar_model.checkpoints.checkpoint import STATE
+    from pipelines.caching.latent_cache import MANIFEST, read_manifest
+    from pipelines.checkpoints.directory import CheckpointState, read_checkpoint
+    from pipelines.evaluation.classifier import load_classifier
+    from pipelines.evaluation.statistics import FeatureStatistics
 
     if key == "evaluate.classifier":
         load_classifier(path)
@@ -206,7 +206,7 @@ def tracking_check(uri: str) -> Check:
 
 def tokenizer_check(config: "RunConfig") -> Check:
     """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing import check_tokenizer_files, tokenizer_digest
+    from pipelines.tokenizing.stage import check_tokenizer_files, tokenizer_digest
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))
@@ -221,7 +221,7 @@ def tokenizer_check(config: "RunConfig") -> Check:
 
 def network_check(config: "RunConfig") -> Check:
     """The feature network's weights and their digest."""
-    from pipelines.features import network_digest
+    from pipelines.evaluation.features import network_digest
 
     network = config.evaluate.features
     try:

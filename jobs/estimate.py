@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config.schema import RunConfig
     from mar_model.config import MARConfig
 
 BYTES_A_VALUE = {"float16": 2, "float32": 4}
@@ -61,6 +61,6 @@ def model_config(config: "RunConfig", classes: int) -> "MARConfig":
 
 def parameters(config: "RunConfig", classes: int) -> int:
     """Parameters of the model."""
-    from mar_model.footprint import parameter_count
+    from mar_model.training.footprint import parameter_count
 
     return parameter_count(model_config(config, classes))

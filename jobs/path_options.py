@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from pipelines.errors import UserError
+from pipelines.runtime.errors import UserError
 
 
 class Command(TyperCommand):

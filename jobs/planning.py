@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.estimate import bytes_a_parameter, cache_bytes, checkpoints_on_disk, model_config, record_bytes
-from mar_model.gpus import GPU
-from mar_model.gpus import KNOWN as KNOWN_GPUS
-from pipelines.errors import UserError
+from mar_model.training.gpus import GPU
+from mar_model.training.gpus import KNOWN as KNOWN_GPUS
+from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config.schema import RunConfig
 
 IMAGENET = (1_281_167, 1000)  # images and classes, while there is no cache to ask
 EFFICIENCY = 0.23  # MFU: what the release's measured 254 images/s an H100 come to for mar_large
@@ -64,8 +64,8 @@ def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = N
 
 def images_and_classes(config: "RunConfig") -> tuple[int, int]:
     """Of the cache at `cache.path` where it is on this machine, else ImageNet's."""
-    from pipelines import storage
-    from pipelines.latents import MANIFEST, LatentCache
+    from pipelines.caching.latent_cache import MANIFEST, LatentCache
+    from pipelines.runtime import storage
 
     if not storage.is_local(config.cache.path) or not storage.exists(storage.join(config.cache.path, MANIFEST)):
         return IMAGENET
@@ -105,7 +105,7 @@ def _check(config: "RunConfig", given: Assumptions) -> None:
 
 
 def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]:
-    from mar_model.footprint import activation_bytes, gathered_parameters, parameter_count
+    from mar_model.training.footprint import activation_bytes, gathered_parameters, parameter_count
 
     sizes = model_config(config, given.classes)
     parameters, micro_batch = parameter_count(sizes), config.train.micro_batch

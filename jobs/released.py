@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.path_options import path_given
-from pipelines.errors import UserError
+from pipelines.runtime.errors import UserError
 
 
 class Format(StrEnum):
@@ -29,7 +29,7 @@ def import_command(
     from jobs.stages import guarded
 
     def work() -> dict[str, Any]:
-        from pipelines.released import ImportOptions, import_released
+        from pipelines.checkpoints.released import ImportOptions, import_released
 
         encoder, decoder = _heads(heads)
         for name, value in {"--patch-size": patch_size, "--stride": stride, "--latent-scale": latent_scale}.items():
@@ -49,7 +49,7 @@ def export_command(
     from jobs.stages import guarded
 
     def work() -> dict[str, Any]:
-        from pipelines.released import export_released
+        from pipelines.checkpoints.released import export_released
 
         return export_released(checkpoint, out)
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.config.yaml_text import write_text
 from jobs.path_options import path_given
-from jobs.yaml_text import write_text
 
 SHORTCUTS = ("label", "image", "mask", "film", "out")  # parameters of `mar generate`
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")  # 010 is a name

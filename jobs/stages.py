@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipelines.errors import UserError, in_one_line, mistake_of, origin_of
+from pipelines.runtime.errors import UserError, in_one_line, mistake_of, origin_of
 
 if TYPE_CHECKING:
-    from jobs.config import RunConfig
+    from jobs.config.schema import RunConfig
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class StageCommand:
 
 STAGES = {
     "tokenize": StageCommand(
-        "pipelines.tokenizing:tokenize",
+        "pipelines.tokenizing.stage:tokenize",
         ("images", "tokenizer", "seed"),
         ("images.source",),
         "tokenizer.path",
@@ -36,7 +36,7 @@ STAGES = {
         "mar tokenize --preset demo --set tokenizer.path=runs/tokenizer",
     ),
     "cache": StageCommand(
-        "pipelines.caching:cache",
+        "pipelines.caching.stage:cache",
         ("images", "tokenizer", "cache"),
         ("images.source", "tokenizer.path"),
         "cache.path",
@@ -44,7 +44,7 @@ STAGES = {
         "mar cache --preset demo --set cache.encoders=2",
     ),
     "train": StageCommand(
-        "pipelines.validating:train",
+        "pipelines.evaluation.validation:train",
         ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed"),
         ("cache.path", "tokenizer.path"),
         "train.path",
@@ -52,7 +52,7 @@ STAGES = {
         "mar train --preset demo --set train.workers=1",
     ),
     "generate": StageCommand(
-        "pipelines.generation:generate",
+        "pipelines.generation.stage:generate",
         ("tokenizer", "train", "generate", "seed"),
         ("train.path", "tokenizer.path"),
         "generate.path",
@@ -60,7 +60,7 @@ STAGES = {
         "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
-        "pipelines.evaluation:evaluate",
+        "pipelines.evaluation.stage:evaluate",
         ("images", "tokenizer", "train", "generate", "evaluate", "seed"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",
@@ -68,7 +68,7 @@ STAGES = {
         "mar evaluate --preset demo --set evaluate.path=runs/evaluation",
     ),
     "sweep": StageCommand(
-        "pipelines.sweeping:sweep",
+        "pipelines.sweeping.stage:sweep",
         ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed"),
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
@@ -93,7 +93,7 @@ def run_stage(name: str, config: "RunConfig", **options: bool) -> dict[str, Any]
     path = value_at(located, command.writes)
 
     def work() -> dict[str, Any]:
-        from pipelines.stage import open_stage
+        from pipelines.runtime.stage import open_stage
 
         module, _, function = command.function.partition(":")
         do = getattr(importlib.import_module(module), function)
@@ -112,7 +112,7 @@ def guarded(name: str, path: str, work: Callable[[], T]) -> T:
     except StageFailed:
         raise
     except Exception as error:
-        from pipelines import s3
+        from pipelines.runtime import s3
 
         mistake, origin = mistake_of(error), origin_of(error)
         if mistake is error:
@@ -138,7 +138,7 @@ def run_directory(config: "RunConfig") -> str:
 
 def _log(name: str, path: str, error: BaseException) -> str:
     """Write the traceback into `path`, or where that can't be written into the working directory; says where it is."""
-    from pipelines import storage
+    from pipelines.runtime import storage
 
     text = "".join(traceback.format_exception(error)).encode()
     for target in (storage.join(path, "error.log"), f"{name}-error.log"):

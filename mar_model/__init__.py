@@ -1,10 +1,10 @@
 """Plain PyTorch: the MAR model, its diffusion, generation, tokenizers and checkpoints. Usable alone, without a cluster."""
 
 from mar_model.config import Architecture, MARConfig
-from mar_model.generate import generate
 from mar_model.mar import MAR, TrainingDraws
 from mar_model.noise import SampleNoise, stream
-from mar_model.token_sampler import TokenSampler
+from mar_model.sampling.generate import generate
+from mar_model.sampling.token_sampler import TokenSampler
 
 __version__ = "0.1.0"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mar_model.config import MARConfig
-from mar_model.denoiser import FREQUENCIES
-from mar_model.diffusion import TRAINING_STEPS, annealed_steps, respaced_timesteps
-from mar_model.feature_reuse import is_complete
+from mar_model.head.denoiser import FREQUENCIES
+from mar_model.head.diffusion import TRAINING_STEPS, annealed_steps, respaced_timesteps
 from mar_model.masking import mask_schedule
-from mar_model.token_sampler import Sampling
+from mar_model.sampling.feature_reuse import is_complete
+from mar_model.sampling.token_sampler import Sampling
 from mar_model.tokenizers.kl import IMAGE_CHANNELS, KLConfig
 
 

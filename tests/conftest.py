@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import ClusterSettings, connected
-from pipelines.stage import Stage
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.stage import Stage
 
 
 @pytest.fixture(scope="module")

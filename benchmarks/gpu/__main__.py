@@ -23,7 +23,7 @@ import torch._dynamo
 from benchmarks.gpu import correctness, speed
 from benchmarks.gpu.bench import Bench, Line, line
 from benchmarks.gpu.report import Report, verdicts
-from mar_model.gpus import of_device
+from mar_model.training.gpus import of_device
 
 ROOT = Path(__file__).parents[2]
 SECONDS = {  # what each part needs at least on a GPU

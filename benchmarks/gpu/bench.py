@@ -14,12 +14,12 @@ from torch import Tensor
 
 from mar_model import MAR, Architecture, MARConfig
 from mar_model.config import PUBLISHED
-from mar_model.ema import WeightAverage
 from mar_model.masking import masked_tokens, mean_mask_ratio
-from mar_model.recipe import initial_weights, micro_batch_draws, parameter_groups
-from mar_model.strategies import Replicated
 from mar_model.tokenizers import KLConfig
-from mar_model.training_step import OptimizerStep, forward_backward
+from mar_model.training.ema import WeightAverage
+from mar_model.training.recipe import initial_weights, micro_batch_draws, parameter_groups
+from mar_model.training.step import OptimizerStep, forward_backward
+from mar_model.training.strategies import Replicated
 
 Line = dict[str, Any]
 TINY = Architecture(  # --tiny, whatever the size: what is compiled once serves all parts

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from benchmarks import parity
 from benchmarks.gpu.bench import Bench, Line, Trainer, autocast, float32_products, line, made_model, timed, within, without_dropout
-from mar_model import MAR, SampleNoise, TokenSampler, TrainingDraws, generate
-from mar_model.footprint import activation_bytes, parameter_count
+from mar_model import MAR, SampleNoise, TokenSampler, TrainingDraws
 from mar_model.noise import to_device
-from mar_model.recipe import micro_batch_draws
+from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder
+from mar_model.training.footprint import activation_bytes, parameter_count
+from mar_model.training.recipe import micro_batch_draws
 
 SAME = {"loss": 1e-4, "gradient": 1e-3}  # relative root mean squares: another order of the same float32 sums
 BF16 = {"loss": 2e-2, "gradient": 5e-2}
@@ -166,7 +167,7 @@ def _place(error: BaseException) -> str:
 
 
 def memory(bench: Bench) -> Iterator[Line]:
-    """What the forward pass keeps, and on CUDA the peak of a step, against `mar_model.footprint`."""
+    """What the forward pass keeps, and on CUDA the peak of a step, against `mar_model.training.footprint`."""
     images, config = 64, bench.config("base")
     if bench.tiny:  # wide enough that what the formula leaves out is small
         widths = {"encoder_width": 192, "decoder_width": 256, "denoiser_width": 320, "latent_size": 16, "latent_channels": 16}

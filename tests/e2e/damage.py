@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import cli
-from pipelines.metrics import FeatureStatistics
-from pipelines.storage import read_json
+from pipelines.evaluation.statistics import FeatureStatistics
+from pipelines.runtime.storage import read_json
 
 Damage = Callable[[bytes], bytes]
 BINARY: dict[str, Damage] = {

@@ -12,9 +12,9 @@ import psutil
 import pytest
 from damage import NEWEST, RUN, Copy, commands, kinds, mar, reference
 
-from pipelines import progress
-from pipelines.cluster import ClusterSettings
-from pipelines.digits import write_digits
+from jobs.quickstart.digits import write_digits
+from pipelines.runtime import progress
+from pipelines.runtime.cluster.connection import ClusterSettings
 
 SETTINGS = [
     "tokenizer.images=1024", "tokenizer.width=8", "model.encoder_depth=1", "model.decoder_depth=1", "model.encoder_width=48",

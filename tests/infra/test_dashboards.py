@@ -18,8 +18,8 @@ import pytest
 import ray
 import yaml
 
-from pipelines import prometheus
-from pipelines.cluster import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.training import prometheus
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 ROW = {

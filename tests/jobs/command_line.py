@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from jobs.config import RunConfig
+from jobs.config.schema import RunConfig
 
 
 @dataclass

@@ -8,7 +8,7 @@ from command_line import DemoIn, Mar, Result
 from PIL import Image
 
 from jobs import cli
-from jobs.config import RunConfig, load
+from jobs.config.schema import RunConfig, load
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ import typer
 from command_line import Mar
 
 from jobs import cli, stages
-from jobs.config import RunConfig, load
+from jobs.config.schema import RunConfig, load
 from jobs.stages import STAGES
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.stage import Stage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
 
 GROUP = typer.main.get_command(cli.app)
 COMMANDS = [
@@ -141,7 +141,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]
 
         def __exit__(self, *_: object) -> None: ...
 
-    monkeypatch.setattr("pipelines.stage.open_stage", Opened)
+    monkeypatch.setattr("pipelines.runtime.stage.open_stage", Opened)
     monkeypatch.setattr(stages.importlib, "import_module", lambda _: SimpleNamespace(train=function, cache=function))
     return calls
 
@@ -248,7 +248,7 @@ def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
 
 
 def test_quickstart_takes_every_section() -> None:
-    from pipelines.quickstart import quickstart
+    from jobs.quickstart.stage import quickstart
 
     assert set(inspect.signature(quickstart).parameters) == {*RunConfig.model_fields, "configuration", "digits"}
 

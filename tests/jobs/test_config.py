@@ -6,9 +6,9 @@ import pytest
 import yaml
 from command_line import Mar
 
-from jobs.config import PRESETS, TYPES, file_as_assignments, load, presets
+from jobs.config.schema import PRESETS, TYPES, file_as_assignments, load, presets
 from mar_model.config import PUBLISHED
-from pipelines.errors import UserError
+from pipelines.runtime.errors import UserError
 
 MISTAKES = [
     # (--set, what the error must say)

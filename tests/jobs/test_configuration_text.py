@@ -10,10 +10,10 @@ import pytest
 import yaml
 from command_line import Mar
 
-from jobs import config
-from jobs.config import file_as_assignments, load
-from jobs.yaml_text import DuplicateKey, parse
-from pipelines.errors import UserError
+from jobs.config import schema as config
+from jobs.config.schema import file_as_assignments, load
+from jobs.config.yaml_text import DuplicateKey, parse
+from pipelines.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

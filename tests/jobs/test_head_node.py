@@ -17,8 +17,8 @@ import typer
 from command_line import DemoIn, Mar
 
 from jobs import cli, submit
-from jobs.config import load
-from pipelines.errors import UserError
+from jobs.config.schema import load
+from pipelines.runtime.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 from command_line import Mar
 
-from jobs.config import load
-from mar_model import MAR, MARConfig, SampleNoise, generate
-from mar_model.checkpoint import load_model
+from jobs.config.schema import load
+from mar_model import MAR, MARConfig, SampleNoise
+from mar_model.checkpoints.checkpoint import load_model
+from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
-from mar_model.released_sizes import released_config
+from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig
-from pipelines.errors import UserError
-from pipelines.generation import GenerateSettings, plan_drawing
-from pipelines.generation_worker import LoadedModel
-from pipelines.images import to_uint8
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.generation.worker import LoadedModel
+from pipelines.images.listing import to_uint8
+from pipelines.runtime.errors import UserError
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 SHAPES = Path(__file__).parent.parent / "data" / "published_state_dicts.json"
 MODEL = MARConfig(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from jobs.stages import STAGES
 from mar_model import MAR, MARConfig
-from mar_model.checkpoint import save_checkpoint
+from mar_model.checkpoints.checkpoint import save_checkpoint
 
 KINDS = ("a file", "below a file", "no permission", "a loop", "no folder can be made there")
 COMMANDS = {name: (name, "--set", f"{stage.writes}=OUT") for name, stage in STAGES.items()} | {

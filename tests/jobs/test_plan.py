@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from command_line import Mar
 
-from jobs.config import load
+from jobs.config.schema import load
 from jobs.estimate import model_config
 from jobs.planning import Assumptions, gpu, images_and_classes, plain
 from mar_model.flops import training_flops
-from mar_model.gpus import KNOWN
-from pipelines.errors import UserError
+from mar_model.training.gpus import KNOWN
+from pipelines.runtime.errors import UserError
 
 LARGE = 478_326_304  # parameters, published
 IMAGENET = 1_281_167

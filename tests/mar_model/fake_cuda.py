@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mar_model.token_sampler import _StaticLoop
+from mar_model.sampling.token_sampler import _StaticLoop
 
 CUDA = torch.device("cuda", 0)
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)

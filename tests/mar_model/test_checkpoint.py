@@ -10,8 +10,8 @@ from released_files import TINY, weights
 from safetensors.torch import load_file, save_file
 
 from mar_model import MAR, TrainingDraws
-from mar_model.checkpoint import describe_misfit, load_model, load_optimizer, save_checkpoint, write_state
-from mar_model.recipe import micro_batch_draws
+from mar_model.checkpoints.checkpoint import describe_misfit, load_model, load_optimizer, save_checkpoint, write_state
+from mar_model.training.recipe import micro_batch_draws
 
 
 @pytest.fixture

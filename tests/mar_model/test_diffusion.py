@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mar_model.diffusion import Diffusion, Schedule, cosine_betas, discretised_log_likelihood, respaced_timesteps
-from mar_model.ema import WeightAverage, decay_at
+from mar_model.head.diffusion import Diffusion, Schedule, cosine_betas, discretised_log_likelihood, respaced_timesteps
 from mar_model.masking import draw_mask_ratio, mask_schedule, masked_tokens
 from mar_model.noise import stream
+from mar_model.training.ema import WeightAverage, decay_at
 
 
 def test_cosine_schedule_closed_form() -> None:

@@ -17,14 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mar_model import MAR, SampleNoise, TokenSampler, generate
-from mar_model.diffusion import TokenLoss
-from mar_model.ema import WeightAverage
-from mar_model.recipe import micro_batch_draws, parameter_groups
-from mar_model.strategies import Replicated, Strategy, strategy_of
+from mar_model import MAR, SampleNoise, TokenSampler
+from mar_model.head.diffusion import TokenLoss
+from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig, PixelTokenizer, sample_posterior
-from mar_model.training_step import OptimizerStep, Outcome, forward_backward
-from pipelines.intervals import Interval
+from mar_model.training.ema import WeightAverage
+from mar_model.training.recipe import micro_batch_draws, parameter_groups
+from mar_model.training.step import OptimizerStep, Outcome, forward_backward
+from mar_model.training.strategies import Replicated, Strategy, strategy_of
+from pipelines.training.intervals import Interval
 
 MASKED = 11
 NAMES = [name for name, _ in MAR(TINY).named_parameters()]

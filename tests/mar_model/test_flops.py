@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_model import MAR, Architecture, MARConfig, SampleNoise, TrainingDraws, generate
+from mar_model import MAR, Architecture, MARConfig, SampleNoise, TrainingDraws
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
-from mar_model.recipe import micro_batch_draws
+from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig
+from mar_model.training.recipe import micro_batch_draws
 
 UNEVEN = Architecture(
     encoder_depth=2, encoder_width=96, encoder_heads=3, decoder_depth=3, decoder_width=64, decoder_heads=2, mlp_ratio=3.0, buffer_size=9,

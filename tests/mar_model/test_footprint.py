@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from mar_model import MAR, MARConfig
-from mar_model.footprint import activation_bytes, parameter_count
 from mar_model.masking import draw_mask_ratio, mean_mask_ratio
 from mar_model.noise import stream
-from mar_model.recipe import micro_batch_draws
+from mar_model.training.footprint import activation_bytes, parameter_count
+from mar_model.training.recipe import micro_batch_draws
 
 CONFIG = MARConfig(  # without dropout attention runs in the same kernels as on a GPU
     encoder_depth=2, encoder_width=192, encoder_heads=4, decoder_depth=3, decoder_width=256, decoder_heads=4, denoiser_depth=2,

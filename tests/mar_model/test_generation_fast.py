@@ -10,12 +10,13 @@ import torch
 from tiny_model import TINY, TOKENS, latents, tiny_model
 from torch import Tensor, nn
 
-from mar_model import MAR, SampleNoise, generate
-from mar_model.diffusion import Diffusion, annealed_steps, respaced_timesteps
-from mar_model.feature_reuse import FeatureReuse
+from mar_model import MAR, SampleNoise
+from mar_model.head.diffusion import Diffusion, annealed_steps, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.noise import stream
-from mar_model.token_sampler import Sampling, TokenSampler, draw_tokens
+from mar_model.sampling import generate
+from mar_model.sampling.feature_reuse import FeatureReuse
+from mar_model.sampling.token_sampler import Sampling, TokenSampler, draw_tokens
 
 FEW = {"ar_steps": 4, "diffusion_steps": 6, "x0_range": (torch.full((2,), -3.0), torch.full((2,), 3.0))}
 LABELS = torch.tensor([0, 2, 4])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mar_model import MAR, MARConfig
 from mar_model.dropout import Dropout, dropout
 from mar_model.linear import SMALL, Linear
-from mar_model.recipe import micro_batch_draws
+from mar_model.training.recipe import micro_batch_draws
 from mar_model.transformer import Attention, Block
 
 TINY = MARConfig(

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from mar_model import MAR, MARConfig, SampleNoise, generate
-from mar_model.recipe import band_sums, learning_rate, micro_batch_draws, parameter_groups
+from mar_model import MAR, MARConfig, SampleNoise
+from mar_model.sampling import generate
+from mar_model.training.recipe import band_sums, learning_rate, micro_batch_draws, parameter_groups
 
 TINY = MARConfig(
     encoder_depth=2, encoder_width=32, encoder_heads=2, decoder_depth=1, decoder_width=48, decoder_heads=3, buffer_size=3,

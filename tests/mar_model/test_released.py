@@ -15,9 +15,9 @@ from released_files import ARGUMENTS, PUBLISHED, TINY, weights, without_values, 
 from safetensors.torch import load_file, save_file
 
 from mar_model import MAR, MARConfig
-from mar_model.checkpoint import load_model, read_state, shapes_of
-from mar_model.released import ReleasedFile, checked_config, export_checkpoint, import_checkpoint, import_tokenizer
-from mar_model.released_sizes import released_config, released_kl_config
+from mar_model.checkpoints.checkpoint import load_model, read_state, shapes_of
+from mar_model.checkpoints.released import ReleasedFile, checked_config, export_checkpoint, import_checkpoint, import_tokenizer
+from mar_model.checkpoints.released_sizes import released_config, released_kl_config
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer
 
 SIZES = {  # depth, width, heads; depth and width of the denoiser
@@ -237,7 +237,7 @@ def test_memory_is_one_copy_of_the_weights(tmp_path: Path) -> None:
     sets = {key: {**weights(1), "class_emb.weight": torch.full((1_000_000, 32), 0.5)} for key in ("model", "model_ema")}  # 128 MB each
     write_released(tmp_path / "checkpoint-last.pth", **sets)
     program = (
-        "import resource, sys; from pathlib import Path; from mar_model.released import import_checkpoint\n"
+        "import resource, sys; from pathlib import Path; from mar_model.checkpoints.released import import_checkpoint\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "before = peak(); import_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]), {}); print(peak() - before)"
     )

@@ -15,8 +15,8 @@ import mar_model, numpy, safetensors, torch
 for module in pkgutil.walk_packages(mar_model.__path__, "mar_model."):
     importlib.import_module(module.name)
 from mar_model import MAR, MARConfig, SampleNoise, generate
-from mar_model.checkpoint import load_model, save_checkpoint
-from mar_model.released import export_checkpoint, import_checkpoint
+from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
+from mar_model.checkpoints.released import export_checkpoint, import_checkpoint
 config = MARConfig(encoder_depth=1, encoder_width=64, encoder_heads=1, decoder_depth=1, decoder_width=64, decoder_heads=1, buffer_size=2,
                    denoiser_depth=1, denoiser_width=32, latent_size=4, classes=3)
 model, folder = MAR(config), pathlib.Path(sys.argv[2])

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from mar_model.ema import WeightAverage
-from mar_model.strategies import Replicated
-from mar_model.training_step import OptimizerStep
+from mar_model.training.ema import WeightAverage
+from mar_model.training.step import OptimizerStep
+from mar_model.training.strategies import Replicated
 
 CLIP = 0.5
 

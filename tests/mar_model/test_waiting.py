@@ -7,9 +7,10 @@ index) raises an error there, as it would make the host wait on a GPU.
 import pytest
 import torch
 
-from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws, generate
-from mar_model.ema import WeightAverage
-from mar_model.recipe import band_sums, micro_batch_draws, parameter_groups
+from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws
+from mar_model.sampling import generate
+from mar_model.training.ema import WeightAverage
+from mar_model.training.recipe import band_sums, micro_batch_draws, parameter_groups
 
 TINY = MARConfig(
     encoder_depth=2, encoder_width=32, encoder_heads=2, decoder_depth=2, decoder_width=48, decoder_heads=3, buffer_size=3,

@@ -1,7 +1,7 @@
 """A stage whose lines a test can read."""
 
-from pipelines.cluster import ClusterSettings
-from pipelines.stage import Stage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.stage import Stage
 
 
 class Listening(Stage):

@@ -15,15 +15,15 @@ from PIL import Image
 from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, write_webdataset
 from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
-from pipelines import storage
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings
-from pipelines.encoding import EncodingJob, ShardEncoder, read_image_digests, read_record
-from pipelines.errors import UserError
-from pipelines.images import ImageSettings, decode, list_images, read_image, to_model
-from pipelines.latents import LatentCache
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.worker import EncodingJob, ShardEncoder, read_image_digests, read_record
+from pipelines.images.listing import ImageSettings, decode, list_images, read_image, to_model
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_digest
 
 SIZE, SHARD, BATCH = 16, 8, 3
 BROKEN = {"b/20.png": b"", "b/22.png": b"not an image", "c/40.png": None}  # None: the first half of an image

@@ -12,10 +12,11 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.source_forms import encoded, write_tree
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines import shards, storage
-from pipelines.cluster import ClusterSettings
-from pipelines.encoding import EncodingJob, ShardEncoder
-from pipelines.images import ImageSettings, list_images
+from pipelines.caching import shards
+from pipelines.caching.worker import EncodingJob, ShardEncoder
+from pipelines.images.listing import ImageSettings, list_images
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
 
 pytestmark = pytest.mark.long
 

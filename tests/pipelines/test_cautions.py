@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.cautions import of_distance, of_distance_in_short, of_evaluation, of_label_agreement, of_run
+from pipelines.evaluation.cautions import of_distance, of_distance_in_short, of_evaluation, of_label_agreement, of_run
 
 
 @pytest.mark.parametrize(("features", "dimension"), [("inception", 2048), ("efficientnet-lite0", 1280)])

@@ -11,15 +11,15 @@ from listening import Listening
 
 from benchmarks.source_forms import encoded, write_tree, write_webdataset
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines import storage
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.images import ImageListing, ImageSettings, keep_listing, kept_listing
-from pipelines.latents import LatentCache
-from pipelines.sources.table import ImageRows
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.images.listing import ImageListing, ImageSettings, keep_listing, kept_listing
+from pipelines.images.sources.table import ImageRows
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
 
 IMAGES = {f"{'ab'[number % 2]}/{number:02d}.png": encoded(16, 16, number) + b"\0" for number in range(14)} | {"b/x.png": b"no image"}
 

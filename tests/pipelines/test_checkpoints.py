@@ -12,18 +12,18 @@ from full_disk import largest_file
 from tiny_cache import ARCHITECTURE, write_latents
 
 from benchmarks.faulty_s3 import FaultyS3
-from mar_model.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, load_model, optimizer_state
-from mar_model.diffusion import TokenLoss
+from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS, load_model, optimizer_state
+from mar_model.head.diffusion import TokenLoss
 from mar_model.mar import MAR
-from pipelines import s3, storage
-from pipelines.checkpoint_writing import CheckpointWriter
-from pipelines.checkpoints import Scores, checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
-from pipelines.errors import UserError
-from pipelines.intervals import Interval
-from pipelines.json_numbers import null_for_nan
-from pipelines.latents import LatentCache
-from pipelines.training import TrainSettings, model_config
-from pipelines.training_worker import TrainingJob
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.checkpoints.directory import Scores, checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
+from pipelines.checkpoints.writer import CheckpointWriter
+from pipelines.runtime import s3, storage
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.training.intervals import Interval
+from pipelines.training.stage import TrainSettings, model_config
+from pipelines.training.worker import TrainingJob
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_newest_that_was_validated(tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.checkpoint_writing.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("pipelines.checkpoints.writer.PAUSE_SECONDS", 0.01)
     said: list[str] = []
     writer = CheckpointWriter(job, said.append, 0)
     writer.begin(tensors, progress(10))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from mar_model.noise import stream
-from pipelines.classifier import Classifier, fit, load_classifier, shifted
-from pipelines.errors import UserError
+from pipelines.evaluation.classifier import Classifier, fit, load_classifier, shifted
+from pipelines.runtime.errors import UserError
 
 
 def test_it_learns_digits() -> None:
@@ -18,7 +18,7 @@ def test_it_learns_digits() -> None:
     torch.manual_seed(0)
     classifier = Classifier(10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.classifier.EPOCHS", 6)
+        patch.setattr("pipelines.evaluation.classifier.EPOCHS", 6)
         fit(classifier, images[::3], torch.from_numpy(labels[::3]), seed=0)
     classifier.eval()
     held_out = slice(1, None, 9)

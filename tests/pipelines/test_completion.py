@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.completion import read_completion
-from pipelines.errors import UserError
+from pipelines.generation.completion import read_completion
+from pipelines.runtime.errors import UserError
 
 SIZE = 16
 GREY = np.linspace(0, 65535, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)  # 0, 257, 514, … 65535

@@ -11,20 +11,21 @@ import pytest
 import torch
 from tiny_run import write_checkpoint, write_tokenizer
 
-from mar_model.checkpoint import read_state
+from jobs.quickstart.attempts import Attempts
+from mar_model.checkpoints.checkpoint import read_state
 from mar_model.tokenizers import load_tokenizer
-from pipelines import samples, storage
-from pipelines.attempts import Attempts
-from pipelines.checkpoints import newest_checkpoint, read_checkpoint
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import DamagedFileError, UserError
-from pipelines.metrics import FeatureStatistics
-from pipelines.metrics_log import MetricsLog, read_metrics
-from pipelines.samples import Samples
-from pipelines.stage import Stage
-from pipelines.sweep_grid import Trial
-from pipelines.sweeping import finished_rows
-from pipelines.tokenizing_worker import PROGRESS, load_progress, read_progress, save_progress
+from pipelines.checkpoints.directory import newest_checkpoint, read_checkpoint
+from pipelines.evaluation.statistics import FeatureStatistics
+from pipelines.generation import samples
+from pipelines.generation.samples import Samples
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.stage import Stage
+from pipelines.sweeping.stage import finished_rows
+from pipelines.sweeping.trials import Trial
+from pipelines.tokenizing.worker import PROGRESS, load_progress, read_progress, save_progress
+from pipelines.training.metrics_log import MetricsLog, read_metrics
 
 GARBAGE = b"\xff\xfe\x00no file of ours\x93\n" * 9
 IDENTITY = {"train.batch": 8, "seed": 1}

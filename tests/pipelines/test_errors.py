@@ -3,7 +3,7 @@
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-from pipelines.errors import UserError, carried_by, causes_of, mistake_of, origin_of
+from pipelines.runtime.errors import UserError, carried_by, causes_of, mistake_of, origin_of
 
 
 def after(error: Exception, cause: Exception) -> Exception:

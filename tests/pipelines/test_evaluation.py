@@ -7,20 +7,21 @@ import torch
 from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
-from pipelines import samples, storage
-from pipelines.classifier import check_classes, classifier_digest, load_classifier, train_classifier
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.evaluation import EvaluateSettings, evaluate, frechet_rows, with_reference
-from pipelines.features import EfficientNetLite0, network_digest
-from pipelines.generation import GenerateSettings
-from pipelines.images import ImageSettings, decode, list_images, read_image
-from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
-from pipelines.references import find_reference
-from pipelines.scoring import NoiseImages
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.evaluation.classifier import check_classes, classifier_digest, load_classifier, train_classifier
+from pipelines.evaluation.features import EfficientNetLite0, network_digest
+from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.scoring import NoiseImages
+from pipelines.evaluation.stage import EvaluateSettings, evaluate, frechet_rows, with_reference
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.generation import samples
+from pipelines.generation.stage import GenerateSettings
+from pipelines.images.listing import ImageSettings, decode, list_images, read_image
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 NAME = "frechet_distance_efficientnet-lite0"
 HELD_OUT, DRAWN = 8 * len(CLASSES), 30

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.features import EfficientNetLite0, Inception, load_network, network_digest
-from pipelines.storage import digest
+from pipelines.evaluation.features import EfficientNetLite0, Inception, load_network, network_digest
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.storage import digest
 
 CPU = torch.device("cpu")
 MILITARY_UNIFORM = 652  # ImageNet class

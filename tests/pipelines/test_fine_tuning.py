@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny_cache import ARCHITECTURE
 
-from mar_model.checkpoint import save_checkpoint
+from mar_model.checkpoints.checkpoint import save_checkpoint
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
-from pipelines import storage
-from pipelines.checkpoints import checkpoint_path
-from pipelines.errors import UserError
-from pipelines.fine_tuning import CLASSES, start_from
-from pipelines.training import TrainSettings, begun_with
+from pipelines.checkpoints.directory import checkpoint_path
+from pipelines.checkpoints.fine_tuning import CLASSES, start_from
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.training.stage import TrainSettings, begun_with
 
 CONFIG = MARConfig(**vars(ARCHITECTURE), latent_size=4, latent_channels=4, classes=3)
 

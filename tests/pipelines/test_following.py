@@ -13,11 +13,11 @@ import ray
 from mlflow.tracking import MlflowClient
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from pipelines import progress
-from pipelines.cluster import ClusterSettings
-from pipelines.stage import open_stage
-from pipelines.tracking import TrackingSettings
-from pipelines.training import TrainSettings, train
+from pipelines.runtime import progress
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.stage import open_stage
+from pipelines.runtime.tracking import TrackingSettings
+from pipelines.training.stage import TrainSettings, train
 
 INTERVALS, EVERY = 5, 800
 SETTINGS = TrainSettings(

@@ -13,16 +13,16 @@ from PIL import Image
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 
 from mar_model import MAR
-from pipelines import samples
-from pipelines.cluster import ClusterSettings
-from pipelines.completion import read_completion
-from pipelines.errors import UserError
-from pipelines.generation import GenerateSettings, generate, plan_drawing
-from pipelines.generation_worker import LoadedModel, share_at_bounds, share_out_of_range
-from pipelines.images import ImageSettings, decode, list_images
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.generation import samples
+from pipelines.generation.completion import read_completion
+from pipelines.generation.stage import GenerateSettings, generate, plan_drawing
+from pipelines.generation.worker import LoadedModel, share_at_bounds, share_out_of_range
+from pipelines.images.listing import ImageSettings, decode, list_images
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 IMAGES = 12
 

@@ -7,12 +7,12 @@ import sys
 import pytest
 import ray
 
-from pipelines.cluster import ClusterSettings, use_threads
+from pipelines.runtime.cluster.connection import ClusterSettings, use_threads
 
 PAGES = 96 * 2**20 // 4096
 FAULTS = """
 import resource, sys, torch
-from pipelines.host_memory import keep_freed_memory
+from pipelines.runtime.cluster.host_memory import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

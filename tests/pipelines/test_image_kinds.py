@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.encoding import decode_row
-from pipelines.images import ImageSettings, decode, list_images
-from pipelines.storage import digest
+from pipelines.caching.worker import decode_row
+from pipelines.images.listing import ImageSettings, decode, list_images
+from pipelines.runtime.storage import digest
 
 SIZE = 16
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.images import ImageError, ImageSettings, decode, list_images, read_image, to_model, to_uint8
+from pipelines.images.listing import ImageError, ImageSettings, decode, list_images, read_image, to_model, to_uint8
+from pipelines.runtime.errors import UserError
 
 
 def encoded(width: int, height: int, seed: int = 0, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -220,7 +220,7 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
         def read(*_: object) -> bytes:
             raise error
 
-        monkeypatch.setattr("pipelines.sources.read", read)
+        monkeypatch.setattr("pipelines.images.sources.read", read)
 
     for error in (OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK")):
         failing(error)

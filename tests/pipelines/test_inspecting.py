@@ -13,16 +13,16 @@ from PIL import Image
 from benchmarks.source_forms import encoded, write_tree
 from jobs.cache_commands import inspect_command, verify_command
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines import storage
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.images import ImageSettings
-from pipelines.inspecting import EDGES, inspect
-from pipelines.latents import LatentCache
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.verifying import damages
+from pipelines.caching.inspecting import EDGES, inspect
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.verifying import damages
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
 
 IMAGES = {f"{'aab'[number % 3]}/{number:02d}.png": encoded(16, 17, number) for number in range(20)} | {"b/x.png": b"", "b/y.png": b"text"}
 

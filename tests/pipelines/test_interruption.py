@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.interruption import Terminated, finish_when_asked, held_back, raised
+from pipelines.runtime.cluster.interruption import Terminated, finish_when_asked, held_back, raised
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -44,7 +44,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_so_does_the_first_where_nothing_can_
 
 def test_where_nobody_works_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ANSWER_SECONDS", "LAST_WORD_SECONDS"):
-        monkeypatch.setattr(f"pipelines.interruption.{name}", 0.05)
+        monkeypatch.setattr(f"pipelines.runtime.cluster.interruption.{name}", 0.05)
     never, looks = threading.Event(), iter([True, True, False])
     ctrl_c()
     assert isinstance(finish_when_asked(never.wait, lambda: None, lambda: next(looks)), KeyboardInterrupt)

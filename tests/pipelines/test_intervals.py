@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from mar_model.diffusion import TokenLoss
-from pipelines.intervals import Interval
+from mar_model.head.diffusion import TokenLoss
+from pipelines.training.intervals import Interval
 
 
 def test_an_interval_leaves_out_what_is_not_finite() -> None:

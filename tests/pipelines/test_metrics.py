@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from pipelines.errors import UserError
-from pipelines.metrics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.runtime.errors import UserError
 
 
 def features(count: int, dimension: int, seed: int = 0) -> np.ndarray:

@@ -11,16 +11,16 @@ from listening import Listening
 from tiny_run import write_checkpoint, write_tokenizer
 
 from mar_model.config import Architecture
-from pipelines.caching import CacheSettings
-from pipelines.checkpoints import checkpoint_path, newest_checkpoint
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.evaluation import EvaluateSettings, evaluate
-from pipelines.generation import GenerateSettings, generate
-from pipelines.images import ImageSettings
-from pipelines.sweeping import SweepSettings, sweep
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import checkpoint_path, newest_checkpoint
+from pipelines.evaluation.stage import EvaluateSettings, evaluate
+from pipelines.generation.stage import GenerateSettings, generate
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.sweeping.stage import SweepSettings, sweep
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 IMAGES, TRAIN, GENERATE, EVALUATE = ImageSettings(), TrainSettings(), GenerateSettings(labels=[99]), EvaluateSettings()
 EVALUATE = replace(EVALUATE, features="efficientnet-lite0", classifier="no classifier")

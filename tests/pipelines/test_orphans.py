@@ -13,13 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.orphans import DRIVER, MARK, end_orphans, identity_of
+from pipelines.runtime.cluster.orphans import DRIVER, MARK, end_orphans, identity_of
 
 BECOME_PARENT_OF_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER in linux/prctl.h
 STARTED = """
 import os, sys, time
 from pathlib import Path
-from pipelines.cluster import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
 with connected(ClusterSettings(cpus=1), Path(sys.argv[1]) / "ray.log"):
     (Path(sys.argv[1]) / "started").touch()
     time.sleep(600)

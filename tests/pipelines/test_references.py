@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluation import EvaluateSettings
-from pipelines.images import ImageSettings
-from pipelines.references import find_reference
-from pipelines.scoring import RealImages
-from pipelines.tokenizing import TokenizerSettings
+from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.scoring import RealImages
+from pipelines.evaluation.stage import EvaluateSettings
+from pipelines.images.listing import ImageSettings
+from pipelines.tokenizing.stage import TokenizerSettings
 
 SIZE = 8
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.errors import UserError
-from pipelines.plots import sweep_plot
-from pipelines.report import duration, number, report
+from jobs.report.page import duration, number, report
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.plots import sweep_plot
 
 
 def write(folder: Path, summary: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.sampler import SampleOrder, WindowedOrder
+from mar_model.training.sample_order import SampleOrder, WindowedOrder
 
 
 @settings(max_examples=60, deadline=None)

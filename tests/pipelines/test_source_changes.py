@@ -7,12 +7,12 @@ import pytest
 from listening import Listening
 
 from benchmarks.source_forms import encoded, write_parquet, write_tree
-from pipelines import storage
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.images import ImageListing, ImageSettings, list_images, read_image
-from pipelines.scoring import RealImages
-from pipelines.source_changes import changes, check_source, remember_source
+from pipelines.evaluation.scoring import RealImages
+from pipelines.images.listing import ImageListing, ImageSettings, list_images, read_image
+from pipelines.images.source_changes import changes, check_source, remember_source
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
 
 IMAGES = {f"{'ab'[number % 2]}/{number:02d}.png": encoded(6, 6, number) for number in range(30)}
 

@@ -14,11 +14,11 @@ import pytest
 import webdataset
 
 from benchmarks.source_forms import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
-from pipelines import sources
-from pipelines.encoding import decode_row
-from pipelines.errors import UserError
-from pipelines.images import ImageError, ImageSettings, keep_listing, kept_listing, list_images, read_image
-from pipelines.sources.tars import members, open_at
+from pipelines.caching.worker import decode_row
+from pipelines.images import sources
+from pipelines.images.listing import ImageError, ImageSettings, keep_listing, kept_listing, list_images, read_image
+from pipelines.images.sources.tars import members, open_at
+from pipelines.runtime.errors import UserError
 
 FORMS = {"imagefolder": write_tree, "ilsvrc": write_ilsvrc, "webdataset": write_webdataset, "parquet": write_parquet}
 

@@ -11,11 +11,11 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines import storage
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.stage import Stage, open_stage
-from pipelines.tracking import TrackingSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage, open_stage
+from pipelines.runtime.tracking import TrackingSettings
 
 IDENTITY = {"train.batch": 8, "seed": 1}
 
@@ -69,7 +69,7 @@ def test_two_runs_never_share_an_output(ray_local: ClusterSettings, tmp_path: Pa
 WAITING = """
 import sys, time
 from pathlib import Path
-from pipelines.cluster import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
 import ray
 with connected(ClusterSettings(cpus=1), Path(sys.argv[1]) / "ray.log"):
     @ray.remote

@@ -16,22 +16,22 @@ from PIL import Image
 from tiny_run import write_checkpoint, write_images, write_tokenizer
 
 from mar_model.config import Architecture
-from pipelines import storage
-from pipelines.caching import CacheSettings
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.evaluation import EvaluateSettings
-from pipelines.generation import GenerateSettings
-from pipelines.images import ImageSettings
-from pipelines.latents import LatentStatistics, Manifest, shard_bytes, shard_name
-from pipelines.plots import sweep_plot
-from pipelines.stage import Stage
-from pipelines.sweep_grid import Sections, grid
-from pipelines.sweep_table import row_of, write_table
-from pipelines.sweeping import SweepSettings, best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.tracking import Tracker, TrackingSettings
-from pipelines.training import TrainSettings, train
+from pipelines.caching.latent_cache import LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.caching.stage import CacheSettings
+from pipelines.evaluation.stage import EvaluateSettings
+from pipelines.generation.stage import GenerateSettings
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.plots import sweep_plot
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.tracking import Tracker, TrackingSettings
+from pipelines.sweeping.stage import SweepSettings, best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
+from pipelines.sweeping.table import row_of, write_table
+from pipelines.sweeping.trials import Sections, grid
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings, train
 
 TINY = Architecture(
     patch_size=1, encoder_depth=1, encoder_width=8, encoder_heads=2, decoder_depth=1, decoder_width=8, decoder_heads=2,

@@ -11,10 +11,10 @@ from torch import nn
 
 from mar_model.config import MARConfig
 from mar_model.flops import training_flops
-from mar_model.gpus import of_device
-from pipelines import telemetry
-from pipelines.prometheus import run_label
-from pipelines.telemetry import ExposedCommunication, Telemetry, in_short
+from mar_model.training.gpus import of_device
+from pipelines.training import telemetry
+from pipelines.training.prometheus import run_label
+from pipelines.training.telemetry import ExposedCommunication, Telemetry, in_short
 
 CPU = torch.device("cpu")
 CONFIG = MARConfig(

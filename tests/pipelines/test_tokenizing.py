@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 
 from mar_model.noise import stream
-from mar_model.recipe import learning_rate
 from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
-from pipelines import storage, tokenizing
-from pipelines.decoded_images import DecodedImages
-from pipelines.errors import UserError
-from pipelines.images import ImageSettings, list_images, to_model, to_uint8
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings, tokenize, tokenizer_digest
-from pipelines.tokenizing_worker import (
+from mar_model.training.recipe import learning_rate
+from pipelines.images.listing import ImageSettings, list_images, to_model, to_uint8
+from pipelines.images.reading import DecodedImages
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing import stage as tokenizing
+from pipelines.tokenizing.stage import TokenizerSettings, tokenize, tokenizer_digest
+from pipelines.tokenizing.worker import (
     GRADIENT_CLIP,
     PROGRESS,
     RESULT,
@@ -229,7 +230,7 @@ def test_unusable_images_are_passed_over_up_to_the_limit(images: ImageSettings, 
 
 
 def test_pixels_need_no_training(tmp_path: Path) -> None:
-    from pipelines.cluster import ClusterSettings
+    from pipelines.runtime.cluster.connection import ClusterSettings
 
     settings = TokenizerSettings(path=str(tmp_path / "pixels"), kind="pixels")
     tokenize(ImageSettings(size=64), settings, seed=0, stage=Stage("tokenize", ClusterSettings()))

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.errors import UserError
-from pipelines.tracking import LONGEST_PARAMETER, Tracker, TrackingSettings, flatten, without_password
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.tracking import LONGEST_PARAMETER, Tracker, TrackingSettings, flatten, without_password
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from jobs.stages import guarded
-from mar_model.checkpoint import load_model
+from mar_model.checkpoints.checkpoint import load_model
 from mar_model.config import Architecture
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines import storage
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.images import ImageSettings
-from pipelines.latents import LatentCache
-from pipelines.micro_batches import MicroBatches, share_of
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings, model_config, newest_checkpoint, train
-from pipelines.training_worker import made_model
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.data import MicroBatches, share_of
+from pipelines.training.stage import TrainSettings, model_config, newest_checkpoint, train
+from pipelines.training.worker import made_model
 
 ARCHITECTURE = Architecture(
     encoder_depth=1, encoder_width=32, encoder_heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, buffer_size=2,

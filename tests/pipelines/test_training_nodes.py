@@ -12,10 +12,10 @@ from ray.cluster_utils import Cluster
 from test_training_workers import RECIPE, Listening, losses, meanwhile
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from pipelines.caching import CacheSettings
-from pipelines.cluster import ClusterSettings
-from pipelines.supervision import ROOM_SECONDS
-from pipelines.training import train
+from pipelines.caching.stage import CacheSettings
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.training.stage import train
+from pipelines.training.supervision.controller import ROOM_SECONDS
 
 pytestmark = pytest.mark.long
 

@@ -22,15 +22,15 @@ from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from mar_model.checkpoint import load_model, save_checkpoint
+from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
 from mar_model.mar import MAR
-from pipelines.caching import CacheSettings
-from pipelines.checkpoints import checkpoint_names, checkpoint_path, newest_checkpoint
-from pipelines.cluster import ClusterSettings, connected
-from pipelines.errors import UserError
-from pipelines.latents import LatentCache
-from pipelines.sampler import SampleOrder
-from pipelines.training import TrainSettings, model_config, train
+from mar_model.training.sample_order import SampleOrder
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import checkpoint_names, checkpoint_path, newest_checkpoint
+from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.errors import UserError
+from pipelines.training.stage import TrainSettings, model_config, train
 
 STEPS, BATCH = 50, 16
 RECIPE = TrainSettings(
@@ -212,7 +212,7 @@ def test_a_worker_that_hangs_or_dies_while_its_group_starts(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path, doing: str, kind: signal.Signals, cause: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipelines.supervision.START_SECONDS", 15)
+    monkeypatch.setattr("pipelines.training.supervision.controller.START_SECONDS", 15)
     with taken(2), as_soon_as(doing, kind):  # the next start has only the room of the first
         train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
     assert_bitwise(tmp_path, undisturbed)
@@ -242,7 +242,7 @@ def test_workers_that_cannot_read_what_they_are_sent_are_not_started_again(
     cache: CacheSettings, stage: Listening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node with other code than the driver's."""
-    monkeypatch.setattr("pipelines.training.train_worker", Unreadable())
+    monkeypatch.setattr("pipelines.training.stage.train_worker", Unreadable())
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
     assert not any("starting again" in line for line in stage.said), stage.said

@@ -16,15 +16,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny_run import SIZE, write_checkpoint, write_tokenizer
 
-from pipelines import plots, samples
-from pipelines.caching import CacheSettings, cache
-from pipelines.cluster import ClusterSettings
-from pipelines.generation import GenerateSettings, generate
-from pipelines.images import ImageSettings, list_images
-from pipelines.report import report
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings
-from pipelines.training import TrainSettings
+from jobs.report.page import report
+from pipelines.caching.stage import CacheSettings, cache
+from pipelines.generation import samples
+from pipelines.generation.stage import GenerateSettings, generate
+from pipelines.images.listing import ImageSettings, list_images
+from pipelines.runtime import plots
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
 
 IMAGE = "<img src=x onerror=alert(1)>"
 NAMES = sorted([IMAGE, "\"'><svg onload=alert(2)>", "{{ 7*7 }} [bold]$x^{$ &amp; %41"])

@@ -14,20 +14,20 @@ from PIL import Image
 from tiny_cache import ARCHITECTURE, write_latents
 from tiny_run import CLASSES, SIZE, write_images, write_tokenizer
 
-from pipelines import storage
-from pipelines.checkpoints import Scores
-from pipelines.cluster import ClusterSettings
-from pipelines.errors import UserError
-from pipelines.evaluation import EvaluateSettings, evaluate, metric_name
-from pipelines.generation import GenerateSettings
-from pipelines.images import ImageSettings
-from pipelines.metrics import FeatureStatistics
-from pipelines.stage import Stage
-from pipelines.tokenizing import TokenizerSettings, tokenizer_digest
-from pipelines.tracking import Tracker, TrackingSettings
-from pipelines.training import TrainSettings
-from pipelines.training_channel import STOP, TrainingChannel
-from pipelines.validating import Validation, plan_validation, train, validate
+from pipelines.checkpoints.directory import Scores
+from pipelines.evaluation.stage import EvaluateSettings, evaluate, metric_name
+from pipelines.evaluation.statistics import FeatureStatistics
+from pipelines.evaluation.validation import Validation, plan_validation, train, validate
+from pipelines.generation.stage import GenerateSettings
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
+from pipelines.runtime.tracking import Tracker, TrackingSettings
+from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_digest
+from pipelines.training.stage import TrainSettings
+from pipelines.training.supervision.channel import STOP, TrainingChannel
 
 NAME = metric_name("efficientnet-lite0")
 SAMPLES = 10

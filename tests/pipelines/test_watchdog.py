@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
-from pipelines.watchdog import Watchdog
+from pipelines.training.supervision.watchdog import Watchdog
 
 def stuck():
     time.sleep(60)

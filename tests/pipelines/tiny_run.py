@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mar_model.checkpoint import save_checkpoint
+from mar_model.checkpoints.checkpoint import save_checkpoint
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
 from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines.tokenizing import tokenizer_digest
+from pipelines.tokenizing.stage import tokenizer_digest
 
 CLASSES, SIZE = ["ant", "bee", "cat"], 32
 

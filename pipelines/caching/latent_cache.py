@@ -1,0 +1,307 @@
+"""The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
+
+import json
+import tempfile
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
+from pipelines.caching.local_shards import LocalShards
+from pipelines.caching.shard_checks import FOLDER, ShardChecks, check_size, compare, refuse_condemned
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.records import damaged, parsed
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SHARDS = FOLDER
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Per-channel float64 statistics of posteriors: of how many values, and C numbers for each of the others."""
+
+    values: int
+    mean: list[float]  # of the posterior means
+    squares: list[float]  # sum of squared deviations of the posterior means from `mean`
+    variances: list[float]  # sum of the posterior variances
+    min: list[float]  # of the posterior means
+    max: list[float]
+
+    @classmethod
+    def of(cls, moments: np.ndarray) -> "LatentStatistics":
+        """Of moments (N, 2C, h, w), N ≥ 1."""
+        means, log_variances = np.split(moments.astype(np.float64), 2, axis=1)
+        over = (0, 2, 3)
+        mean = means.mean(over)
+        return cls(
+            values=means.size // means.shape[1],
+            mean=mean.tolist(),
+            squares=np.square(means - mean[:, None, None]).sum(over).tolist(),
+            variances=np.exp(log_variances.clip(*LOG_VARIANCE_RANGE)).sum(over).tolist(),
+            min=means.min(over).tolist(),
+            max=means.max(over).tolist(),
+        )
+
+    def merged(self, other: "LatentStatistics") -> "LatentStatistics":
+        """Of both sets of values together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        values = self.values + other.values
+        mean, theirs = np.array(self.mean), np.array(other.mean)
+        shift = theirs - mean
+        squares = np.array(self.squares) + np.array(other.squares) + shift**2 * (self.values * other.values / values)
+        return LatentStatistics(
+            values=values,
+            mean=(mean + shift * (other.values / values)).tolist(),
+            squares=squares.tolist(),
+            variances=(np.array(self.variances) + np.array(other.variances)).tolist(),
+            min=np.minimum(self.min, other.min).tolist(),
+            max=np.maximum(self.max, other.max).tolist(),
+        )
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of posterior samples: √(variance of the means + mean of the variances)."""
+        deviations: list[float] = np.sqrt((np.array(self.squares) + np.array(self.variances)) / self.values).tolist()
+        return deviations
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.arrow"
+
+
+def shard_bytes(keys: list[str], labels: list[int], moments: np.ndarray, flipped: np.ndarray) -> bytes:
+    """One shard as an Arrow IPC file of one record batch. `moments` and `flipped` (N, 2C, h, w), float16 or float32."""
+    shape = moments.shape[1:]
+    values = pa.list_(pa.from_numpy_dtype(moments.dtype), int(np.prod(shape)))
+    schema = pa.schema(
+        [("key", pa.string()), ("label", pa.int64()), ("moments", values), ("moments_flipped", values)],
+        metadata={"format_version": str(FORMAT_VERSION), "moments_shape": json.dumps(shape), "moments_axes": "2C, h, w"},
+    )
+
+    def column(array: np.ndarray) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), type=values)
+
+    columns = [pa.array(keys, pa.string()), pa.array(labels, pa.int64()), column(moments), column(flipped)]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+    return bytes(sink.getvalue())
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What a manifest says of each shard."""
+
+    name: str
+    rows: int
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What a manifest says of the tokenizer."""
+
+    digest: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a latent cache is. `latent_*` are C numbers in the tokenizer's own scale, over image and mirror image alike:
+    mean and standard deviation of posterior samples, smallest and largest posterior mean."""
+
+    format_version: int
+    rows: int
+    shards: list[dict[str, Any]]  # name, rows, sha256, bytes
+    class_names: list[str]
+    image_size: int
+    latent_size: int
+    latent_channels: int
+    dtype: str
+    latent_mean: list[float]
+    latent_std: list[float]
+    latent_min: list[float]
+    latent_max: list[float]
+    tokenizer: dict[str, Any]  # digest, config
+    images: dict[str, Any]  # which images: the split, and the digest of the list of keys and labels
+    rejected: int
+    precision: dict[str, Any] = field(default_factory=dict)  # name of the encoder's arithmetic, measured deviation of the moments
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Versioned:
+    format_version: int
+
+
+@dataclass(frozen=True)
+class _ManifestRecord(Manifest):
+    """The types inside the manifest's lists and objects."""
+
+    shards: list[ShardEntry]  # type: ignore[assignment]
+    tokenizer: Tokenizer  # type: ignore[assignment]
+
+
+def read_manifest(path: str) -> tuple[Manifest, str]:
+    """The manifest of the cache at `path` and its SHA-256. Raises DamagedFileError, and UserError for another format version."""
+    file = storage.join(path, MANIFEST)
+    remedy = "run `mar cache` with the cache's settings: it writes the manifest again, and the shards are kept"
+    data = storage.read_bytes(file)
+    version = parsed(data, file, _Versioned, remedy)["format_version"]
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format_version {version!r}, expected {FORMAT_VERSION}: read it with the version of mar-ray that wrote it, or "
+            "write the cache again"
+        )
+    values = parsed(data, file, _ManifestRecord, remedy)
+    return Manifest(**{one.name: values[one.name] for one in fields(Manifest) if one.name in values}), storage.digest(data)
+
+
+class LatentCache:
+    """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used, after a comparison with their
+    SHA-256 (see `checked_beside`); those on S3 are fetched onto a local disk before that. A pickle of this object holds the paths alone."""
+
+    def __init__(self, path: str, local: str = "", local_gb: float = 50.0, condemned: bool = False) -> None:
+        """`local`: a folder on a local disk where shards are kept, `local_gb` at most; of a cache on S3 the temporary folder if empty.
+        `condemned`: also a cache with shards that are known to be damaged.
+
+        Raises UserError when `path` holds no finished cache of this format, or one with damaged shards, and where `local_gb` is too
+        small for it. Whatever reads a shard raises UserError where it is not what the manifest says.
+        """
+        self.path = path
+        self._arguments = (path, local, local_gb, condemned)
+        if not storage.exists(storage.join(path, MANIFEST)):
+            raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
+        self.manifest, self.digest = read_manifest(path)
+        if not condemned:
+            refuse_condemned(path, len(self.manifest.shards))
+        self.checks, self._beside = ShardChecks(self._check), False
+        self._ends = np.cumsum([shard["rows"] for shard in self.manifest.shards])
+        self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
+        self._opened: OrderedDict[int, _Shard] = OrderedDict()
+        self._halves: dict[int, np.ndarray] = {}
+        self._labels = np.empty(self.manifest.rows, np.int64)  # of the shards opened so far
+        self.local: LocalShards | None = None
+        if local or not storage.is_local(path):
+            folder = storage.join(local or storage.join(tempfile.gettempdir(), "mar-shards"), self.digest[:16])
+            self.local = LocalShards(path, self.manifest.shards, folder, int(local_gb * 1e9))
+
+    def __reduce__(self) -> tuple[type["LatentCache"], tuple[str, str, float, bool]]:
+        return LatentCache, self._arguments
+
+    def checked_beside(self) -> ShardChecks:
+        """From now on no shard is compared before it is mapped: the caller begins and settles the checks, beside its work."""
+        self._beside = True
+        return self.checks
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """(2C, h, w)"""
+        side = self.manifest.latent_size
+        return 2 * self.manifest.latent_channels, side, side
+
+    def take(self, indices: np.ndarray, flipped: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image where `flipped` (N,) is true, and labels int64 (N,).
+
+        `out`: where to put the moments.
+        """
+        numbers, rows = self._places(indices)
+        moments = np.empty((len(rows), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
+        halves = self._halves_of(numbers)
+        chosen = (2 * numbers + np.asarray(flipped, bool)).tolist()
+        records = [halves[half][row] for half, row in zip(chosen, rows.tolist(), strict=True)]
+        if records:  # one call for all: what a copy costs beside its bytes is the interpreter
+            np.concatenate(records, out=moments.reshape(-1))
+        return moments, self._labels[indices]
+
+    def labels(self) -> np.ndarray:
+        """Labels of all rows, int64 (rows,)."""
+        for number in range(len(self._ends)):
+            self._shard(number)
+        return self._labels.copy()
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Keys of the images in these rows."""
+        numbers, rows = self._places(indices)
+        return [self._shard(number).keys[row].as_py() for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+
+    def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard, and row in it, of each row of the cache."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        return numbers, indices - self._starts[numbers]
+
+    def _halves_of(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
+        """Of these shards the moments of images at 2 · number, of mirror images at 2 · number + 1."""
+        all_open = len(self._opened) == len(self._ends)  # then none is let go any more
+        if all_open and self._halves:
+            return self._halves
+        halves = {}
+        for number in list(self._opened) if all_open else set(numbers.tolist()):
+            shard = self._shard(number)
+            halves[2 * number], halves[2 * number + 1] = shard.moments, shard.flipped
+        if all_open:
+            self._halves = halves
+        return halves
+
+    def _shard(self, number: int) -> "_Shard":
+        shard = self._opened.get(number)
+        if shard is None:
+            shard = self._opened[number] = self._open(number)
+            self._labels[self._starts[number] : self._ends[number]] = shard.labels
+        elif self.local is not None:
+            self._opened.move_to_end(number)
+        return shard
+
+    def _open(self, number: int) -> "_Shard":
+        entry = self.manifest.shards[number]
+        if not self._beside:
+            self._check(number)
+        if self.local is None:
+            return _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"])
+        while len(self._opened) >= max(1, self.local.capacity - 1):
+            self._opened.popitem(last=False)  # a map keeps the space of a file that was evicted
+        return _Shard(self.local.path(number), entry["bytes"])
+
+    def _check(self, number: int) -> None:
+        if self.local is None:
+            compare(self.path, self.manifest.shards[number])
+        else:
+            self.local.compare(number)
+
+
+class _Shard:
+    """Views of one shard's columns: labels (N,), keys, and moments of images and mirror images (N, 2C · h · w)."""
+
+    def __init__(self, path: str, size: int) -> None:
+        check_size(path, size)
+        try:
+            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
+                self._batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
+            self.labels: np.ndarray = self._batch.column("label").to_numpy()
+            self.moments = self._view("moments")
+            self.flipped = self._view("moments_flipped")
+        except (pa.ArrowException, OSError, LookupError, AttributeError, ValueError) as error:
+            raise damaged(path, error, "run `mar verify` on the cache, then `mar cache` makes this shard again") from error
+
+    def _view(self, name: str) -> np.ndarray:
+        column = self._batch.column(name)
+        values: np.ndarray = column.flatten().to_numpy(zero_copy_only=True)
+        return values.reshape(-1, column.type.list_size)
+
+    @cached_property
+    def keys(self) -> pa.StringArray:
+        return self._batch.column("key")

@@ -1,0 +1,235 @@
+"""Stage *cache*: Ray Data streams shards through a pool of encoders, which decode with threads and encode with a tokenizer.
+
+    source ──▶ listing, sorted by key ──▶ ranges of rows ──▶ encoders: decode │ encode │ write ──▶ one record a shard ──▶ manifest
+
+A shard is a fixed range of the sorted train rows and a file of its own, so neither the number of encoders nor the order in which
+they finish can be seen in the result, and a run that was killed keeps every shard whose record was written.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from mar_model.tokenizers import load_tokenizer
+from pipelines.caching.cached_images import TRAIN_LISTING, settle_identity
+from pipelines.caching.latent_cache import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest, read_manifest
+from pipelines.caching.shard_checks import absolve, condemned
+from pipelines.caching.shards import Shard, are_whole, finished, make, shards_of
+from pipelines.caching.worker import EncodingJob, Seconds
+from pipelines.images.listing import ImageSettings, keep_listing, kept_listing, list_images, listing_digest
+from pipelines.images.source_changes import LISTING
+from pipelines.images.sources.table import ImageRows
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import cluster_resources
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.records import damaged
+from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_config, tokenizer_digest
+
+REJECTED = "rejected.parquet"
+REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
+
+
+@dataclass
+class CacheSettings:
+    """Section `cache`."""
+
+    path: str = operational("runs/mar/cache", "directory of the latent cache")
+    local: str = operational("", "folder on a local disk where training keeps shards; empty: none, for a cache on S3 the temporary folder")
+    local_gb: float = operational(50.0, "largest size of that folder")
+    shard_images: int = identity(1024, "images a shard: the unit of work, of retry and of statistics")
+    dtype: Literal["float16", "float32"] = identity("float16", "float16 or float32 moments")
+    batch: int = identity(32, "images an encoder batch (batches never cross a shard)")
+    encoders: int = operational(1, "actors that hold the tokenizer")
+    decoders: int = operational(0, "decoding threads of an encoder; 0: the cluster's CPUs, shared among the encoders")
+    precision: Literal["float32", "tf32", "bf16"] = identity("float32", "arithmetic of the encoder: float32, tf32 (GPUs) or bf16")
+
+
+def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
+    """Encode the train part of `images` into a latent cache at `cache.path`; returns the stage's summary. `check`: read every image
+    again that finished shards were made of, and compare its bytes with those.
+
+    Raises UserError on settings that don't fit each other, on a cache made with others or of other images, and when more than
+    `images.max_rejected` of the images can't be used (the finished shards are kept).
+    """
+    channels, latent_size = _check(images, tokenizer, cache)
+    kept = storage.join(cache.path, LISTING)
+    listing = list_images(images, kept)
+    for remark in listing.remarks:
+        stage.say(remark)
+    rows = listing.train()
+    identity = {
+        **identity_of(images=images, cache=cache),
+        TRAIN_LISTING: listing_digest(listing, rows),
+        "tokenizer.digest": tokenizer_digest(tokenizer.path),
+    }
+    shards = shards_of(len(rows), cache.shard_images)
+    identity = settle_identity(images, cache.path, listing, shards, identity, stage, check)
+    summary = stage.begin(cache.path, identity, enough=lambda _: not lost_file(cache.path))
+    if summary is not None:
+        return summary
+
+    summary_path = storage.join(cache.path, "summary.json")
+    if storage.exists(storage.join(cache.path, MANIFEST)) or storage.exists(summary_path):
+        if lost := lost_file(cache.path):
+            stage.say(f"{cache.path} has lost files, which are made again: {lost}")
+        storage.delete(summary_path)
+    storage.delete_partial(cache.path)
+    keep_listing(kept, listing)
+    records, rate, seconds = _make(images, tokenizer, cache, rows, shards, stage)
+    ordered = [records[index] for index in sorted(records)]
+    rejected = sum(len(record["rejected"]) for record in ordered)
+    _write_rejected(cache.path, ordered)
+    _check_rejected(images, cache.path, ordered, len(rows))
+
+    statistics = reduce(LatentStatistics.merged, [LatentStatistics(**one["statistics"]) for one in ordered if one["rows"]])
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        rows=sum(record["rows"] for record in ordered),
+        shards=[{name: record[name] for name in ("name", "rows", "sha256", "bytes")} for record in ordered],
+        class_names=listing.class_names,
+        image_size=images.size,
+        latent_size=latent_size,
+        latent_channels=channels,
+        dtype=cache.dtype,
+        latent_mean=statistics.mean,
+        latent_std=statistics.std,
+        latent_min=statistics.min,
+        latent_max=statistics.max,
+        tokenizer={
+            "digest": identity["tokenizer.digest"],
+            "config": tokenizer_config(tokenizer.path),
+        },
+        precision={"name": cache.precision, "deviation": ordered[0]["deviation"]},
+        images={
+            "held_out_share": images.held_out_share,
+            "held_out_folder": images.held_out_folder,
+            "held_out": len(listing.rows) - len(rows),
+            "train_listing": identity[TRAIN_LISTING],
+        },
+        rejected=rejected,
+    )
+    storage.write_json(storage.join(cache.path, MANIFEST), manifest.as_dict())
+    absolve(cache.path)
+    shares = {f"share_{name}": round(share, 3) for name, share in seconds.shares().items()}
+    return stage.complete(
+        cache.path,
+        identity,
+        {
+            "images": manifest.rows,
+            "rejected": rejected,
+            "shards": len(ordered),
+            "bytes": sum(record["bytes"] for record in ordered),
+            **({"images_per_second": round(rate, 3)} | shares if rate else {}),  # nothing was left to encode: no speed
+        },
+    )
+
+
+def _make(
+    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, rows: ImageRows, shards: dict[int, Shard], stage: Stage
+) -> tuple[dict[int, dict[str, Any]], float, Seconds]:
+    """Records of all shards, made where they are not there yet, until too many images are rejected; images a second, and where the
+    encoders' time went."""
+    import ray
+
+    encoders = min(cache.encoders, len(shards))
+    cpus, _ = cluster_resources()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    job = EncodingJob(
+        images, tokenizer.path, cache.path, cache.batch, cache.dtype, cache.precision,
+        cache.decoders or max(1, int(cpus) // max(encoders, nodes)), stage.cluster,
+    )  # fmt: skip
+    shared = ray.put(rows)  # once, for all tasks and actors
+    records = finished(images, cache.path, shared, shards, stage.say)
+    if records:
+        stage.say(f"{len(records)} of {len(shards)} shards are already there")
+    rejected = sum(len(record["rejected"]) for record in records.values())
+    seconds = Seconds()
+
+    def done() -> int:
+        return sum(shards[index].images for index in records)
+
+    with stage.progress(len(rows), done=done()) as bar:
+        left = {index: shards[index] for index in shards if index not in records}
+        for index, record, took in make(job, encoders, shared, left, begun=lambda images: bar.update(done() + images)):
+            records[index] = record
+            rejected, seconds = rejected + len(record["rejected"]), seconds + took
+            bar.update(done(), rejected=rejected, **{f"{name}_%": 100 * share for name, share in seconds.shares().items()})
+            stage.log({"images_per_second": bar.rate, "rejected": rejected}, step=done())
+            if rejected > images.max_rejected * len(rows):
+                break  # the limit is passed, whatever the other shards hold
+        rate = bar.rate
+    return records, rate, seconds
+
+
+def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings) -> tuple[int, int]:
+    """Latent channels and latents per side; raises UserError where the settings don't fit the tokenizer."""
+    for name, allowed in (("dtype", ("float16", "float32")), ("precision", ("float32", "tf32", "bf16"))):
+        if getattr(cache, name) not in allowed:
+            raise UserError(f"cache.{name} is {getattr(cache, name)!r}, expected {' or '.join(allowed)}")
+    for name, least in (("shard_images", 1), ("batch", 1), ("encoders", 1), ("decoders", 0)):
+        if getattr(cache, name) < least:
+            raise UserError(f"cache.{name} is {getattr(cache, name)}, expected {least} or more")
+    if not storage.exists(storage.join(tokenizer.path, "config.json")):
+        raise UserError(f"tokenizer.path {tokenizer.path!r} holds no tokenizer (config.json is missing); run `mar tokenize` first")
+    try:
+        loaded = load_tokenizer(storage.local_directory(tokenizer.path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer.path {tokenizer.path!r} can't be loaded: {error}; run `mar tokenize` again") from error
+    if images.size % loaded.stride:
+        raise UserError(f"images.size is {images.size}, expected a multiple of {loaded.stride}, the stride of tokenizer {tokenizer.path!r}")
+    return loaded.channels, images.size // loaded.stride
+
+
+def lost_file(path: str) -> str:
+    """What a finished cache has lost: a file that is missing or damaged, or a shard that is shorter or longer than the manifest says.
+    Empty where all is there."""
+    listing = storage.join(path, LISTING)
+    if names := condemned(path):
+        return f"damaged shards were found ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
+    try:
+        if kept_listing(listing) is None:
+            return f"{listing} is missing or damaged"
+        read_rejected(path)
+        manifest, _ = read_manifest(path)
+    except FileNotFoundError as error:
+        return f"{storage.join(path, MANIFEST)} or {REJECTED} is missing ({error})"
+    except UserError as error:
+        return str(error)
+    return "" if are_whole(path, manifest.shards) else f"shards that {storage.join(path, MANIFEST)} names are missing, or of another length"
+
+
+def read_rejected(path: str) -> list[dict[str, str]]:
+    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, REJECTED)
+    data = storage.read_bytes(file)
+    try:
+        rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
+    return rows
+
+
+def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
+    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
+    table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))
+
+
+def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, Any]], total: int) -> None:
+    rejected = [one for record in records for one in record["rejected"]]
+    if len(rejected) > images.max_rejected * total or len(rejected) == total:
+        first = "; ".join(f"{one['key']} ({one['reason']})" for one in rejected[:3])
+        raise UserError(
+            f"{len(rejected)} of {total} images can't be used, images.max_rejected={images.max_rejected} allows "
+            f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''}. All are in "
+            f"{storage.join(path, REJECTED)}; mend those files where they are (without them it is another source) or raise "
+            "images.max_rejected, and run again (finished shards are kept)"
+        )

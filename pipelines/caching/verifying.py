@@ -1,0 +1,130 @@
+"""Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.caching.inspecting import check_tokenizer, spread
+from pipelines.caching.latent_cache import MANIFEST, SHARDS, LatentCache, Manifest
+from pipelines.caching.stage import REJECTED, read_rejected
+from pipelines.caching.worker import Encoder, decode_row, read_record
+from pipelines.images.listing import ImageSettings, kept_listing
+from pipelines.images.source_changes import LISTING
+from pipelines.runtime import storage
+from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.records import damaged
+from pipelines.runtime.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summary
+
+CHECKS_AT_ONCE = 4
+# How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
+TOLERANCE = {"float32": 0.01, "tf32": 0.05, "bf16": 0.5}
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Images encoded again: how many, and the largest difference of a posterior mean in standard deviations of the latents; keys and
+    differences of the images where it is more than `allowed`, the largest first."""
+
+    images: int
+    largest: float
+    allowed: float
+    differing: list[tuple[str, float]]
+
+
+def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
+    """Name of each shard that is not as the manifest says, and what is wrong with it: its length, checksum, schema or number of rows."""
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
+        found = pool.map(lambda entry: (entry["name"], _damage(cache, entry)), cache.manifest.shards)
+        yield from ((name, text) for name, text in found if text)
+    rows = sum(entry["rows"] for entry in cache.manifest.shards)
+    if rows != len(cache):
+        yield MANIFEST, f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
+
+
+def damaged_records(path: str) -> Iterator[str]:
+    """What is wrong with the other files of the cache at `path`, which training does not read: those that are there are looked at."""
+    listing = storage.join(path, LISTING)
+    again = "run `mar cache` with the cache's settings: it writes the file again"
+    if storage.exists(listing) and kept_listing(listing) is None:
+        yield str(damaged(listing, "it is no listing of images", again))
+    readers: dict[str, Callable[[], object]] = {
+        REJECTED: lambda: read_rejected(path),
+        SUMMARY: lambda: read_summary(path, again),
+        **{name: partial(storage.read_json, storage.join(path, name), dict[str, Any], again) for name in (IDENTITY, CONFIGURATION)},
+    }
+    for name, read in readers.items():
+        try:
+            if storage.exists(storage.join(path, name)):
+                read()
+        except DamagedFileError as error:
+            yield str(error)
+
+
+def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:
+    path = storage.join(cache.path, SHARDS, entry["name"])
+    if not storage.exists(path):
+        return f"{entry['name']} is missing"
+    data = storage.read_bytes(path)
+    if len(data) != entry["bytes"]:
+        return f"{entry['name']} is {len(data):,} bytes long, the manifest says {entry['bytes']:,}"
+    if storage.digest(data) != entry["sha256"]:
+        return f"{entry['name']} has another SHA-256 than the manifest says"
+    table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    shape = json.loads(table.schema.metadata[b"moments_shape"])
+    record = storage.join(cache.path, SHARDS, entry["name"].removesuffix(".arrow") + ".json")
+    if storage.exists(record) and read_record(record) is None:
+        return f"{record} is damaged: it is not the record of a shard"
+    if table.num_rows != entry["rows"] or tuple(shape) != cache.moments_shape:
+        return f"{entry['name']} holds {table.num_rows} rows of {shape}, the manifest says {entry['rows']} of {list(cache.moments_shape)}"
+    return ""
+
+
+def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, count: int, device: torch.device) -> Sampled:
+    """Read `count` images spread over the cache from their source, encode them and compare.
+
+    Raises UserError where the source or the tokenizer is another one, or an image can't be used any more.
+    """
+    check_tokenizer(cache, tokenizer)
+    manifest = cache.manifest
+    rows = spread(len(cache), count)
+    listing = kept_listing(storage.join(cache.path, LISTING))
+    if listing is None:
+        file = storage.join(cache.path, LISTING)
+        raise UserError(f"{file}, which says where each image is, is missing or damaged; run `mar cache` with the cache's settings again")
+    keys = listing.rows.column("key")
+    places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
+    pixels = []
+    sampled = cache.keys(rows)
+    for key in sampled:
+        decoded = decode_row(images, listing.rows[places[key]])
+        if decoded.pixels is None:
+            raise UserError(f"image {key} of {images.source!r} can't be used any more: {decoded.reason}; the source has changed")
+        pixels.append(torch.from_numpy(decoded.pixels))
+    precision = manifest.precision.get("name", "float32")
+    encoder = Encoder(tokenizer, precision, manifest.dtype, device)
+    found = torch.cat([encoder.encode(torch.stack(pixels[start : start + 8])) for start in range(0, len(rows), 8)], dim=1).cpu().numpy()
+    std = np.array(manifest.latent_std)[:, None, None]
+    apart = np.zeros(len(rows))
+    for mirrored in (False, True):
+        there = cache.take(rows, np.full(len(rows), mirrored))[0]
+        expected = found[int(mirrored)].astype(manifest.dtype)
+        difference = np.abs(there.astype(np.float64) - expected.astype(np.float64))[:, : manifest.latent_channels] / std
+        apart = np.maximum(apart, difference.max(axis=(1, 2, 3)))
+    allowed = TOLERANCE[precision] + _rounding(manifest)
+    order = np.argsort(-apart, kind="stable").tolist()
+    differing = [(sampled[one], float(apart[one])) for one in order if not apart[one] <= allowed]
+    return Sampled(len(rows), float(apart.max()), allowed, differing)
+
+
+def _rounding(manifest: Manifest) -> float:
+    """Two neighbouring numbers of the cache's type, at the largest latent, in standard deviations."""
+    largest = np.maximum(np.abs(manifest.latent_min), np.abs(manifest.latent_max))
+    spacing = np.spacing(largest.astype(manifest.dtype)).astype(np.float64)
+    return float((spacing / np.array(manifest.latent_std)).max())

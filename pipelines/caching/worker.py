@@ -1,0 +1,338 @@
+"""The work of stage *cache* on its workers: one shard of the latent cache, from the names of its images to its file."""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mar_model.tokenizers import load_tokenizer
+from pipelines.caching.latent_cache import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
+from pipelines.images.listing import ImageError, ImageSettings, decode, read_bytes
+from pipelines.images.sources.table import ImageRow, ImageRows
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings, default_device, use_threads
+from pipelines.runtime.cluster.precision import autocast
+from pipelines.runtime.errors import DamagedFileError
+from pipelines.runtime.progress import MetricsChannel
+
+AHEAD = 2  # batches whose images are decoded before they are asked for
+SAY_SECONDS = 2.0  # between words about how far it is
+IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of every row, of those too that were rejected
+CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
+
+
+@dataclass(frozen=True)
+class EncodingJob:
+    """What every encoder is given."""
+
+    images: ImageSettings
+    tokenizer: str
+    path: str
+    batch: int
+    dtype: str
+    precision: str
+    decoders: int  # threads
+    cluster: ClusterSettings
+
+
+class Decoded(NamedTuple):
+    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" where they can't be read)."""
+
+    pixels: np.ndarray | None
+    reason: str
+    digest: str
+
+
+@dataclass
+class Seconds:
+    """Where the time went, as the encoders saw it."""
+
+    decoding: float = 0.0  # waiting for images
+    encoding: float = 0.0
+    writing: float = 0.0
+
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.decoding + other.decoding, self.encoding + other.encoding, self.writing + other.writing)
+
+    def shares(self) -> dict[str, float]:
+        """Of the whole, by name."""
+        whole = self.decoding + self.encoding + self.writing
+        return {name: seconds / whole if whole else 0.0 for name, seconds in vars(self).items()}
+
+
+@dataclass
+class _Shard:
+    """A shard that is being made."""
+
+    reasons: list[str]
+    digests: list[str]
+    usable: list[int] = field(default_factory=list)
+    moments: list[np.ndarray] = field(default_factory=list)  # (2, n, 2C, h, w) of each batch: image, mirror image
+    deviation: dict[str, float] | None = None
+
+
+def shard_paths(path: str, index: int) -> tuple[str, str]:
+    """The shard, and its record: rows, checksum, statistics, rejects."""
+    shard = storage.join(path, SHARDS, shard_name(index))
+    return shard, shard.removesuffix(".arrow") + ".json"
+
+
+def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | ImageError, str]:
+    """Bytes of one image and their SHA-256, or why they can't be read and "". Raises UserError when the source doesn't answer."""
+    try:
+        data = read_bytes(images, row)
+    except ImageError as error:
+        return error, ""
+    return data, storage.digest(data)
+
+
+def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int) -> dict[str, Any] | None:
+    """The record of shard `index`, which begins at row `start`, or None where it has to be made: it is not there, has not the recorded
+    size and checksum, or rejected images that have other bytes now."""
+    file, record_path = shard_paths(path, index)
+    record = read_record(record_path)
+    if record is None or not storage.exists(file) or storage.size(file) != record["bytes"]:
+        return None
+    if storage.digest(storage.read_bytes(file)) != record["sha256"]:
+        return None
+    mended = any(read(images, rows[start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
+    return None if mended else record
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """An image that a shard leaves out: `row` is its place in the shard."""
+
+    row: int
+    key: str
+    reason: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What lies beside each shard."""
+
+    format_version: int
+    name: str
+    rows: int
+    sha256: str
+    bytes: int
+    statistics: LatentStatistics | None
+    deviation: dict[str, float] | None
+    rejected: list[RejectedRow]
+
+
+def read_record(path: str) -> dict[str, Any] | None:
+    """A shard's record, or None where it is not there, is damaged, or is of another format. The digests of its images, which make up
+    nearly all of it, are left out: `read_image_digests` reads these."""
+    record = _read_record(path)
+    return None if record is None else {name: value for name, value in record.items() if name != IMAGE_DIGESTS}
+
+
+def read_image_digests(path: str, index: int) -> list[str] | None:
+    """SHA-256 of the bytes of each image that finished shard `index` was made of, in the order of its rows, "" where they could not be
+    read; empty in a record of an earlier version of mar-ray, None where the shard has no record."""
+    record = _read_record(shard_paths(path, index)[1])
+    return None if record is None else list(record.get(IMAGE_DIGESTS, []))
+
+
+def _read_record(path: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = storage.read_json(path, ShardRecord)
+    except (FileNotFoundError, DamagedFileError):
+        return None
+    return record if record["format_version"] == FORMAT_VERSION else None
+
+
+def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
+    """Read, decode and crop one image. Raises UserError when the source doesn't answer."""
+    data, digest = read(images, row)
+    try:
+        if row.reason:
+            raise ImageError(row.reason)
+        if isinstance(data, ImageError):
+            raise data
+        return Decoded(decode(data, images.size, images.exif), "", digest)
+    except ImageError as error:
+        return Decoded(None, str(error), digest)
+
+
+class Encoder:
+    """A tokenizer on a device: uint8 images in, moments out, in one of the arithmetics."""
+
+    def __init__(self, tokenizer: str, precision: str, dtype: str, device: torch.device) -> None:
+        self.precision, self.dtype, self.device = precision, dtype, device
+        self.tokenizer = load_tokenizer(storage.local_directory(tokenizer)).to(device)
+        self.tokenizer.to(memory_format=torch.channels_last)
+
+    def buffer(self, batch: int, size: int) -> torch.Tensor:
+        """A batch of images uint8 (batch, size, size, 3) in memory from which the device copies by itself."""
+        return torch.empty(batch, size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    @torch.inference_mode()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (n, S, S, 3) → float32 (2, n, 2C, h, w) on the device: moments of the images and of their mirror images."""
+        pixels = self._pixels(images)
+        _float32_products(tf32=self.precision == "tf32")
+        with autocast("bf16" if self.precision == "bf16" else "float32", self.device):
+            return torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1))])
+
+    @torch.inference_mode()
+    def deviation(self, images: torch.Tensor, moments: torch.Tensor) -> dict[str, float]:
+        """How far `moments`, of these images (n, S, S, 3) and their mirror images, are from those in float32 with contiguous tensors:
+        root mean square and maximum, of the posterior means in units of their standard deviation, and of the log-variances."""
+        _float32_products(tf32=False)
+        pixels = self._pixels(images).contiguous()
+        self.tokenizer.to(memory_format=torch.contiguous_format)
+        exact = torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1).contiguous())])
+        self.tokenizer.to(memory_format=torch.channels_last)
+        difference = (moments.double() - exact.double()).abs()
+        means, log_variances = difference.chunk(2, dim=2)
+        scale = max(exact.double().chunk(2, dim=2)[0].std(unbiased=False).item(), 1e-12)
+        return {
+            "images": float(len(images)),
+            "means_rms": means.square().mean().sqrt().item() / scale,
+            "means_max": means.max().item() / scale,
+            "log_variances_rms": log_variances.square().mean().sqrt().item(),
+            "log_variances_max": log_variances.max().item(),
+        }
+
+    def _pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Float (n, 3, S, S) in [-1, 1] on the device, channels last."""
+        return images.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def _float32_products(tf32: bool) -> None:
+    """Whether this process's GPU may shorten the factors of float32 products to 10 bits."""
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
+
+
+class ShardEncoder:
+    """Makes shards, as an actor of Ray Data. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded
+    ahead and the shard before is written."""
+
+    def __init__(self, job: EncodingJob, rows: Any, channel: MetricsChannel | None = None) -> None:
+        """`rows`: ImageRows, or a reference to them. `channel` is told how far the shards in work are."""
+        import ray
+
+        use_threads(job.cluster)
+        self.job, self.channel = job, channel
+        self.rows: ImageRows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
+        self.encoder = Encoder(job.tokenizer, job.precision, job.dtype, default_device())
+        self.threads = ThreadPoolExecutor(job.decoders, thread_name_prefix="decode")
+        self.buffers = [self.encoder.buffer(job.batch, job.images.size) for _ in range(2)]  # one is filled while the other is encoded
+        self.encoding = threading.Lock()
+        self.said = time.monotonic()
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Columns `index`, `start`, `stop` of shards → `index`, `record` (JSON) and `seconds` (decoding, encoding, writing)."""
+        made = [self.make(int(index), int(start), int(stop)) for index, start, stop in zip(*block.values(), strict=True)]
+        seconds = np.array([[took.decoding, took.encoding, took.writing] for _, took in made])
+        return {"index": block["index"], "record": np.array([json.dumps(record) for record, _ in made], object), "seconds": seconds}
+
+    def _say(self, index: int, images: int) -> None:
+        if self.channel is not None and time.monotonic() - self.said > SAY_SECONDS:
+            self.said = time.monotonic()
+            self.channel.send({"shard": index, "images": images})
+
+    def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
+        """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""
+        made = finished_record(self.job.images, self.job.path, self.rows, index, start)
+        if made is not None:  # by an encoder that was killed before it could say so
+            return made, Seconds()
+        rows = self.rows[start:stop]
+        shard, seconds = _Shard([""] * len(rows), [""] * len(rows)), Seconds()
+        images = iter(rows)
+        ahead: deque[Future[Decoded]] = deque()
+        for _ in range(AHEAD * self.job.batch):
+            self._submit(images, ahead)
+        try:
+            with self.encoding:
+                self._encode(index, shard, images, ahead, seconds)
+            began = time.perf_counter()
+            record = self._write(index, rows, shard)
+            seconds.writing = time.perf_counter() - began
+        finally:
+            for one in ahead:
+                one.cancel()
+        return record, seconds
+
+    def _submit(self, images: Iterator[ImageRow], ahead: deque[Future[Decoded]]) -> None:
+        row = next(images, None)
+        if row is not None:
+            ahead.append(self.threads.submit(decode_row, self.job.images, row))
+
+    def _encode(self, index: int, shard: _Shard, images: Iterator[ImageRow], ahead: deque[Future[Decoded]], seconds: Seconds) -> None:
+        """Fill `shard` batch by batch; a batch is full unless it is the last, whatever was rejected."""
+        place = batches = 0
+        launched = deque[torch.Tensor]()  # on a GPU the batch before is still being computed while this one is filled
+        while ahead:
+            began = time.perf_counter()
+            buffer, count = self.buffers[batches % 2], 0
+            while ahead and count < self.job.batch:
+                decoded = ahead.popleft().result()
+                self._submit(images, ahead)
+                shard.reasons[place], shard.digests[place] = decoded.reason, decoded.digest
+                if decoded.pixels is not None:
+                    buffer[count] = torch.from_numpy(decoded.pixels)
+                    shard.usable.append(place)
+                    count += 1
+                place += 1
+            filled = time.perf_counter()
+            if count:
+                moments = self.encoder.encode(buffer[:count])
+                if index == 0 and batches == 0:
+                    shard.deviation = self.encoder.deviation(buffer[:count], moments)
+                batches += 1
+                launched.append(moments)
+                if len(launched) > 1 or self.encoder.device.type == "cpu":
+                    shard.moments.append(self._fetched(launched.popleft()))
+            seconds.decoding += filled - began
+            seconds.encoding += time.perf_counter() - filled
+            self._say(index, place)
+        shard.moments += [self._fetched(one) for one in launched]
+
+    def _fetched(self, moments: torch.Tensor) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            return moments.cpu().numpy().astype(self.job.dtype)
+
+    def _write(self, index: int, rows: ImageRows, shard: _Shard) -> dict[str, Any]:
+        keys, labels = rows.column("key"), rows.column("label")
+        if shard.moments:
+            moments, flipped = np.concatenate(shard.moments, axis=1)
+        else:
+            side = self.job.images.size // self.encoder.tokenizer.stride
+            moments = flipped = np.empty((0, 2 * self.encoder.tokenizer.channels, side, side), self.job.dtype)
+        finite = np.isfinite(moments).all(axis=(1, 2, 3)) & np.isfinite(flipped).all(axis=(1, 2, 3))
+        usable = np.array(shard.usable, np.int64)
+        for place in usable[~finite]:
+            shard.reasons[place] = f"the tokenizer's moments are not finite in {self.job.dtype}"
+        usable, moments, flipped = usable[finite], moments[finite], flipped[finite]
+        data = shard_bytes([keys[one] for one in usable], labels[usable].tolist(), moments, flipped)
+        statistics = LatentStatistics.of(moments).merged(LatentStatistics.of(flipped)) if len(usable) else None
+        record = {
+            "format_version": FORMAT_VERSION,
+            "name": shard_name(index),
+            "rows": len(usable),
+            "sha256": storage.digest(data),
+            "bytes": len(data),
+            "statistics": vars(statistics) if statistics else None,
+            "deviation": shard.deviation,
+            "rejected": [
+                {"row": place, "key": key, "reason": reason, "sha256": digest}
+                for place, (key, reason, digest) in enumerate(zip(keys, shard.reasons, shard.digests, strict=True))
+                if reason
+            ],
+        }
+        path, record_path = shard_paths(self.job.path, index)
+        storage.write_bytes(path, data)
+        storage.write_json(record_path, {**record, IMAGE_DIGESTS: shard.digests})  # last: a shard without its record is made again
+        return record

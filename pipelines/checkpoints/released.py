@@ -1,0 +1,173 @@
+"""Checkpoints of the public release (LTH14/mar) in and out: whole or not at all, and accepted where a stage takes a checkpoint."""
+
+import json
+import os
+import tempfile
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mar_model import __version__
+from mar_model.checkpoints.checkpoint import STATE
+from mar_model.checkpoints.released import (
+    FILE,
+    LATENT_SCALE,
+    ReleasedFile,
+    export_checkpoint,
+    import_checkpoint,
+    import_tokenizer,
+    is_scaled_as_released,
+)
+from mar_model.tokenizers import kl_config, load_tokenizer
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+from pipelines.tokenizing.stage import tokenizer_config, tokenizer_digest
+
+CONFIG = "config.json"  # of a tokenizer directory
+SOURCE = "source.json"  # what an imported directory was made of
+IMPORTED = ".imported"  # after the name of a `.pth` that was named as a checkpoint
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """What a released MAR checkpoint does not tell by itself; None: as its shapes, its arguments and the published sizes have it."""
+
+    ema: bool = True  # draw with the average of the weights (the raw ones are kept beside it), or with the raw ones alone
+    tokenizer: str = ""  # directory of its tokenizer; empty: the one it is first used with
+    latent_scale: float = LATENT_SCALE  # 1 / standard deviation of the latents it was trained on
+    encoder_heads: int | None = None
+    decoder_heads: int | None = None
+    patch_size: int | None = None
+    stride: int | None = None
+
+
+def import_released(file: str, out: str, options: ImportOptions | None = None, renew: bool = False) -> dict[str, Any]:
+    """Turn a released `checkpoint-last.pth` (or the folder that holds it) into a checkpoint directory at `out`, or a `kl16.ckpt` into
+    a tokenizer directory; which of the two it is, its names tell. Returns a summary. An `out` made of the same file is left alone;
+    with `renew` one made of another is replaced.
+
+    Raises UserError for a file that does not fit, with nothing written, and for an `out` that holds something else.
+    """
+    options = options or ImportOptions()
+    path = Path(storage.filesystem(file)[1])
+    if not storage.is_local(file) or not path.exists():
+        raise UserError(f"{file} is not there; expected a local {FILE} or kl16.ckpt (one in a bucket has to be copied first)")
+    path = path / FILE if path.is_dir() else path
+    try:
+        of_tokenizer = ReleasedFile(path).is_tokenizer
+        if of_tokenizer and options != ImportOptions():
+            raise UserError(f"{file} holds a tokenizer; --raw and the options about sizes are for MAR checkpoints")
+        stat = path.stat()
+        made_of = {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **asdict(options)}
+        there = _made_of(out)
+        if there == made_of:
+            return {"complete": out, **made_of}
+        taken = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
+        if taken and not (renew and there):
+            raise UserError(f"{out} is there, but was not imported from this {path.name} with these options; give another, or delete it")
+        with _scratch(out) as temporary:
+            directory = Path(temporary) / "imported"
+            summary = _tokenizer(path, directory) if of_tokenizer else _checkpoint(path, directory, options)
+            (directory / SOURCE).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
+            if _made_of(out) != made_of:  # else another process was quicker
+                storage.publish_directory(directory, out, last=CONFIG if of_tokenizer else STATE)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {"tokenizer" if of_tokenizer else "checkpoint": out, **summary}
+
+
+def _tokenizer(path: Path, directory: Path) -> dict[str, Any]:
+    config = import_tokenizer(path, directory)
+    return {"latent_channels": config.channels, "stride": config.stride, "digest": tokenizer_digest(str(directory))}
+
+
+def _checkpoint(path: Path, directory: Path, options: ImportOptions) -> dict[str, Any]:
+    chosen = {name: getattr(options, name) for name in ("encoder_heads", "decoder_heads", "patch_size", "stride")}
+    named: dict[str, str | None] = {"path": "", "digest": None}
+    if options.tokenizer:
+        if not storage.exists(storage.join(options.tokenizer, CONFIG)):
+            raise UserError(f"{options.tokenizer} is no tokenizer directory: no {CONFIG} in it")
+        named = {"path": options.tokenizer, "digest": tokenizer_digest(options.tokenizer)}
+        tokenizer = load_tokenizer(storage.local_directory(options.tokenizer))
+        chosen |= {"latent_channels": tokenizer.channels, "stride": tokenizer.stride}
+    state = {"code_version": __version__, "class_names": [], "tokenizer": named}
+    config = import_checkpoint(path, directory, state, ema=options.ema, latent_scale=options.latent_scale, **chosen)
+    shown = (
+        "encoder_depth", "encoder_width", "encoder_heads", "decoder_depth", "decoder_width", "decoder_heads", "denoiser_depth",
+        "denoiser_width", "latent_size", "latent_channels", "patch_size", "classes",
+    )  # fmt: skip
+    return {name: getattr(config, name) for name in shown}
+
+
+def _made_of(out: str) -> Any:
+    source = storage.join(out, SOURCE)
+    return storage.read_json(source, dict[str, Any], f"give another path, or delete {out}") if storage.exists(source) else None
+
+
+def _scratch(out: str) -> AbstractContextManager[str]:
+    """A temporary folder, for a local `out` on its disk, so that a rename is enough to publish what was written there.
+
+    Raises UnwritableError."""
+    parent = Path(storage.filesystem(out)[1]).parent if storage.is_local(out) else None
+    with storage.writing(out):
+        if parent is not None:
+            parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(dir=parent, prefix=".writing-")
+
+
+def export_released(checkpoint: str, out: str) -> dict[str, Any]:
+    """Write `out/checkpoint-last.pth`, which the release's `--resume out` takes: raw and averaged weights of a checkpoint directory.
+
+    Raises UserError for a damaged checkpoint, and where that file is there already.
+    """
+    target = storage.join(out, FILE)
+    if storage.exists(target):
+        raise UserError(f"{target} is there already; give another --out, or delete it")
+    with _scratch(target) as temporary:
+        written = Path(temporary) / "exported" / FILE
+        written.parent.mkdir()
+        try:
+            export_checkpoint(storage.local_directory(checkpoint), written)
+        except ValueError as error:
+            raise UserError(f"{checkpoint}: {error}; expected a checkpoint directory") from error
+        size = written.stat().st_size
+        state = storage.read_json(storage.join(checkpoint, STATE), CheckpointState, ANOTHER_CHECKPOINT)
+        if storage.is_local(target):
+            os.replace(written, storage.filesystem(target)[1])
+        else:
+            storage.write_bytes(target, written.read_bytes())
+    summary: dict[str, Any] = {"file": target, "bytes": size}
+    if not is_scaled_as_released(state):
+        summary["latents"] = (
+            f"this model's latents are (x − mean) / std with the latent_mean and latent_std of {STATE}; the release's code multiplies by "
+            f"{LATENT_SCALE} instead: change its main_mar.py and engine_mar.py there, or it trains and draws at another scale"
+        )
+    return summary
+
+
+def checkpoint_directory(named: str) -> str:
+    """The checkpoint directory for what a person named as a checkpoint: itself, or of a released `.pth` its import beside the file,
+    made anew when the file is.
+
+    Raises UserError as `import_released` does.
+    """
+    if not named.endswith(".pth"):
+        return named
+    import_released(named, named + IMPORTED, renew=True)
+    return named + IMPORTED
+
+
+def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
+    """The state of a checkpoint that is used with the tokenizer at `path`: one imported without a tokenizer takes this one.
+
+    Raises UserError where its latents have another number of channels.
+    """
+    if state["tokenizer"]["digest"] is not None:
+        return state
+    config = kl_config(tokenizer_config(path))
+    channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
+    if channels != expected:
+        raise UserError(f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}; name its tokenizer")
+    return {**state, "tokenizer": {"path": path, "digest": tokenizer_digest(path)}}

@@ -1,0 +1,289 @@
+"""Stage *evaluate*: samples → feature network → streaming statistics → Fréchet distance, label agreement."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from pipelines.evaluation import cautions
+from pipelines.evaluation.classifier import check_classes, classifier_digest
+from pipelines.evaluation.features import DIMENSIONS, network_digest
+from pipelines.evaluation.references import find_reference, source_statistics, statistics_path
+from pipelines.evaluation.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.generation import samples
+from pipelines.generation.stage import Drawing, GenerateSettings, draw, plan_drawing, range_warning
+from pipelines.images.listing import ImageSettings, list_images
+from pipelines.images.sources.table import ImageRow
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import require_workers
+from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.stage import FORMAT_VERSION, SUMMARY, Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training.stage import TrainSettings
+
+NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.keep_pixels")  # it draws evaluate.images, of all classes
+STATISTICS, RECORD, PICTURE = "statistics.npz", "evaluation.json", "samples.png"
+DEFINITIONS = {
+    "fid": "Fréchet distance of Inception-v3's 2,048 pooled features (arXiv 1706.08500), weights of 2015, images as drawn",
+    "frechet_distance_efficientnet-lite0": "Fréchet distance of EfficientNet-Lite0's 1,280 pooled features; not comparable with FID",
+    "label_agreement": "share of samples that the classifier assigns to the class they were drawn for",
+}
+
+
+@dataclass
+class EvaluateSettings:
+    """Section `evaluate`. How images are drawn is section `generate`; here: how many, and against what."""
+
+    path: str = operational("runs/mar/evaluation", "directory of the evaluation record")
+    images: int = identity(50_000, "samples drawn, equal per class")
+    reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
+    features: Literal["inception", "efficientnet-lite0"] = identity(
+        "inception", "feature network: inception (result named fid) or efficientnet-lite0"
+    )
+    weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
+    classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
+    batch: int = operational(64, "images a batch of the feature network")
+    actors: int = operational(1, "actors that hold the feature network")
+
+
+def metric_name(features: str) -> str:
+    """What a Fréchet distance is called, by its feature network: only Inception's is the FID."""
+    return "fid" if features == "inception" else f"frechet_distance_{features}"
+
+
+def evaluate(
+    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings,
+    evaluate: EvaluateSettings, seed: int, stage: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference.
+
+    `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/` and the
+    reference's statistics. Returns the summary: the distance under its network's name and as `frechet_distance`, and where a
+    classifier is given `label_agreement`; `caution` where the images are too few for these. Raises UserError for missing weights,
+    checkpoint, reference or classifier, and for fewer than two samples.
+    """
+    check_count("evaluate.images", evaluate.images)
+    generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
+    digest = network_digest(evaluate.features, evaluate.weights)
+    drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False, say=stage.say)
+    if evaluate.classifier:
+        check_classes(evaluate.classifier, len(drawing.labels))
+    require_workers({"generate.actors": generate.actors}, stage.cluster)
+    require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
+    reference = find_reference(images, tokenizer, evaluate, digest)
+    identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
+    finished = stage.begin(evaluate.path, identity)
+    if finished is not None:
+        if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
+            stage.say(
+                "files of the reference's images were written since it was measured, with as many bytes: whether they are the same "
+                "images is not known; give another evaluate.path to measure them again"
+            )
+        return finished
+    if isinstance(reference, FeatureStatistics):
+        real = reference
+    else:
+        stage.say(f"features of {len(reference):,} reference images")
+        [real] = source_statistics([reference], evaluate, digest, stage)
+
+    name = metric_name(evaluate.features)
+    result = _score(drawing, evaluate, stage, min(evaluate.images, real.count or evaluate.images))
+    samples_statistics = result.sums.statistics(evaluate.features, digest)
+    samples_statistics.save(storage.join(evaluate.path, STATISTICS))
+    metrics = {name: distance(samples_statistics, real)}
+    if evaluate.classifier:
+        metrics["label_agreement"] = result.agreeing / evaluate.images
+    first = result.first.statistics(evaluate.features, digest)
+    first.save(statistics_path(evaluate, DrawnSamples(evaluate.path, first.count or 0, identity), digest))
+    _write_picture(drawing, evaluate, stage)
+    if result.out_of_range:
+        stage.say(range_warning(result.out_of_range, evaluate.images, drawing))
+    figures: dict[str, Any] = {
+        "images": evaluate.images,
+        **metrics,
+        "out_of_range": result.out_of_range,
+        **drawing.speed(result.drawn, result.seconds),
+    }
+    found = cautions.of_evaluation({**figures, "features": evaluate.features, "reference_images": real.count})
+    for caution in found:
+        stage.say(caution)
+    if found:
+        figures["caution"] = "; ".join(found)
+    record = {
+        "format_version": FORMAT_VERSION,
+        **figures,
+        "metrics": metrics,
+        "definitions": {metric: DEFINITIONS[metric] for metric in metrics},
+        "at_equal_numbers": {"images": first.count, name: distance(first, real)},
+        "reference": {**reference.identity(), "images": real.count},
+        "network": {"name": evaluate.features, "digest": digest},
+        "seed": seed,
+        "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
+        "identity": identity,
+    }
+    storage.write_json(storage.join(evaluate.path, RECORD), record)
+    for file in (RECORD, PICTURE):
+        if storage.is_local(evaluate.path):
+            stage.artifact(storage.join(evaluate.path, file))
+    return stage.complete(
+        evaluate.path,
+        identity,
+        {
+            **figures,
+            "images_per_second": result.images_per_second,
+            "frechet_distance": metrics[name],
+            "features": evaluate.features,
+            "reference_images": real.count,
+        },
+    )
+
+
+def check_count(setting: str, images: int) -> None:
+    """Raise UserError for a number of samples that has no covariance."""
+    if images < 2:
+        raise UserError(f"{setting} is {images}, expected 2 or more: one image has no covariance")
+
+
+def scoring_identity(
+    reference: FeatureStatistics | ImageSource, generate: GenerateSettings, evaluate: EvaluateSettings, digest: str
+) -> dict[str, Any]:
+    """What decides the metrics of samples of given weights: how they are drawn, and by digest, wherever they lie, what judges them."""
+    return {
+        **{name: value for name, value in identity_of(generate=generate, evaluate=evaluate).items() if name not in NOT_USED},
+        "evaluate.reference": storage.digest(json.dumps(reference.identity(), sort_keys=True).encode()),
+        "evaluate.classifier": classifier_digest(evaluate.classifier) if evaluate.classifier else "",
+        "network": digest,
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is read again of `evaluation.json`."""
+
+    images: int
+    identity: dict[str, Any]
+
+
+@dataclass
+class Scores:
+    """What is kept of samples while they stream by."""
+
+    sums: FeatureSums
+    first: FeatureSums  # of as many samples as the reference has images: distances are comparable only at equal numbers
+    agreeing: int = 0
+    out_of_range: int = 0
+    drawn: int = 0
+    seconds: float = 0.0
+    images_per_second: float = 0.0  # drawing and judging together, in this attempt
+
+
+def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: int) -> Scores:
+    judges = Judges(evaluate.features, evaluate.weights, evaluate.classifier, evaluate.actors, stage.cluster)
+    scores = Scores(FeatureSums(DIMENSIONS[evaluate.features]), FeatureSums(DIMENSIONS[evaluate.features]))
+    with stage.progress(evaluate.images) as bar:
+        for block in scored(draw(drawing, evaluate.images), judges):
+            scores.first.merge(FeatureSums.of(block["features"][: max(0, first - scores.sums.count)]))
+            scores.sums.merge(FeatureSums.of(block["features"]))
+            scores.out_of_range += drawing.left_range(block["out_of_range"])
+            scores.drawn += int((block["seconds"] > 0).sum())
+            scores.seconds += float(block["seconds"].sum())
+            if "predicted" in block:
+                scores.agreeing += int((block["predicted"] == block["label"]).sum())
+                bar.update(scores.sums.count, label_agreement=scores.agreeing / scores.sums.count)
+            else:
+                bar.update(scores.sums.count)
+        scores.images_per_second = bar.rate
+    return scores
+
+
+def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    """Fréchet distance of two sets' statistics."""
+    return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
+
+
+def with_reference(
+    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage, beside: Iterable[ImageSource] = ()
+) -> EvaluateSettings:
+    """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them.
+
+    `beside`: sources whose statistics are computed in the same pass, for later.
+    """
+    digest = network_digest(evaluate.features, evaluate.weights)
+    reference = find_reference(images, tokenizer, evaluate, digest)
+    if isinstance(reference, FeatureStatistics):
+        source_statistics(list(beside), evaluate, digest, stage)
+        return evaluate
+    source_statistics([reference, *beside], evaluate, digest, stage)
+    return replace(evaluate, reference=statistics_path(evaluate, reference, digest))
+
+
+def real_and_noise(images: ImageSettings, seed: int, count: int) -> dict[str, ImageSource]:
+    """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise.
+
+    Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
+    """
+    listing = list_images(images)
+    parts = {"held_out": listing.held_out(), "real_train": listing.train()}
+    for name, rows in parts.items():
+        _require(name, len(rows), count)
+    return {
+        **{name: RealImages(images, _in_turn(rows, count)) for name, rows in parts.items()},
+        "noise": NoiseImages(count, images.size, seed),
+    }
+
+
+def _require(name: str, found: int, count: int) -> None:
+    if found < count:
+        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
+
+
+def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
+    """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
+    train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
+
+    Where `count` is too small for a distance, a caution is printed. Raises UserError as `real_and_noise` does.
+    """
+    digest = network_digest(evaluate.features, evaluate.weights)
+    record_path = storage.join(evaluate.path, RECORD)
+    if not storage.exists(record_path):
+        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
+    again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
+    record = storage.read_json(record_path, Record, again)
+    _require("generated", record["images"], count)
+    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, seed, count)}
+    path = storage.join(evaluate.path, "rows")
+    identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
+    finished = stage.begin(path, {**identity, "network": digest})
+    if finished is None:
+        statistics = dict(zip(sources, source_statistics(list(sources.values()), evaluate, digest, stage), strict=True))
+        held_out = statistics.pop("held_out")
+        rows = {name: distance(one, held_out) for name, one in statistics.items()}
+        finished = stage.complete(path, {**identity, "network": digest}, {"images": count, "features": evaluate.features, **rows})
+    if caution := cautions.of_distance({cautions.ROW_IMAGES: count}, evaluate.features):
+        stage.say(caution)
+    return {name: finished[name] for name in sources if name != "held_out"}
+
+
+def _in_turn(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
+    """`count` rows, every class in turn, sorted by key: the same rows whatever order they came in."""
+    places: Counter[int] = Counter()
+    ranked = []
+    for row in sorted(rows, key=lambda row: row.key):
+        ranked.append((places[row.label], row.label, row))
+        places[row.label] += 1
+    chosen = sorted(ranked, key=lambda one: one[:2])[:count]
+    return sorted((row for _, _, row in chosen), key=lambda row: row.key)
+
+
+def _write_picture(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage) -> None:
+    shown = samples.grid_samples(evaluate.images, len(drawing.labels))
+    parts = [samples.read_samples(evaluate.path, *shard) for shard in samples.shards_there(evaluate.path) if shard[0] < shown]
+    images = np.concatenate([part.images for part in parts])[:shown]
+    labels = np.concatenate([part.labels for part in parts])[:shown]
+    samples.write_grid(storage.join(evaluate.path, PICTURE), images, labels)

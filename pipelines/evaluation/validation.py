@@ -1,0 +1,178 @@
+"""Validation while training: now and then a few samples of the newest checkpoint's averaged weights, drawn and judged beside the
+training workers, on resources of their own, by Ray Train's asynchronous validation. Training does not wait."""
+
+import functools
+import json
+import time
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mar_model.config import Architecture
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import VALIDATION
+from pipelines.evaluation import cautions
+from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
+from pipelines.evaluation.references import find_reference, source_statistics
+from pipelines.evaluation.stage import EvaluateSettings, check_count, distance, metric_name
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
+from pipelines.generation import samples
+from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.generation.worker import LoadedModel
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings, default_device, require_workers, worker_resources
+from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.runtime.settings import identity_of
+from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training import stage as training
+from pipelines.training.prometheus import Gauges, run_label
+from pipelines.training.stage import TrainSettings
+from pipelines.training.supervision.channel import TrainingChannel
+
+if TYPE_CHECKING:
+    from ray.train import Checkpoint, ValidationConfig
+
+
+def train(
+    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings,
+    generate: GenerateSettings, evaluate: EvaluateSettings, seed: int, stage: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Stage *train* with the validations that `train.validation_images` asks for; else `training.train` alone."""
+    if not train.validation_images:
+        return training.train(tokenizer, cache, model, train, seed, stage)
+    validation = plan_validation(images, tokenizer, train, generate, evaluate, seed, stage)
+    with closing(Gauges(run_label(train.path))) as gauges:
+        return training.train(tokenizer, cache, model, train, seed, stage, validation, lambda found: validation.tell(found, stage, gauges))
+
+
+def plan_validation(
+    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, evaluate: EvaluateSettings,
+    seed: int, stage: Stage,
+) -> "Validation":  # fmt: skip
+    """Everything a validation needs but the checkpoint; the reference's statistics are computed now, where they are not there yet.
+
+    Raises UserError for a reference or weights that are missing, and for a cluster without room beside the training workers.
+    """
+    cluster = stage.cluster
+    check_count("train.validation_samples", train.validation_samples)
+    require_workers({"train.workers": train.workers, "validations at once (train.validation_images)": 1}, cluster)
+    digest = network_digest(evaluate.features, evaluate.weights)
+    reference = find_reference(images, tokenizer, evaluate, digest)
+    if not isinstance(reference, FeatureStatistics):
+        [reference] = source_statistics([reference], evaluate, digest, stage)
+    drawn = replace(generate, precision=resolved(generate.precision, cluster), ema=True)
+    validation = Validation(tokenizer, train, drawn, evaluate.features, evaluate.weights, digest, reference, seed, cluster)
+    if caution := cautions.of_distance(validation.counts, evaluate.features):
+        stage.say(f"validations: {caution}")
+    return validation
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What Ray Train's validation task is given."""
+
+    tokenizer: TokenizerSettings
+    train: TrainSettings
+    generate: GenerateSettings
+    features: str
+    weights: str
+    digest: str  # of the feature network
+    reference: FeatureStatistics
+    seed: int
+    cluster: ClusterSettings
+
+    @property
+    def metric(self) -> str:
+        """The name under which what it finds goes to MLflow."""
+        return f"{VALIDATION}_{metric_name(self.features)}"
+
+    @property
+    def counts(self) -> dict[str, int | None]:
+        """The images that a distance is of."""
+        return {"samples": self.train.validation_samples, "reference images": self.reference.count}
+
+    @property
+    def identity(self) -> str:
+        """Of all that a distance depends on beside the weights: distances of the same identity can be compared."""
+        drawn = identity_of(generate=self.generate, seed=self.seed)
+        judged = {"samples": self.train.validation_samples, "network": self.digest, "reference": self.reference.identity()}
+        return storage.digest(json.dumps({**drawn, **judged}, sort_keys=True).encode())
+
+    def config(self, channel: TrainingChannel) -> "ValidationConfig":
+        """For the trainer: what is run for a checkpoint that is reported with a validation, and on what."""
+        from ray.train import ValidationConfig
+
+        run = functools.partial(validate, validation=self, channel=channel)
+        return ValidationConfig(run, ray_remote_kwargs=worker_resources(self.cluster))
+
+    def tell(self, found: dict[str, Any], stage: Stage, gauges: Gauges) -> None:
+        """In the driver, what a validation has found: to the person, MLflow and Prometheus."""
+        metrics = found["metrics"]
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        caution = cautions.of_distance_in_short(self.counts, self.features)
+        effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s{f'; {caution}' if caution else ''}"
+        stage.say(f"validation at {found['validated']:,} images: {shown} ({effort})")
+        stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found["validated"])
+        gauges.of_validation(metrics)
+        if storage.is_local(found["picture"]):
+            stage.artifact(found["picture"])
+
+
+def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:
+    """Validate the checkpoint at `path`: `validation/images-….json` and the samples as `.png` beside. Returns the metrics by name, none
+    where the person has asked the run to end: it would wait for this.
+
+    Sample i is the same function of the weights every time. What goes wrong here is told, and training goes on.
+    """
+    if channel.stopping():
+        return {}
+    if not storage.exists(path):
+        channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
+        return {}
+    try:
+        found = _measured(path, validation, channel)
+    except Exception as error:
+        channel.send({"say": f"validation of {path} failed, training goes on: {type(error).__name__}: {error}"})
+        raise  # Ray Train writes the traceback into its log
+    if found is None:
+        return {}
+    channel.send(found)
+    return dict(found["metrics"])
+
+
+def _measured(path: str, validation: Validation, channel: TrainingChannel) -> dict[str, Any] | None:
+    began = time.monotonic()
+    count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
+    target = storage.join(validation.train.path, VALIDATION, path.rstrip("/").rpartition("/")[2])
+    drawing = plan_drawing(target, [], validation.tokenizer, validation.train, generate, validation.seed, validation.cluster, files=False)
+    model = LoadedModel(drawing)
+    network = load_network(validation.features, validation.weights, default_device())
+    sums = FeatureSums(DIMENSIONS[validation.features])
+    shown = samples.grid_samples(count, len(drawing.labels))
+    kept = []
+    for start in range(0, count, generate.batch):
+        if channel.stopping():
+            return None
+        numbers = range(start, min(start + generate.batch, count))
+        images, _ = model.images(_labels(drawing.labels, numbers), numbers)
+        sums.merge(FeatureSums.of(network(images)))
+        kept.append(images[: max(0, shown - start)])
+    metrics = {metric_name(validation.features): distance(sums.statistics(validation.features, validation.digest), validation.reference)}
+    picture = f"{target}.png"
+    samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
+    found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
+    about: dict[str, Any] = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
+    if caution := cautions.of_distance(validation.counts, validation.features):
+        about["caution"] = caution
+    storage.write_json(f"{target}.json", null_for_nan({**found, **about, "identity": validation.identity}))
+    return found
+
+
+def _labels(classes: list[int], numbers: range) -> np.ndarray:
+    """(N,) int64: every class in turn."""
+    return np.array([classes[number % len(classes)] for number in numbers])

@@ -1,0 +1,135 @@
+"""Samples on disk: Parquet shards of drawn images, PNG files and one picture of them all."""
+
+import io
+import json
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipelines.runtime import storage
+from pipelines.runtime.records import damaged
+
+SHARDS = "shards"
+SHARD_NAME = re.compile(r"samples-(\d{8})-(\d{8})\.parquet")
+GRID_CLASSES = 20  # with more classes a row a class is no picture any more
+GRID_COLUMNS = 10
+GRID_GAP = 2  # pixels
+COLUMNS = {"index": "int64", "label": "int64", "key": "string", "out_of_range": "float32"}  # beside `image`
+SHOWN_SIDE = 64  # smaller images are enlarged in the grid
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N samples at the places from `start` on. `out_of_range`: share of each one's latents that left the range of the data, or were held
+    at its bounds."""
+
+    start: int
+    numbers: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64
+    images: np.ndarray  # (N, H, W, 3) uint8
+    out_of_range: np.ndarray  # (N,) float32
+
+
+def key(index: int) -> str:
+    """The name of sample `index`, unique and sorted like its number."""
+    return f"sample-{index:08d}"
+
+
+def write_samples(path: str, samples: Samples) -> None:
+    """One shard, `path/shards/samples-START-STOP.parquet`, atomically; the same samples give the same bytes.
+
+    `load_dataset("parquet", …)` shows its column `image` as pictures.
+    """
+    stop = samples.start + len(samples.labels)
+    images = [{"bytes": encoded(image), "path": None} for image in samples.images]
+    features = {"image": {"_type": "Image"}, **{name: {"dtype": kind, "_type": "Value"} for name, kind in COLUMNS.items()}}
+    schema = pa.schema(
+        [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), *((n, pa.type_for_alias(k)) for n, k in COLUMNS.items())],
+        metadata={"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    columns = [images, samples.numbers, samples.labels, [key(number) for number in samples.numbers], samples.out_of_range]
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="none")  # PNG is compressed already
+    storage.write_bytes(storage.join(path, SHARDS, _shard_name(samples.start, stop)), sink.getvalue())
+
+
+def read_samples(path: str, start: int, stop: int) -> Samples:
+    """The shard that `write_samples` wrote. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, SHARDS, _shard_name(start, stop))
+    data = storage.read_bytes(file)
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        images = np.stack([np.asarray(Image.open(io.BytesIO(one["bytes"].as_py()))) for one in table.column("image")])
+        numbers, labels, out_of_range = (table.column(name).to_numpy() for name in ("index", "label", "out_of_range"))
+    except (pa.ArrowException, OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
+        summary = storage.join(path, "summary.json")
+        remedy = f"delete it, and {summary} if it is there, and run the same command again: these samples are drawn again"
+        raise damaged(file, error, remedy) from error
+    return Samples(start, numbers, labels, images, out_of_range)
+
+
+def shards_there(path: str) -> list[tuple[int, int]]:
+    """(start, stop) of each shard below `path`, sorted."""
+    matches = (SHARD_NAME.fullmatch(name) for name in storage.list_directory(storage.join(path, SHARDS)))
+    return sorted((int(match[1]), int(match[2])) for match in matches if match)
+
+
+def shards_to_draw(total: int, batch: int, there: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What `there` leaves open of samples 0 … total − 1, in shards of at most `batch`, whatever batch drew the others."""
+    shards = []
+    position = 0
+    for start, stop in [*there, (total, total)]:
+        shards += [(first, min(first + batch, start)) for first in range(position, start, batch)]
+        position = max(position, stop)
+    return shards
+
+
+def folder_name(class_name: str) -> str:
+    """The class's name as that of one visible folder; what a path would take for something else is written as %XX."""
+    escaped = re.sub(r"[%/\0]|^\.", lambda found: f"%{ord(found[0]):02X}", class_name)
+    return escaped or "%"
+
+
+def _shard_name(start: int, stop: int) -> str:
+    return f"samples-{start:08d}-{stop:08d}.parquet"
+
+
+def encoded(image: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)  # level 6 takes four times as long for a tenth less
+    return buffer.getvalue()
+
+
+def write_grid(path: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """`grid` as a PNG file."""
+    storage.write_bytes(path, encoded(grid(images, labels)))
+
+
+def grid(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """A picture of images (N, H, W, 3): a row a class where there are few classes, else the first ones side by side; (H', W', 3) uint8."""
+    classes = np.unique(labels)
+    if len(classes) <= GRID_CLASSES:
+        rows = [images[labels == label][:GRID_COLUMNS] for label in classes]
+    else:
+        rows = [images[start : start + GRID_COLUMNS] for start in range(0, min(len(images), GRID_COLUMNS**2), GRID_COLUMNS)]
+    enlarged = -(-SHOWN_SIDE // images.shape[1])
+    rows = [row.repeat(enlarged, axis=1).repeat(enlarged, axis=2) for row in rows]
+    height, width = rows[0].shape[1:3]
+    columns = max(len(row) for row in rows)
+    picture = np.full((len(rows) * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP, 3), 255, np.uint8)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            top, left = GRID_GAP + y * (height + GRID_GAP), GRID_GAP + x * (width + GRID_GAP)
+            picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def grid_samples(total: int, classes: int) -> int:
+    """How many samples, from the first on, hold all that `write_grid` shows when classes take turns."""
+    return min(total, classes * GRID_COLUMNS if classes <= GRID_CLASSES else GRID_COLUMNS**2)

@@ -1,0 +1,287 @@
+"""Images as they come from a source: the listing and its split, decoding, and the centre crop."""
+
+import errno
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+
+from pipelines.images import sources
+from pipelines.images.pixels import to_rgb
+from pipelines.images.sources.class_folders import counted, first
+from pipelines.images.sources.imagefolder import SUFFIXES
+from pipelines.images.sources.table import ImageRow, ImageRows, Listed
+from pipelines.runtime import s3, storage
+from pipelines.runtime.errors import ImageError as ImageError
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import identity, operational
+
+LARGEST_SCALED = 2**27  # pixels of the whole image at the scale of the crop: 384 MiB
+MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
+
+
+@dataclass
+class ImageSettings:
+    """Section `images`."""
+
+    source: str = operational("", "tree SOURCE/class/*.jpg, tar, WebDataset or Parquet files; local or s3://")
+    format: Literal["auto", "imagefolder", "ilsvrc", "webdataset", "parquet"] = operational(
+        "auto", "form of the source; auto: by what is there"
+    )
+    size: int = identity(256, "side of the square centre crop, pixels")
+    exif: bool = identity(False, "turn images as their EXIF orientation says (torchvision's loader ignores it)")
+    classes: int = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
+    allow_empty_classes: bool = operational(False, "class folders without images are classes; off: they are an error")
+    held_out_share: float = identity(0.0, "share of images held out, chosen by a hash of the key")
+    held_out_folder: str = identity("", "hold out by folder instead: SOURCE/<held_out_folder>/class/…; the other folders train")
+    max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
+
+
+UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ImageListing:
+    """All images of a source, sorted by key; a label is the position of its class in `class_names`."""
+
+    rows: ImageRows
+    class_names: list[str]
+    stamp: str = ""  # of the tars or Parquet files it was made of
+    notes: tuple[str, ...] = ()  # lines for the user about what was passed over
+
+    @property
+    def remarks(self) -> list[str]:
+        """The notes, and a line that names the classes without an image to train on."""
+        train = self.train()
+        usable = train.column("label")[train.table.column("reason").is_null().to_numpy()]
+        counts = np.bincount(usable, minlength=len(self.class_names))
+        missing = [name for name, count in zip(self.class_names, counts.tolist(), strict=True) if not count]
+        if not missing:
+            return list(self.notes)
+        have = "has" if len(missing) == 1 else "have"
+        whole = len(self.class_names)
+        return [*self.notes, f"{len(missing):,} of {whole:,} classes {have} no image to train on: {first(missing, len(missing))}"]
+
+    def train(self) -> ImageRows:
+        return ImageRows(self.rows.table.filter(pc.invert(self.rows.table.column("held_out"))))
+
+    def held_out(self) -> ImageRows:
+        return ImageRows(self.rows.table.filter(self.rows.table.column("held_out")))
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells this data from other data: `listing_digest` of all rows, split included."""
+        return listing_digest(self, self.rows)
+
+
+def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
+    """The number of these rows of a listing, and the SHA-256 of their keys, labels, sizes in bytes and split, and of the class names."""
+    digest = hashlib.sha256(json.dumps(listing.class_names).encode())
+    digest.update(json.dumps(rows.column("key")).encode())
+    for name, kind in (("label", "<i8"), ("size", "<i8"), ("held_out", "u1")):
+        digest.update(np.ascontiguousarray(rows.column(name), dtype=kind).tobytes())
+    return f"{len(rows)} images, sha256 {digest.hexdigest()}"
+
+
+def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
+    """List the source, sorted by key, and split it.
+
+    The classes of a tree are the sorted names of all class folders, in whichever part; hidden files and folders are passed over.
+    Of images with the same key the first is used. One that can't be used for what the listing shows has
+    a `reason`. Where the file `kept` (see `keep_listing`) was made of the very same tars or Parquet files, they are not read again.
+    Raises UserError when there is no source, no class folder, a class folder without images (unless the settings allow it), nothing to
+    train on, or nothing held out although the settings ask for it.
+    """
+    _check_split(settings)
+    source = sources.find_source(settings.source, settings.format)
+    stamp = source.stamp and storage.digest(json.dumps([source.stamp, *_listing_settings(settings)]).encode())
+    listing = kept_listing(kept) if kept and stamp else None
+    if listing is None or listing.stamp != stamp:
+        by_folder = settings.held_out_folder != ""
+        if by_folder and source.form != "imagefolder":
+            raise UserError(
+                f"images.held_out_folder {settings.held_out_folder!r} needs a tree of folders, images.source {settings.source!r} is of "
+                f"the form {source.form}; set images.held_out_share instead"
+            )
+        found = source.images(by_folder)
+        if not found.table.num_rows:
+            layout = f"{'part/class/image' if by_folder else 'class/image'} with {', '.join(SUFFIXES)}"
+            raise UserError(
+                f"images.source {settings.source!r} holds no {'class folders with ' if source.form == 'imagefolder' else ''}images; "
+                f"expected {settings.source}/{layout}, tars, or Parquet files; found {[name for name, *_ in source.files[:5]]}"
+            )
+        _check_empty_classes(settings, found)
+        listing = replace(_split(settings, found), notes=found.notes)
+    _check_parts(settings, listing)
+    return replace(listing, stamp=stamp)
+
+
+def _split(settings: ImageSettings, found: Listed) -> ImageListing:
+    """Sorted, with the split, and with a reason where a key is there twice or a label is not that of a class."""
+    table = found.table.sort_by([("key", "ascending"), ("offset", "ascending")])
+    keys = table.column("key").to_pylist()
+    labels = table.column("label").fill_null(-1).to_numpy()
+    named = found.class_names
+    classes = settings.classes or (len(named) if named is not None else MOST_CLASSES)
+    reasons = table.column("reason").to_pylist()
+    for place in np.flatnonzero((labels < 0) | (labels >= classes)).tolist():
+        given = table.column("label")[place].as_py()
+        reasons[place] = reasons[place] or ("no label" if given is None else f"label {given} is out of range, expected 0 to {classes - 1}")
+    for place in range(1, len(keys)):
+        if keys[place] == keys[place - 1]:
+            reasons[place] = "duplicate key: the first image of that name is used"
+    usable = labels[[reason is None for reason in reasons]]
+    if named is None or settings.classes > len(named):
+        count = settings.classes or int(usable.max(initial=-1)) + 1
+        named = [*(named or []), *map(str, range(len(named or []), count))]
+    if settings.held_out_folder:
+        held_out = [key.split("/")[0] == settings.held_out_folder for key in keys]
+    else:
+        held_out = [_hash_share(key) < settings.held_out_share for key in keys] if settings.held_out_share else [False] * len(keys)
+    table = table.set_column(table.schema.get_field_index("reason"), "reason", pa.array(reasons, pa.string()))
+    return ImageListing(ImageRows(table.append_column("held_out", pa.array(held_out)).combine_chunks()), named)
+
+
+def _listing_settings(settings: ImageSettings) -> list[object]:
+    return [settings.classes, settings.held_out_share, settings.held_out_folder, settings.allow_empty_classes]
+
+
+def keep_listing(path: str, listing: ImageListing) -> None:
+    """Write a listing as one Arrow file."""
+    metadata = {"class_names": json.dumps(listing.class_names), "stamp": listing.stamp}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, listing.rows.table.schema.with_metadata(metadata)) as writer:
+        writer.write_table(listing.rows.table.replace_schema_metadata(metadata))
+    storage.write_bytes(path, bytes(sink.getvalue()))
+
+
+def kept_listing(path: str) -> ImageListing | None:
+    """The listing that `keep_listing` wrote, if it is there and whole; an earlier version of mar-ray kept no `version`."""
+    if not storage.exists(path):
+        return None
+    data = storage.read_bytes(path)
+    try:
+        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        class_names, stamp = json.loads(table.schema.metadata[b"class_names"]), table.schema.metadata[b"stamp"].decode()
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # pyarrow calls most damage an OSError
+        return None
+    if "version" not in table.schema.names:
+        table = table.append_column("version", pa.nulls(table.num_rows, pa.int64()))
+    return ImageListing(ImageRows(table.replace_schema_metadata(None)), class_names, stamp)
+
+
+def _hash_share(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone, so that a growing source never moves an image to the other part."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def _check_split(settings: ImageSettings) -> None:
+    if not 0.0 <= settings.held_out_share < 1.0:
+        raise UserError(f"images.held_out_share is {settings.held_out_share}, expected a share from 0 up to, not including, 1")
+    if settings.held_out_share and settings.held_out_folder:
+        raise UserError(
+            f"images.held_out_share is {settings.held_out_share} and images.held_out_folder {settings.held_out_folder!r}: "
+            "the split is by hash or by folder; set one of them back"
+        )
+
+
+def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:
+    if found.empty and not settings.allow_empty_classes:
+        named = [f"{name} ({content})" for name, content in found.empty.items()]
+        raise UserError(
+            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}; "
+            "bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
+            "images.allow_empty_classes=true: each is then a class with a number of its own"
+        )
+
+
+def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
+    images, held_out = len(listing.rows), len(listing.held_out())
+    if settings.held_out_folder and not held_out:
+        raise UserError(
+            f"images.held_out_folder {settings.held_out_folder!r} holds no images below {settings.source!r}; "
+            f"the folders there are {sorted({row.key.split('/')[0] for row in listing.rows})}"
+        )
+    if settings.held_out_share and not held_out:
+        raise UserError(
+            f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}; "
+            "raise it, or bring more images"
+        )
+    if held_out == images:
+        raise UserError(f"all {images} images of {settings.source!r} are held out, none is left to train on")
+
+
+def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
+    """The encoded bytes of one image. Raises ImageError where they are not there or can't be used for what the listing shows, and
+    UserError where the source itself does not answer: that is no fault of the image."""
+    if row.reason:
+        raise ImageError(row.reason)
+    return read_bytes(settings, row)
+
+
+def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
+    """As `read_image`, also of an image that the listing rejects."""
+    try:
+        return sources.read(settings.source, row)
+    except (OSError, pa.ArrowException) as error:
+        if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
+            raise ImageError(f"can't be read: {type(error).__name__}") from error
+        raise UserError(
+            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
+            "finished is kept"
+        ) from error
+
+
+def decode(data: bytes, size: int, exif: bool = False) -> np.ndarray:
+    """Decode to RGB (see `to_rgb`), and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
+    orientation if `exif`. Raises ImageError with the reason where that is impossible."""
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return centre_crop(to_rgb(image, exif), size)
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder meets arbitrary bytes: Pillow raises OSError, ValueError, SyntaxError, struct.error, …
+        text = str(error).split(" <_io.BytesIO")[0]  # no memory address: the reason is the same on every run
+        raise ImageError(f"{type(error).__name__}: {text}") from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The ADM centre crop (Dhariwal & Nichol 2021) of an RGB image: uint8 (size, size, 3).
+
+    Halve with a box filter while the short side is at least twice `size`, scale the short side to `size` (bicubic), crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > LARGEST_SCALED:
+        raise ImageError(f"{image.width} × {image.height} pixels is too long for a square crop")
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size].copy()
+
+
+def to_model(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Float (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), rounded; values outside are clamped, NaN becomes black."""
+    pixels = ((images.detach().float().nan_to_num(nan=-1.0) + 1.0) * 127.5).round().clamp(0, 255)
+    return np.ascontiguousarray(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

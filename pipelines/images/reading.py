@@ -1,0 +1,60 @@
+"""Images of a source as pixels, by position: decoded by threads, and kept where all of them fit in memory."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pipelines.images.listing import ImageError, ImageSettings, decode, read_image
+from pipelines.images.sources.table import ImageRow
+from pipelines.runtime.errors import UserError
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels that one process keeps
+DECODERS = 8  # threads: Pillow and file systems release the interpreter lock
+
+
+class DecodedImages:
+    """The images of `rows`. The place of one that can't be used is taken by the next that can, label and all; `rejected` has the
+    reasons by position in `rows`."""
+
+    def __init__(self, settings: ImageSettings, rows: Sequence[ImageRow], memory_limit: int = MEMORY_LIMIT) -> None:
+        self.settings, self.rows = settings, rows
+        self.rejected: dict[int, str] = {}
+        shape = (len(rows), settings.size, settings.size, 3)
+        self._kept = np.zeros(shape, np.uint8) if np.prod(shape) <= memory_limit else None
+        self._decoded = np.zeros(len(rows), bool)
+        self._labels = np.full(len(rows), -1, np.int64)
+        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n,) → uint8 (n, size, size, 3) and their labels int64 (n,).
+
+        Raises UserError when more than `images.max_rejected` can't be used.
+        """
+        if self._kept is None:
+            pixels, labels = zip(*self._threads.map(self._decode, indices.tolist()), strict=True)
+            return np.stack(pixels), np.array(labels)
+        new = np.unique(indices[~self._decoded[indices]])
+        for index, (image, label) in zip(new, self._threads.map(self._decode, new.tolist()), strict=True):
+            self._kept[index], self._labels[index] = image, label
+        self._decoded[new] = True
+        return self._kept[indices], self._labels[indices]
+
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        while True:
+            if index not in self.rejected:
+                row = self.rows[index]
+                try:
+                    return decode(read_image(self.settings, row), self.settings.size, self.settings.exif), row.label
+                except ImageError as error:
+                    self._reject(index, row, str(error))
+            index = (index + 1) % len(self.rows)
+
+    def _reject(self, index: int, row: ImageRow, reason: str) -> None:
+        self.rejected[index] = reason
+        found, total = len(self.rejected), len(self.rows)
+        if found > self.settings.max_rejected * total or found == total:
+            raise UserError(
+                f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
+                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason}); mend them or raise images.max_rejected"
+            )

@@ -1,0 +1,161 @@
+"""Where images come from, behind one interface: a source is listed once as a table of keys, labels and places (`table.py`), and
+an image's encoded bytes are read by its place. Every form is local or on `s3://`.
+
+    imagefolder  class/…/image.jpg                         ILSVRC unpacked, torchvision's ImageFolder
+    ilsvrc       ILSVRC2012_img_train.tar                  a tar of tars, as downloaded
+    webdataset   shard-{000..146}.tar, or a folder of tars
+    parquet      train-{00..40}.parquet, or a folder of them: Hugging Face's layout
+"""
+
+import json
+import posixpath
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+from pipelines.images.sources.class_folders import class_folders
+from pipelines.images.sources.ilsvrc import list_ilsvrc
+from pipelines.images.sources.imagefolder import SUFFIXES, Files, list_files, list_imagefolder
+from pipelines.images.sources.parquet import RowGroups, list_parquet
+from pipelines.images.sources.table import ImageRow, Listed
+from pipelines.images.sources.tars import members, open_at
+from pipelines.images.sources.webdataset import list_webdataset
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+
+READS_AT_ONCE = 16
+FILES = (".tar", ".parquet")  # that hold many images
+FITTING = {"ilsvrc": "one .tar file of tars", "webdataset": ".tar files", "parquet": ".parquet files"}
+
+_row_groups = RowGroups()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that is there: its form, the folder its files are relative to, and those files."""
+
+    source: str
+    form: str
+    root: str
+    files: Files
+
+    @property
+    def stamp(self) -> str:
+        """Tells whether tars or Parquet files are the same ones as before (names, sizes, versions); empty of a tree, whose listing is
+        that of its files."""
+        return "" if self.form == "imagefolder" else storage.digest(json.dumps([self.form, sorted(self.files)]).encode())
+
+    def images(self, parts: bool = False) -> Listed:
+        """All images, in any order. `parts`: the folders of a tree are `part/class`. Raises UserError where a file has not its form."""
+        names = sorted(name for name, *_ in self.files)
+        if self.form == "ilsvrc":
+            return self._with_versions(list_ilsvrc(names[0], storage.join(self.root, names[0])))
+        if self.form == "webdataset":
+            return self._with_versions(list_webdataset(self.root, names))
+        if self.form == "parquet":
+            return self._with_versions(list_parquet(self.root, names))
+        return list_imagefolder(self.files, parts, *class_folders(self.root, parts))
+
+    def _with_versions(self, found: Listed) -> Listed:
+        """The version of an image is that of the file it lies in."""
+        versions = {name: version for name, _, version in self.files}
+        files = found.table.column("file").combine_chunks()
+        known = pa.array([versions[name] for name in files.dictionary.to_pylist()], pa.int64())
+        place = found.table.schema.get_field_index("version")
+        return replace(found, table=found.table.set_column(place, "version", known.take(files.indices)))
+
+
+def find_source(source: str, form: str = "auto") -> Source:
+    """What `source` is: of the named form, or of that which its files have. Raises UserError where it is not there, or of no form."""
+    if missing := _missing(source):
+        raise UserError(
+            f"images.source {source!r} is not there{f' ({missing[0]} is missing)' if missing[0] != source else ''}; expected a folder "
+            "with one folder of images a class, a tar, Parquet files, or a pattern such as shard-{000..146}.tar, local or on s3://"
+        )
+    if source.endswith(FILES) and storage.is_directory(source):
+        raise UserError(
+            f"images.source {source!r} is a folder with the name of a file; name what is in it with a pattern, such as "
+            f"{source}/part-{{00000..00007}}.parquet, or rename it"
+        )
+    root = root_of(source)
+    files = list_files(source) if "{" not in source and storage.is_directory(source) else _sized(source, root)
+    form = _form(root, files) if form == "auto" else form
+    if form in FITTING:
+        fitting = [one for one in files if one[0].endswith(".parquet" if form == "parquet" else ".tar")]
+        if not fitting or (form == "ilsvrc" and len(fitting) != 1):
+            raise UserError(f"images.source {source!r} is of the form {form}: expected {FITTING[form]}, found {len(fitting)}")
+        files = fitting
+    return Source(source, form, root, files)
+
+
+def exists(source: str) -> bool:
+    """Whether the source is there: of a pattern, all its files."""
+    return not _missing(source)
+
+
+def read(source: str, row: ImageRow) -> bytes:
+    """The encoded bytes of one image. Raises OSError when they can't be read, ImageError where the source holds none."""
+    path = storage.join(root_of(source), row.file or row.key)
+    if row.file.endswith(".parquet"):
+        return _row_groups.image(path, row.offset, row.version)
+    return storage.read_bytes(path) if row.offset < 0 else storage.read_range(path, row.offset, row.size)
+
+
+def root_of(source: str) -> str:
+    """The folder that a listing's files are relative to."""
+    if "{" in source:
+        return posixpath.dirname(source[: source.index("{")])
+    return posixpath.dirname(source) if source.endswith(FILES) else source
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths of a brace pattern: `{000..146}` counts (as wide as written), `{a,b}` enumerates; several multiply."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        first, last = numbers.groups()
+        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = found[1].split(",")
+    return [one for choice in choices for one in expanded(pattern[: found.start()] + choice + pattern[found.end() :])]
+
+
+def _missing(source: str) -> list[str]:
+    if not source:
+        return [source]
+    paths = expanded(source)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        return [path for path, there in zip(paths, pool.map(storage.exists, paths), strict=True) if not there]
+
+
+def _sized(source: str, root: str) -> Files:
+    paths = expanded(source)
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        found = pool.map(storage.size_and_version, paths)
+        return [(path[len(root) :].lstrip("/"), *one) for path, one in zip(paths, found, strict=True)]
+
+
+def _form(root: str, files: Files) -> str:
+    """By what is there: images anywhere make a tree; else Parquet files, else tars, of which a single one may hold tars. Raises
+    UserError where both are there."""
+    names = [name for name, *_ in files]
+    if any(name.lower().endswith(SUFFIXES) for name in names):
+        return "imagefolder"
+    tars = [name for name in names if name.endswith(".tar")]
+    if any(name.endswith(".parquet") for name in names):
+        if tars:
+            raise UserError(f"images.source {root!r} holds both Parquet files and tars; set images.format to parquet or webdataset")
+        return "parquet"
+    if not tars:
+        return "imagefolder"  # an empty one, which the listing says
+    return "ilsvrc" if len(tars) == 1 and _holds_tars(storage.join(root, tars[0])) else "webdataset"
+
+
+def _holds_tars(path: str) -> bool:
+    with open_at(path) as read_at:
+        first = next(members(path, read_at), None)
+    return first is not None and first.name.endswith(".tar")

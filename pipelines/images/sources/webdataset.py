@@ -1,0 +1,96 @@
+"""WebDataset shards: tars in which the files of one sample share a name and differ in the extension."""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+
+from pipelines.images.sources.table import Listed, listed
+from pipelines.images.sources.tars import Member, ReadAt, members, open_at
+from pipelines.runtime import storage
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LABELS = ("cls", "json")
+FIELDS = ("label", "cls")  # of a sample's JSON
+READS_AT_ONCE = 16
+LARGEST = 2**31  # number of a label that a listing holds
+
+
+def list_webdataset(root: str, files: list[str]) -> Listed:
+    """Samples of the tars `files` below `root`: keys `tar/sample`, labels from `sample.cls` or from `label` (or `cls`) of
+    `sample.json`. A sample without exactly one image, or without a whole number as label, is listed with the reason."""
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        tables = list(pool.map(lambda file: _samples(root, file), files))
+    return Listed(pa.concat_tables(tables).unify_dictionaries(), None)
+
+
+def _samples(root: str, file: str) -> pa.Table:
+    path = storage.join(root, file)
+    found: list[tuple[str, int | None, int, int, str | None]] = []
+    with open_at(path) as read_at:
+        for name, sample in _grouped(members(path, read_at)):
+            images = [one for one in sample if one.lower() in IMAGES]
+            image = sample[images[0]] if len(images) == 1 else None
+            label, reason = _label(sample, read_at)
+            if not images:
+                reason = f"the sample has no image ({', '.join(IMAGES)}), only {', '.join(sample)}"
+            elif image is None:
+                reason = f"the sample has {len(images)} images ({', '.join(images)}), expected one"
+            elif image.link:
+                reason = f"{images[0]} {image.reason}"
+            place = (image.offset, image.size) if image else (0, 0)
+            found.append((f"{file.removesuffix('.tar')}/{name}", label, *place, reason))
+    return listed(
+        keys=[one[0] for one in found],
+        labels=[one[1] for one in found],
+        files=[file] * len(found),
+        offsets=[one[2] for one in found],
+        sizes=[one[3] for one in found],
+        reasons=[one[4] for one in found],
+    )
+
+
+def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Consecutive members of one name, up to the first dot of its last part, by their extensions."""
+    name, sample = "", dict[str, Member]()
+    for one in found:
+        folder, slash, file = one.name.rpartition("/")
+        stem, _, extension = file.partition(".")
+        if file.startswith("."):
+            continue
+        if sample and (folder + slash + stem != name or extension in sample):
+            yield name, sample
+            sample = {}
+        name = folder + slash + stem
+        sample[extension] = one
+    if sample:
+        yield name, sample
+
+
+def _label(sample: dict[str, Member], read_at: ReadAt) -> tuple[int | None, str | None]:
+    """The label, or the reason why there is none."""
+    kind, names = next(((one, found) for one in LABELS if (found := [name for name in sample if name.lower() == one])), ("", []))
+    if not kind:
+        return None, "no label (neither cls nor json)"
+    member = sample[names[0]]
+    if len(names) > 1:
+        return None, f"the sample has {len(names)} labels ({', '.join(names)}), expected one"
+    if member.link:
+        return None, f"no label: {names[0]} {member.reason}"
+    content = member.start if len(member.start) == member.size else read_at(member.offset, member.size)
+    try:
+        value = content.decode().strip() if kind == "cls" else _field(json.loads(content))
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()) or (isinstance(value, str) and "_" in value):
+            raise ValueError
+        label = int(value)
+        return (label, None) if abs(label) < LARGEST else (None, f"label {label:.3g} is out of range")
+    except (ValueError, TypeError, OverflowError):
+        return None, f"no label: {kind} holds {content[:40].decode(errors='replace')!r}, expected a whole number"
+
+
+def _field(record: object) -> int | float | str:
+    found = next((record[one] for one in FIELDS if one in record), None) if isinstance(record, dict) else record
+    if not isinstance(found, int | float | str):
+        raise TypeError
+    return found

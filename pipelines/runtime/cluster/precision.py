@@ -1,0 +1,41 @@
+"""Which arithmetic the matrix products of a worker use."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from pipelines.runtime.cluster.connection import ClusterSettings
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 natively: CUDA from Ampere on, x86 processors with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return not {"amx_bf16", "avx512_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+
+
+def resolved(precision: str, cluster: "ClusterSettings") -> Literal["bf16", "float32"]:
+    """What `auto` comes to on this cluster's workers, so that a run says what it computes in, and goes on in it elsewhere.
+
+    With GPUs that is bf16; without, what this machine's processor is fast at.
+    """
+    if precision == "auto":
+        return "bf16" if cluster.gpus_per_worker or bf16_is_fast(torch.device("cpu")) else "float32"
+    return "bf16" if precision == "bf16" else "float32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """Autocast for `precision`: `bf16`, `float32`, or `auto` (bf16 where the hardware is fast at it).
+
+    Raises ValueError for another name.
+    """
+    if precision not in ("auto", "bf16", "float32"):
+        raise ValueError(f"precision is {precision!r}, expected auto, bf16 or float32")
+    enabled = precision == "bf16" or (precision == "auto" and bf16_is_fast(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

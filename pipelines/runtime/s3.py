@@ -1,0 +1,169 @@
+"""S3 as the stages need it: reads that outlast a failing request, writes that are visible whole or not at all."""
+
+import hashlib
+import io
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pyarrow import fs
+
+from pipelines.runtime.errors import UserError
+
+ATTEMPTS = 10  # of one request, with growing pauses; a busy bucket answers 503 now and then
+CONNECT_SECONDS, READ_SECONDS, WRITE_SECONDS = 5.0, 5.0, 20.0  # a request without a byte for so long is tried again
+PART = 64 * 2**20
+LISTS_AT_ONCE = 8  # folders; a client holds 10 connections
+SINGLE_REQUEST = 2**30  # larger objects go up in parts
+
+Options = tuple[tuple[str, str], ...]  # endpoint_override, scheme, region, where the path ends with ?name=value&…
+
+
+def split(path: str) -> tuple[str, str, Options]:
+    """Bucket, key and options of `s3://bucket/key?options`. A key may hold any character, so only a known option ends it."""
+    location = path.removeprefix("s3://")
+    before, mark, query = location.rpartition("?")
+    options = tuple(parse_qsl(query)) if mark else ()
+    if any(name in ("endpoint_override", "scheme", "region") for name, _ in options):
+        location = before
+    else:
+        options = ()
+    bucket, _, key = location.partition("/")
+    return bucket, key.rstrip("/"), options
+
+
+def filesystem(path: str) -> tuple[fs.S3FileSystem, str]:
+    """Arrow's file system of the path's bucket, made once in a process, and `bucket/key`. Raises UserError where it can't be opened."""
+    bucket, key, options = split(path)
+    try:
+        return _filesystem(bucket, options, _environment()), f"{bucket}/{key}" if key else bucket
+    except Exception as error:
+        raise UserError(f"path {path!r} can't be opened: {error}; expected a local path or s3://bucket/prefix") from error
+
+
+def write(path: str, data: bytes) -> None:
+    """Write one object. It is visible once it is complete; what was sent of one that can't be completed is taken back.
+
+    Raises OSError when the bucket doesn't take it, after ATTEMPTS attempts.
+    """
+    from boto3.exceptions import S3UploadFailedError
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key, options = split(path)
+    parts = TransferConfig(multipart_threshold=SINGLE_REQUEST, multipart_chunksize=PART, max_concurrency=4)
+    try:
+        _client(options, _environment()).upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
+    except (S3UploadFailedError, BotoCoreError, ClientError) as error:
+        raise OSError(f"no answer in {ATTEMPTS} attempts that takes it: {error}") from error
+
+
+def size_and_version(path: str) -> tuple[int, int]:
+    """Bytes of one object, and a number made of its ETag. Raises FileNotFoundError, and OSError where the bucket refuses."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key, options = split(path)
+    try:
+        found = _client(options, _environment(), reading=True).head_object(Bucket=bucket, Key=key)
+    except (BotoCoreError, ClientError) as error:
+        if isinstance(error, ClientError) and error.response["Error"]["Code"] in ("404", "NoSuchKey", "NotFound"):
+            raise FileNotFoundError(path) from error
+        raise OSError(f"AWS Error: {error}") from error
+    return int(found["ContentLength"]), _version(found["ETag"])
+
+
+def list_objects(path: str) -> list[tuple[str, int, int]]:
+    """Every object below `path`, in any order: its key relative to `path`, its bytes, and a number made of its ETag, which Arrow does
+    not tell. The folders directly below are listed side by side. Raises OSError where the bucket refuses."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, key, options = split(path)
+    start = f"{key}/" if key else ""
+    pages = _client(options, _environment(), reading=True).get_paginator("list_objects_v2")
+
+    def below(prefix: str) -> list[dict[str, Any]]:
+        return list(pages.paginate(Bucket=bucket, Prefix=prefix))
+
+    try:
+        top = list(pages.paginate(Bucket=bucket, Prefix=start, Delimiter="/"))
+        folders = [one["Prefix"] for page in top for one in page.get("CommonPrefixes", [])]
+        with ThreadPoolExecutor(LISTS_AT_ONCE) as pool:
+            found = [one for each in (top, *pool.map(below, folders)) for page in each for one in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise OSError(f"AWS Error: {error}") from error
+    objects = [one for one in found if not one["Key"].endswith("/")]  # such an object stands for an empty folder
+    return [(one["Key"][len(start) :], int(one["Size"]), _version(one["ETag"])) for one in objects]
+
+
+def _version(etag: str) -> int:
+    return int.from_bytes(hashlib.sha256(etag.strip('"').encode()).digest()[:8], "big") >> 1
+
+
+def refused(error: BaseException) -> bool:
+    """Whether an error is one of the bucket's answers, or that it gave none: pyarrow raises OSError for these and for much else."""
+    return isinstance(error, OSError) and "AWS Error" in str(error)
+
+
+def abort_uploads(path: str) -> int:
+    """Take back the parts that killed writers left below `path`, which are invisible and paid for; returns how many uploads.
+
+    None where the bucket's policy doesn't let us look: nothing depends on it.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key, options = split(path)
+    client = _client(options, _environment())
+    found = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
+    try:
+        uploads = [one for page in found for one in page.get("Uploads", [])]
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("AccessDenied", "NotImplemented"):
+            return 0
+        raise
+    for one in uploads:
+        client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+    return len(uploads)
+
+
+def _environment() -> Options:
+    """What credentials and endpoint are taken from."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+
+
+@lru_cache(maxsize=16)
+def _filesystem(bucket: str, options: Options, environment: Options) -> fs.S3FileSystem:
+    chosen = dict(options)
+    endpoint = chosen.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    query = "&".join(f"{name}={value}" for name, value in options)
+    region = chosen.get("region") or fs.FileSystem.from_uri(f"s3://{bucket}{'?' * bool(query)}{query}")[0].region
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=endpoint,
+        scheme=chosen.get("scheme"),
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        request_timeout=READ_SECONDS,
+        connect_timeout=CONNECT_SECONDS,
+    )
+
+
+@lru_cache(maxsize=16)
+def _client(options: Options, environment: Options, reading: bool = False) -> Any:
+    """`reading`: without credentials the requests are not signed, as Arrow's are not: a public bucket answers them."""
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    chosen = dict(options)
+    endpoint = chosen.get("endpoint_override")
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{chosen.get('scheme', 'https')}://{endpoint}"
+    session = boto3.session.Session()
+    config = Config(
+        retries={"mode": "standard", "max_attempts": ATTEMPTS},
+        connect_timeout=CONNECT_SECONDS,
+        read_timeout=WRITE_SECONDS,
+        signature_version=UNSIGNED if reading and session.get_credentials() is None else None,
+    )
+    return session.client("s3", endpoint_url=endpoint, region_name=chosen.get("region"), config=config)

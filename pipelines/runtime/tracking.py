@@ -1,0 +1,291 @@
+"""MLflow: one run a stage, nested under one parent; written by the driver alone (a SQLite file has one writer)."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.runtime import storage
+from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.settings import operational
+
+RECORD = "mlflow_run.json"  # in a stage's output: which MLflow run it has
+PARAMETERS_A_CALL = 100  # MLflow refuses larger batches
+METRICS_A_CALL = 1000
+LONGEST_PARAMETER = 6000
+FLUSH_SECONDS = 2.0
+ABANDONED_SECONDS = 60.0  # after its last change a half-made store belongs to nobody
+RETRY_SECONDS = 60.0  # between attempts while a server is away
+
+
+@dataclass
+class TrackingSettings:
+    """Section `tracking`."""
+
+    uri: str = operational("sqlite:///runs/mlflow.db", "MLflow store: a sqlite:/// file, or the http:// address of a server")
+    experiment: str = operational("mar-ray", "MLflow experiment")
+    artifacts: str = operational("", "root of the artefacts; empty: beside the SQLite file, or what the server says")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `mlflow_run.json` holds."""
+
+    run_id: str
+
+
+class Tracker:
+    """One MLflow run. `Tracker.open` finds or creates it; `log` buffers a little; `close` ends it."""
+
+    def __init__(self, client: Any, run_id: str, settings: TrackingSettings, parent: "Tracker | None", say: Callable[[str], None]) -> None:
+        self.run_id = run_id
+        self.parent = parent
+        self._client = client
+        self._settings = settings
+        self._uri = settings.uri
+        self._say = say
+        self._lock = threading.RLock()  # metrics come from the thread that listens to the workers
+        self._waiting: list[Any] = []
+        self._next_flush = time.monotonic() + FLUSH_SECONDS
+        self._away = False
+
+    @classmethod
+    def open(
+        cls,
+        settings: TrackingSettings,
+        name: str,
+        configuration: dict[str, Any],
+        path: str,
+        parent: "Tracker | None" = None,
+        say: Callable[[str], None] = print,
+    ) -> "Tracker":
+        """Start the MLflow run of the stage `name` whose output is at `path`, or go on in the one that `path/mlflow_run.json` names.
+
+        configuration is {section: {key: value}}; it becomes parameters `section.key`. A parameter that has changed since the
+        run began (MLflow keeps the first value) is recorded as tag `resumed.section.key`. say gets the few lines for the person.
+        Raises UserError, within seconds, when the store can't be reached or written.
+        """
+        record = storage.join(path, RECORD)
+        earlier = None
+        if storage.exists(record):
+            try:
+                earlier = storage.read_json(record, RunRecord, "a new run is opened in MLflow")["run_id"]
+            except DamagedFileError as error:
+                say(str(error))
+        with _as_user_error(settings.uri), _short_waits():
+            client = _client(settings)
+            experiment = _experiment(client, settings)
+            run_id = earlier if earlier and _is_there(client, earlier) else None
+            tags = {"path": path} | ({"mlflow.parentRunId": parent.run_id} if parent else {})
+            if run_id is None:
+                run_id = str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+            else:
+                client.update_run(run_id, status="RUNNING")
+                for key, value in tags.items():
+                    client.set_tag(run_id, key, value)
+            _log_parameters(client, run_id, flatten(configuration))
+        if run_id != earlier:
+            storage.write_json(record, {"run_id": run_id, "uri": without_password(settings.uri)})
+        return cls(client, run_id, settings, parent, say)
+
+    def child(self, name: str, configuration: dict[str, Any], path: str) -> "Tracker | None":
+        """A run nested under this one, in the same store; None, and a word to the person, while that is away."""
+        try:
+            return Tracker.open(self._settings, name, configuration, path, self, self._say)
+        except storage.UnwritableError:  # no word of MLflow's
+            raise
+        except UserError as error:
+            self._say(f"{name} is not in MLflow: {error}")
+            return None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics at a step (images seen). A value that is not finite is recorded as NaN, so that the newest value of a run that
+        has diverged is not the last finite one. (MLflow sorts runs with NaN last; an infinity it would store as 1.8e308.)"""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self._lock:
+            for key, value in metrics.items():
+                self._waiting.append(Metric(key, float(value) if math.isfinite(value) else math.nan, now, int(step)))
+            if time.monotonic() >= self._next_flush:
+                self._flush()
+
+    def artifact(self, path: str) -> None:
+        """Copy a local file, or a local folder with all that is in it, to the run's artefacts."""
+        self._flush()
+        try:
+            with _short_waits():
+                if Path(path).is_dir():
+                    self._client.log_artifacts(self.run_id, path, artifact_path=Path(path).name)
+                else:
+                    self._client.log_artifact(self.run_id, path)
+        except Exception as error:  # a stage outlives whatever its store raises
+            self._say(f"MLflow did not take the artefact {path}: {_without_secrets(error, self._uri)}")
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run with FINISHED, FAILED or KILLED. A store that has gone away is reported, never raised: the work is done."""
+        self._flush()
+        if self._waiting:
+            self._say(f"MLflow at {without_password(self._uri)} is away: {len(self._waiting)} metrics did not reach it")
+        try:
+            with _short_waits():
+                self._client.set_terminated(self.run_id, status)
+        except Exception as error:  # a stage outlives whatever its store raises
+            self._say(f"MLflow run {self.run_id} stays open: {_without_secrets(error, self._uri)}")
+
+    def _flush(self) -> None:
+        """Send what waits. A long training must outlive its MLflow server: on failure all is kept and tried again later."""
+        with self._lock:
+            try:
+                with _short_waits():
+                    while self._waiting:
+                        self._client.log_batch(self.run_id, metrics=self._waiting[:METRICS_A_CALL])
+                        del self._waiting[:METRICS_A_CALL]
+                self._away = False
+            except Exception as error:  # a stage outlives whatever its store raises
+                if not self._away:
+                    self._say(f"MLflow does not answer, its metrics wait: {_without_secrets(error, self._uri)}")
+                self._away = True
+            self._next_flush = time.monotonic() + (RETRY_SECONDS if self._away else FLUSH_SECONDS)
+
+
+def flatten(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """{section: {key: value}} as {`section.key`: text}; lists and mappings become JSON; a plain value keeps its own name."""
+    flat: dict[str, str] = {}
+    for section, values in configuration.items():
+        for key, value in (values if isinstance(values, Mapping) else {"": values}).items():
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | dict) else str(value)
+            if len(text) > LONGEST_PARAMETER:
+                note = f" … (cut: {len(text)} characters)"
+                text = text[: LONGEST_PARAMETER - len(note)] + note
+            flat[f"{section}.{key}" if key else section] = text
+    return flat
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be shown: `scheme://user:password@host` loses all before the @."""
+    return re.sub(r"://[^/\s]*@", "://", uri)  # up to the last @: a password may hold one
+
+
+def _without_secrets(error: Exception, uri: str) -> str:
+    secrets = re.findall(r"://[^/:\s]*:([^/\s]+)@", uri)
+    text = without_password(str(error).strip().split("\n")[0])
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
+
+
+@contextmanager
+def _as_user_error(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the store, its driver or the network raises
+        remedy = (
+            "start that server, or keep the runs in a file with tracking.uri=sqlite:///runs/mlflow.db"
+            if uri.startswith("http")
+            else "expected a writable sqlite:///folder/file.db or the http:// address of an MLflow server"
+        )
+        # `from None`: the cause's own text may hold the password
+        raise UserError(f"tracking.uri {without_password(uri)!r} can't be used: {_without_secrets(error, uri)}; {remedy}") from None
+
+
+@contextmanager
+def _short_waits() -> Iterator[None]:
+    """MLflow's own patience (minutes of retries) would stall a stage; these two variables are how it is told."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update({key: value for key, value in wanted.items() if before[key] is None})
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]).absolute() if uri.startswith("sqlite:///") else None
+
+
+def _client(settings: TrackingSettings) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient  # a second's import: only where a run is really opened
+
+    for chatter in ("mlflow", "alembic"):
+        logging.getLogger(chatter).setLevel(logging.WARNING)
+    file = _sqlite_file(settings.uri)
+    if file and not file.exists():
+        _create_store(file)
+    elif file and file.stat().st_size == 0:  # MLflow would make its tables in it, and all earlier runs would be gone without a word
+        raise UserError(f"{file} (tracking.uri) is damaged: the file is empty; restore it from a copy, or delete it to begin a new store")
+    return MlflowClient(settings.uri)
+
+
+def _create_store(file: Path) -> None:
+    """MLflow's tables in a new SQLite file, which appears under its name when they are all there: MLflow can't open half of them."""
+    from mlflow import MlflowClient
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for partial in file.parent.glob(f"{file.name}.*.partial*"):
+        if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+            partial.unlink(missing_ok=True)
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
+    MlflowClient(f"sqlite:///{partial}").search_experiments()
+    with contextlib.suppress(FileExistsError):  # another process was quicker: its store is as good
+        os.link(partial, file)
+    partial.unlink()
+
+
+def _experiment(client: Any, settings: TrackingSettings) -> str:
+    """The experiment's id; its artefact root is set when it is created and can't change afterwards."""
+    file = _sqlite_file(settings.uri)
+    root = settings.artifacts or (str(file.parent / "artifacts") if file else None)
+    if root and "://" not in root:
+        root = Path(root).expanduser().absolute().as_uri()
+    found = client.get_experiment_by_name(settings.experiment)
+    if found is None:
+        return str(client.create_experiment(settings.experiment, artifact_location=root))
+    if found.lifecycle_stage == "deleted":
+        raise UserError(f"tracking.experiment {settings.experiment!r} was deleted in MLflow; restore it there or choose another name")
+    if settings.artifacts and root and found.artifact_location.rstrip("/") != root.rstrip("/"):
+        raise UserError(
+            f"tracking.artifacts is {settings.artifacts!r}, but the experiment {settings.experiment!r} keeps its artefacts at "
+            f"{found.artifact_location!r}, which MLflow can't change; leave tracking.artifacts empty or choose another tracking.experiment"
+        )
+    return str(found.experiment_id)
+
+
+def _is_there(client: Any, run_id: str) -> bool:
+    """Whether this store still has the run that an earlier attempt at the stage opened."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return False
+        raise
+
+
+def _log_parameters(client: Any, run_id: str, flat: dict[str, str]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    logged = client.get_run(run_id).data.params
+    new = [Param(key, value) for key, value in flat.items() if key not in logged]
+    for start in range(0, len(new), PARAMETERS_A_CALL):
+        client.log_batch(run_id, params=new[start : start + PARAMETERS_A_CALL])
+    changed = [RunTag(f"resumed.{key}", value[:LONGEST_PARAMETER]) for key, value in flat.items() if logged.get(key, value) != value]
+    for start in range(0, len(changed), PARAMETERS_A_CALL):
+        client.log_batch(run_id, tags=changed[start : start + PARAMETERS_A_CALL])

@@ -1,0 +1,318 @@
+"""Stage *sweep*: Ray Tune over training or over generation."""
+
+import math
+import os
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from mar_model.checkpoints.checkpoint import STATE, weights_file
+from mar_model.config import Architecture
+from pipelines.caching.stage import CacheSettings
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
+from pipelines.checkpoints.released import checkpoint_directory
+from pipelines.evaluation import stage as evaluation
+from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.stage import EvaluateSettings
+from pipelines.generation.stage import GenerateSettings
+from pipelines.images.listing import ImageSettings
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings, cluster_resources, require_workers, set_up_ray_data
+from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
+from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.runtime.plots import sweep_plot
+from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.stage import Stage
+from pipelines.sweeping.table import Row, row_of, write_table
+from pipelines.sweeping.trials import Sections, Trial, grid
+from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.training import stage as training
+from pipelines.training.divergence import diverged
+from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.stage import LOSS_COLUMNS, TrainSettings
+
+LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
+
+
+@dataclass
+class SweepSettings:
+    """Section `sweep`."""
+
+    path: str = operational("runs/mar/sweep", "directory of the sweep: trials/, table.json, sweep.png")
+    over: Literal["train", "generate"] = identity("generate", "train (each trial trains) or generate (trials draw from one checkpoint)")
+    parameters: dict[str, list[Any]] = identity(help="grid: section.key → values, e.g. {generate.temperature: [0.9, 1.0]}", factory=dict)
+    metric: str = identity("frechet_distance", "what is compared: a metric of the evaluation, or loss")
+    mode: Literal["min", "max"] = identity("min", "min or max")
+    images: int = identity(1000, "samples a trial draws for its metric")
+    concurrent: int = operational(0, "trials at once; 0: as many as the cluster's CPUs or GPUs hold")
+
+
+def sweep(
+    *,
+    images: ImageSettings,
+    tokenizer: TokenizerSettings,
+    cache: CacheSettings,
+    model: Architecture,
+    train: TrainSettings,
+    generate: GenerateSettings,
+    evaluate: EvaluateSettings,
+    sweep: SweepSettings,
+    seed: int,
+    stage: Stage,
+) -> dict[str, Any]:
+    """Run every combination of `sweep.parameters` as a Tune trial; trials that an earlier attempt finished are not run again.
+
+    Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, caution, error), `best` (trial, parameters, metric).
+    A failed trial is a row with its reason, and is run again when the sweep is. Raises UserError for a parameter or metric that
+    does not exist, a trial that the cluster can't hold, or when every trial failed.
+    """
+    check_metric(sweep, evaluate)
+    if _is_scored(sweep):
+        evaluation.check_count("sweep.images", sweep.images)
+    if sweep.over == "generate":
+        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
+        if checkpoint is None:
+            raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
+        generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile
+    sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
+    trials = grid(sections, sweep)
+    identity = sweep_identity(sections, sweep, seed, stage.cluster)
+    summary = stage.begin(sweep.path, identity, enough=lambda found: found.get("failed") == 0)
+    if summary is not None:
+        return summary
+    concurrent = concurrency(trials, sweep, stage.cluster)
+    if _is_scored(sweep):
+        shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
+        trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
+    rows = finished_rows(trials, sweep, stage)
+    left = [trial for trial in trials if trial.name not in rows]
+    stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
+    with stage.progress(len(trials), "trials", done=len(rows)) as bar:
+
+        def ended(trial: Trial, outcome: dict[str, Any]) -> None:
+            row = rows[trial.name] = row_of(trial, outcome, sweep.metric)
+            _track(trial, row, stage)
+            if row["error"] is None:
+                storage.write_json(_record(trial), null_for_nan(row))
+            else:
+                stage.say(f"{trial.name} failed: {row['error']}")
+            found = best_of(list(rows.values()), sweep.mode)
+            bar.update(len(rows), **({f"best_{sweep.metric}": found["metric"]} if found else {}))
+
+        if left:
+            _run(left, sweep, seed, stage.cluster, concurrent, ended)
+    ordered = [rows[trial.name] for trial in trials]
+    best = best_of(ordered, sweep.mode)
+    if best is None:
+        reasons = "; ".join(f"{row['trial']}: {row['error']}" for row in ordered)
+        raise UserError(f"every trial of {sweep.path} failed ({reasons}); mend the cause, then run the sweep again")
+    write_table(sweep.path, ordered)
+    storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
+    if storage.is_local(sweep.path):
+        stage.artifact(storage.join(sweep.path, "table.csv"))
+        stage.artifact(storage.join(sweep.path, "sweep.png"))
+    stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
+    if caution := best.get("caution"):
+        stage.say(caution)
+    return stage.complete(
+        sweep.path,
+        identity,
+        {
+            "over": sweep.over,
+            "metric": sweep.metric,
+            "mode": sweep.mode,
+            "trials": len(ordered),
+            "failed": sum(row["error"] is not None for row in ordered),
+            "best": {key: best[key] for key in ("trial", "parameters", "metric")},
+            **({"caution": caution} if caution else {}),
+            "rows": ordered,
+        },
+    )
+
+
+def finished_rows(trials: list[Trial], sweep: SweepSettings, stage: Stage) -> dict[str, dict[str, Any]]:
+    """The rows of the trials that an earlier attempt finished, by name. A trial whose row cannot be read runs again, which is logged. A
+    training that diverged is judged again: earlier versions kept its row."""
+    rows = {}
+    for trial in trials:
+        if storage.exists(record := _record(trial)):
+            try:
+                row: dict[str, Any] = storage.read_json(record, Row, "the trial runs again; what it has made is kept")
+            except DamagedFileError as error:
+                stage.say(str(error))
+                continue
+            if sweep.over != "train" or not diverged(row["metrics"]):
+                rows[trial.name] = row
+    return rows
+
+
+def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster: ClusterSettings) -> dict[str, Any]:
+    """What decides the table: the grid, and every setting that the trials share."""
+    if sweep.over == "train":
+        train = replace(sections.train, precision=resolved(sections.train.precision, cluster))
+        found = {**training.training_identity(sections.cache, sections.model, train, seed), "train.images": train.images}
+    else:
+        state_file = storage.join(sections.generate.checkpoint, STATE)
+        if not storage.exists(state_file):
+            raise UserError(f"generate.checkpoint {sections.generate.checkpoint!r} is no checkpoint: it holds no {STATE}")
+        state = storage.read_json(state_file, Weights, ANOTHER_CHECKPOINT)
+        found = {"checkpoint": state["files"][weights_file(state, sections.generate.ema, sections.generate.ema_decay)], "seed": seed}
+    if _is_scored(sweep):
+        digest = network_digest(sections.evaluate.features, sections.evaluate.weights)
+        reference = find_reference(sections.images, sections.tokenizer, sections.evaluate, digest)
+        generate = replace(sections.generate, precision=resolved(sections.generate.precision, cluster))
+        found |= evaluation.scoring_identity(reference, generate, sections.evaluate, digest)
+    overridden = {*sweep.parameters, "generate.images", "evaluate.images"}
+    return {**{name: value for name, value in found.items() if name not in overridden}, **identity_of(sweep=sweep)}
+
+
+def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSettings) -> int:
+    """Trials at a time that the cluster holds, at most `sweep.concurrent`. A trial itself takes no CPU, its workers do.
+
+    Raises UserError for a trial whose workers the cluster does not hold, since it would wait for ever.
+    """
+    cpus, gpus = cluster_resources()
+    fitting = float(len(trials))
+    for trial in trials:
+        one = trial.sections
+        drawing = {"generate.actors": one.generate.actors} if _is_scored(sweep) else {}
+        trained = {"train.workers": one.train.workers} if sweep.over == "train" else {}
+        judging = {"evaluate.actors": one.evaluate.actors} if _is_scored(sweep) else {}  # take no CPU
+        for wanted, cpus_each in ((trained, 1), (drawing, 1), (drawing | judging, 0)):  # training first, then drawing and judging
+            require_workers(wanted, cluster, cpus_each)
+            fitting = min(fitting, cpus // max(sum(wanted.values()) * cpus_each, 1))
+            if gpus_wanted := sum(wanted.values()) * cluster.gpus_per_worker:
+                fitting = min(fitting, gpus // gpus_wanted)
+    return max(1, min(int(fitting), sweep.concurrent or len(trials)))
+
+
+def run_trial(
+    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
+) -> dict[str, Any]:
+    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
+    that diverged is one, whatever the metric is."""
+    trial = trials[config["trial"]]
+    set_up_ray_data()
+    began = time.monotonic()
+    outcome: dict[str, Any] = {"metrics": {}, "error": None}
+    try:
+        stage = Stage(trial.name, cluster)
+        one = trial.sections
+        if sweep.over == "train":
+            outcome["metrics"] |= training.train(one.tokenizer, one.cache, one.model, one.train, seed, stage)
+            outcome["error"] = diverged(outcome["metrics"]) or None
+        if _is_scored(sweep) and outcome["error"] is None:
+            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
+    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
+        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
+        mistake, origin = mistake_of(error), origin_of(error)
+        outcome["error"] = mistake.text if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
+    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
+
+
+def best_of(rows: list[dict[str, Any]], mode: str) -> dict[str, Any] | None:
+    """The row with the lowest ("min") or highest ("max") finite metric; None when no trial has one."""
+    valid = [row for row in rows if row["metric"] is not None and math.isfinite(row["metric"])]
+    return (min if mode == "min" else max)(valid, key=lambda row: row["metric"]) if valid else None
+
+
+def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings, concurrent: int, ended: Any) -> None:
+    """Give the trials to Tune; `ended(trial, outcome)` is called in this process as each one ends."""
+    from ray import tune
+
+    by_name = {trial.name: trial for trial in left}
+
+    class Ended(tune.Callback):  # type: ignore[misc]
+        def __init__(self, call: Any) -> None:
+            self.call = call
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Tune pickles its callbacks for a resume that we don't use; this one's run in MLflow can't be
+
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            self.call(trial.config["trial"], trial.last_result["outcome"])
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            lost = f"its process was lost {LOST_ACTORS + 1} times"
+            self.call(trial.config["trial"], {"metrics": {}, "error": lost, "seconds": 0.0})
+
+    storage_path = storage.join(sweep.path, "ray")
+    storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
+    run_trials = partial(run_trial, trials=by_name, sweep=sweep, seed=seed, cluster=cluster)
+    with _tune_environment():
+        tune.Tuner(
+            tune.with_resources(run_trials, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
+            param_space={"trial": tune.grid_search(list(by_name))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=concurrent, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id
+            ),
+            run_config=tune.RunConfig(
+                name=uuid.uuid4().hex[:8],
+                storage_path=os.path.abspath(storage_path) if storage.is_local(storage_path) else storage_path,
+                failure_config=tune.FailureConfig(max_failures=LOST_ACTORS),
+                callbacks=[Ended(lambda name, outcome: ended(by_name[name], outcome))],
+                verbose=0,
+            ),
+        ).fit()
+    storage.delete(storage_path)
+
+
+@contextmanager
+def _tune_environment() -> Iterator[None]:
+    """Variables tell Tune to keep the working directory (paths may be relative), leave Ctrl-C alone and write no logs of its own."""
+    wanted = {
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints its headings even with verbose=0
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _is_scored(sweep: SweepSettings) -> bool:
+    return sweep.over == "generate" or sweep.metric not in LOSS_COLUMNS
+
+
+def check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
+    """Raise UserError for a metric that this sweep's trials don't measure."""
+    known = ["frechet_distance", evaluation.metric_name(evaluate.features), *(["label_agreement"] if evaluate.classifier else [])]
+    known += LOSS_COLUMNS if sweep.over == "train" else []
+    if sweep.metric not in known:
+        classifier = "" if evaluate.classifier else " (label_agreement needs evaluate.classifier)"
+        raise UserError(f"sweep.metric is {sweep.metric!r}; a sweep over {sweep.over} measures {', '.join(known)}{classifier}")
+
+
+def _record(trial: Trial) -> str:
+    return storage.join(trial.path, "trial.json")
+
+
+def _track(trial: Trial, row: dict[str, Any], stage: Stage) -> None:
+    """An MLflow run of the trial's own, with its training curve where it has one."""
+    if stage.tracker is None:
+        return
+    configuration = asdict(trial.sections)
+    tracker = stage.tracker.child(trial.name, configuration, trial.path)
+    if tracker is None:
+        return
+    log = MetricsLog(storage.join(trial.path, "metrics.jsonl"), 2**63)
+    for line in log.rows:
+        tracker.log({name: value for name, value in line.items() if name != "images_seen"}, line["images_seen"])
+    tracker.log({**row["metrics"], "seconds": row["seconds"]}, log.rows[-1]["images_seen"] if log.rows else 0)
+    tracker.close("FAILED" if row["error"] else "FINISHED")

@@ -1,0 +1,204 @@
+"""Stage *tokenize*: train a KL autoencoder of the KL-16 family on an image source with Ray Train."""
+
+import tempfile
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mar_model.tokenizers import KLConfig, PixelTokenizer, kl_config, load_tokenizer, save_tokenizer
+from pipelines.images.listing import ImageListing, ImageSettings, list_images
+from pipelines.images.source_changes import check_source, remember_source
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import require_workers
+from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.progress import Bar, MetricsChannel
+from pipelines.runtime.records import damaged
+from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.stage import Stage
+
+FAILURES = 3  # restarts after failed workers before the stage gives up
+
+
+@dataclass
+class TokenizerSettings:
+    """Section `tokenizer`."""
+
+    path: str = operational("runs/mar/tokenizer", "directory of the tokenizer (written by `mar tokenize`)")
+    kind: Literal["kl", "pixels"] = identity("kl", "kl (a KL autoencoder) or pixels (identity in [-1, 1], no training)")
+    channels: int = identity(16, "latent channels")
+    width: int = identity(128, "base channels of the convolutional autoencoder")
+    multipliers: list[int] = identity(help="channel multiplier of each level; stride = 2^(levels − 1)", factory=lambda: [1, 1, 2, 2, 4])
+    encoder_blocks: int = identity(2, "residual blocks a level in the encoder")
+    decoder_blocks: int = identity(3, "residual blocks a level in the decoder")
+    attention: bool = identity(True, "self-attention at the lowest resolution, as KL-16 has")
+    images: int = identity(5_000_000, "images seen in training, over which the learning rate falls to zero")
+    batch: int = identity(64, "images a step, over all workers")
+    learning_rate: float = identity(1e-4, "AdamW learning rate, cosine to zero after a short warm-up")
+    kl_weight: float = identity(1e-6, "weight of the KL term beside the reconstruction error, both summed over an image")
+    workers: int = operational(1, "Ray Train workers")
+    precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
+    checkpoint_images: int = operational(250_000, "images between the states that a killed run goes on from")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent side."""
+        return 1 if self.kind == "pixels" else 2 ** (len(self.multipliers) - 1)
+
+    def network(self) -> KLConfig:
+        """The autoencoder's sizes. Raises ValueError where they make no network."""
+        return KLConfig(self.channels, self.width, tuple(self.multipliers), self.encoder_blocks, self.decoder_blocks, self.attention)
+
+
+ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
+
+
+def tokenizer_config(path: str) -> dict[str, Any]:
+    """`config.json` of the tokenizer in directory `path`. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, "config.json")
+    config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
+    try:
+        kl_config(config)
+    except ValueError as error:
+        raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
+    return config
+
+
+def check_tokenizer_files(path: str) -> None:
+    """Load the tokenizer in directory `path`. Raises DamagedFileError where it can't be loaded, naming the file."""
+    try:
+        load_tokenizer(storage.local_directory(path))
+    except (OSError, ValueError) as error:
+        raise DamagedFileError(f"{error}; {ANOTHER_TOKENIZER}") from error
+
+
+def tokenizer_digest(path: str) -> str:
+    """SHA-256 over the bytes of `config.json` and, where there is one, `tokenizer.safetensors` of a tokenizer directory.
+
+    Raises UserError where there is no `config.json`."""
+    config, weights = storage.join(path, "config.json"), storage.join(path, "tokenizer.safetensors")
+    if not storage.exists(config):
+        raise UserError(f"{path!r} holds no tokenizer: {config} is missing; run `mar tokenize`, or name a tokenizer in tokenizer.path")
+    return storage.digest(storage.read_bytes(config) + (storage.read_bytes(weights) if storage.exists(weights) else b""))
+
+
+def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
+    """Train the tokenizer at `tokenizer.path` on the train part of `images`, going on from where a killed run was.
+
+    Returns the summary: psnr_held_out in dB (psnr_train where nothing is held out), loss, images_per_second, loss_curve as
+    [images seen, loss] pairs; beside it `pairs.png`, originals above reconstructions. Raises UserError on settings that don't fit
+    each other or the cluster, on an output of another identity, and on a folder with a tokenizer from elsewhere.
+    """
+    from pipelines.tokenizing.worker import PROGRESS, RESULT, Result, read_progress
+
+    _check(images, tokenizer)
+    path = tokenizer.path
+    if storage.exists(storage.join(path, "config.json")) and not storage.exists(storage.join(path, "identity.json")):
+        raise UserError(
+            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite; "
+            "go on with `mar cache`, or give another tokenizer.path"
+        )
+    tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
+    listing = list_images(images) if tokenizer.kind == "kl" else None
+    for note in listing.notes if listing else ():
+        stage.say(note)
+    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
+    if listing is not None:
+        check_source(path, "tokenizer.path", images.source, listing, identity, stage)
+    summary = stage.begin(path, identity)
+    if summary is not None:
+        check_tokenizer_files(path)
+    if listing is None:
+        if summary is None:
+            _write_pixels(path)
+            summary = stage.complete(path, identity, {"images": 0})
+        return summary
+    if summary is None:
+        remember_source(path, listing)
+        if not storage.exists(storage.join(path, RESULT)):
+            require_workers({"tokenizer.workers": tokenizer.workers}, stage.cluster)
+            progress = storage.join(path, PROGRESS)
+            first = read_progress(progress)[1] if storage.exists(progress) else 0
+            if first:
+                stage.say(f"going on from {first:,} images seen")
+            with stage.progress(tokenizer.images, done=first) as bar:
+                _fit(images, tokenizer, listing, seed, stage, bar)
+        result = storage.read_json(storage.join(path, RESULT), Result, "delete it, and the tokenizer is trained to its end again")
+        part = "held_out" if "psnr_held_out" in result else "train"
+        remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
+        stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
+        if storage.is_local(path):
+            stage.artifact(storage.join(path, "pairs.png"))
+        summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
+    for leftover in (PROGRESS, "ray"):
+        storage.delete(storage.join(path, leftover))
+    return summary
+
+
+def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, seed: int, stage: Stage, bar: Bar) -> None:
+    """The Ray Train run."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig
+
+    from pipelines.runtime.cluster.interruption import finish_when_asked
+    from pipelines.tokenizing.worker import TokenizerJob, tokenize_worker
+    from pipelines.training.supervision.controller import Trainer
+
+    if storage.is_local(tokenizer.path):
+        tokenizer = replace(tokenizer, path=str(Path(tokenizer.path).resolve()))
+    if storage.is_local(images.source):
+        images = replace(images, source=str(Path(images.source).resolve()))
+
+    def on_metrics(row: dict[str, Any]) -> None:
+        bar.update(row["images_seen"], loss=row["loss"])
+        stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+
+    channel = MetricsChannel()
+    job = TokenizerJob(images, tokenizer, ray.put(listing), seed, stage.cluster, channel)
+    gpus = stage.cluster.gpus_per_worker
+    trainer = Trainer(
+        tokenize_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=tokenizer.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
+        ),
+        run_config=ray.train.RunConfig(
+            name=uuid.uuid4().hex[:12],  # a name seen before would make Ray restore from what a killed run left half-written
+            storage_path=storage.join(tokenizer.path, "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=FAILURES),
+        ),
+    )
+    try:
+        with channel.listening(on_metrics):
+            finish_when_asked(trainer.fit)
+    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            if isinstance(failure, UserError):
+                raise failure from error
+        raise
+
+
+def _write_pixels(path: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        save_tokenizer(PixelTokenizer(), Path(temporary))
+        storage.write_bytes(storage.join(path, "config.json"), (Path(temporary) / "config.json").read_bytes())
+
+
+def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    try:
+        tokenizer.network()
+    except ValueError as error:
+        raise UserError(f"section tokenizer: {error}") from error
+    if images.size % tokenizer.stride:
+        raise UserError(
+            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
+            "tokenizer.multipliers"
+        )
+    for name in ("images", "batch", "workers", "checkpoint_images"):
+        if getattr(tokenizer, name) < 1:
+            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
+    if tokenizer.batch % tokenizer.workers:
+        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")

@@ -1,0 +1,277 @@
+"""What each Ray Train worker of stage *tokenize* runs: its share of every batch, then the figures and files of the result."""
+
+import io
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from mar_model.checkpoints.checkpoint import load_weights, optimizer_tensors
+from mar_model.noise import stream
+from mar_model.tokenizers import KLAutoencoder, posterior_kl, sample_posterior, save_tokenizer
+from mar_model.training.recipe import learning_rate
+from mar_model.training.sample_order import SampleOrder
+from pipelines.images.listing import ImageListing, ImageSettings, to_model, to_uint8
+from pipelines.images.reading import DecodedImages
+from pipelines.runtime import storage
+from pipelines.runtime.cluster.connection import ClusterSettings, default_device, use_threads
+from pipelines.runtime.cluster.precision import autocast
+from pipelines.runtime.errors import UserError
+from pipelines.runtime.progress import MetricsChannel
+from pipelines.runtime.records import damaged
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from pipelines.tokenizing.stage import TokenizerSettings
+
+PROGRESS = "progress.safetensors"  # weights, optimizer and curve of a run under way, in one file so that it is whole or not there
+RESULT = "training.json"  # written when the trained tokenizer is in place
+WARMUP_SHARE = 0.05
+GRADIENT_CLIP = 1.0
+LOG_LINES = 200  # a run
+EVALUATED = 500  # images that PSNR is measured on, spread evenly over the held-out part
+PAIRS = 8
+PAIR_PIXELS = 96  # smallest side of an image in the picture of pairs
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `training.json` holds."""
+
+    psnr_images: int
+    loss: float
+    loss_curve: list[tuple[float, float]]
+    psnr_held_out: float | None = None  # or
+    psnr_train: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """All that a worker needs to know."""
+
+    images: ImageSettings
+    tokenizer: "TokenizerSettings"
+    listing: "ObjectRef[ImageListing]"
+    seed: int
+    cluster: ClusterSettings
+    channel: MetricsChannel
+
+
+class Objective(nn.Module):
+    """Mean squared error per pixel value (images in [-1, 1]), plus `kl_weight` times KL(posterior ‖ normal) per image over the number
+    of pixel values: both are sums over an image, divided by the same number, as in arXiv 2112.10752 (without its perceptual
+    and adversarial terms)."""
+
+    def __init__(self, tokenizer: KLAutoencoder, kl_weight: float) -> None:
+        super().__init__()
+        self.tokenizer, self.kl_weight = tokenizer, kl_weight
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Images (B, 3, H, W), posterior noise (B, C, h, w) → loss, squared error and KL in nats an image, each a mean over B: (3,)."""
+        moments = self.tokenizer.encode(images).float()
+        reconstruction = self.tokenizer.decode(sample_posterior(moments, noise)).float()
+        error = (reconstruction - images).square().mean()
+        kl = posterior_kl(moments).mean()
+        return torch.stack([error + self.kl_weight * kl / images[0].numel(), error, kl])
+
+
+def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
+    """Train from `progress.safetensors` (or from the start) to `tokenizer.images`; worker 0 writes the result."""
+    import ray
+    import ray.train
+
+    job = loop_config["job"]
+    settings, seed = job.tokenizer, job.seed
+    context = ray.train.get_context()
+    worker, workers = context.get_world_rank(), context.get_world_size()
+    use_threads(job.cluster)
+    device = default_device()
+    listing = ray.get(job.listing)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(seed, "tokenize", "weights").initial_seed())
+        tokenizer = KLAutoencoder(settings.network()).to(device)
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    images_seen, curve = load_progress(settings.path, tokenizer, optimizer)
+    objective: nn.Module = Objective(tokenizer, settings.kl_weight)
+    if workers > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+
+    train = DecodedImages(job.images, listing.train())
+    latent = (settings.channels, job.images.size // settings.stride, job.images.size // settings.stride)
+    sums, steps = torch.zeros(3, device=device), 0
+    began, first = time.perf_counter(), images_seen
+    log_every = max(settings.images // LOG_LINES, settings.batch)
+    for pixels, noise in batches(train, settings, latent, seed, images_seen, worker, workers):
+        rate = learning_rate(images_seen, settings.learning_rate, int(WARMUP_SHARE * settings.images), "cosine", settings.images)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with autocast(settings.precision, device):
+            losses = objective(pixels.to(device), noise.to(device))
+        losses[0].backward()
+        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums, steps, images_seen = sums + losses.detach(), steps + 1, images_seen + settings.batch
+
+        ended = images_seen >= settings.images
+        if ended or _crosses(images_seen, settings.batch, log_every):
+            means = sums / (steps * workers)
+            if workers > 1:
+                torch.distributed.all_reduce(means)
+            loss, error, kl = means.tolist()
+            if not math.isfinite(loss):
+                raise diverged(f"loss {loss} at {images_seen} images", settings)
+            curve.append([images_seen, loss])
+            speed = (images_seen - first) / (time.perf_counter() - began)
+            row = {"loss": loss, "squared_error": error, "kl": kl, "learning_rate": rate, "images_per_second": speed}
+            if worker == 0:
+                job.channel.send({"images_seen": images_seen, **row})
+            sums, steps = torch.zeros(3, device=device), 0
+        if worker == 0 and (ended or _crosses(images_seen, settings.batch, settings.checkpoint_images)):
+            save_progress(settings.path, tokenizer, optimizer, images_seen, curve)
+    if worker == 0:
+        figures = {"loss": curve[-1][1]}
+        if images_seen > first:  # else a killed run had trained on all of them
+            figures["images_per_second"] = round((images_seen - first) / (time.perf_counter() - began), 3)
+        write_result(job, tokenizer.eval(), listing, {**figures, "rejected": len(train.rejected), "loss_curve": curve})
+
+
+def _crosses(images_seen: int, batch: int, every: int) -> bool:
+    """Whether the step that ended at `images_seen` passed a multiple of `every` images."""
+    return images_seen // every > (images_seen - batch) // every
+
+
+def batches(
+    images: DecodedImages,
+    settings: "TokenizerSettings",
+    latent: tuple[int, int, int],
+    seed: int,
+    images_seen: int,
+    worker: int,
+    workers: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This worker's share of each global batch from `images_seen` to the end of training: images (b, 3, H, W) and posterior noise
+    (b, C, h, w), the next prepared on a thread meanwhile. Noise is drawn for the global batch, so that it depends on no worker."""
+    order = SampleOrder(stream(seed, "tokenize", "order").initial_seed(), len(images.rows))
+    share = slice(worker * settings.batch // workers, (worker + 1) * settings.batch // workers)
+
+    def prepare(start: int) -> tuple[Tensor, Tensor]:
+        rows = order.indices(start, start + settings.batch)[share]
+        noise = torch.randn(settings.batch, *latent, generator=stream(seed, "tokenize", start))[share]
+        return to_model(images.take(rows)[0]), noise
+
+    starts = range(images_seen, settings.images, settings.batch)
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as ahead:
+        upcoming = ahead.submit(prepare, starts[0]) if starts else None
+        for index in range(len(starts)):
+            assert upcoming is not None
+            ready = upcoming.result()
+            if index + 1 < len(starts):
+                upcoming = ahead.submit(prepare, starts[index + 1])
+            yield ready
+
+
+def save_progress(path: str, tokenizer: nn.Module, optimizer: torch.optim.Optimizer, images_seen: int, curve: list[list[float]]) -> None:
+    """Write the one file that a killed run goes on from."""
+    weights = {f"weight.{name}": value.detach().contiguous().cpu() for name, value in tokenizer.state_dict().items()}
+    metadata = {"images_seen": str(images_seen), "loss_curve": json.dumps(curve)}
+    tensors = {**weights, **optimizer_tensors(tokenizer, optimizer)}
+    storage.write_bytes(storage.join(path, PROGRESS), safetensors.torch.save(tensors, metadata))
+
+
+def load_progress(path: str, tokenizer: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[list[float]]]:
+    """Put weights and optimizer state back; returns images seen and the loss curve so far (0 and [] where nothing was saved)."""
+    file = storage.join(path, PROGRESS)
+    if not storage.exists(file):
+        return 0, []
+    tensors, images_seen, curve = read_progress(file)
+    load_weights(tokenizer, {name.removeprefix("weight."): value for name, value in tensors.items() if name.startswith("weight.")})
+    for name, parameter in tokenizer.named_parameters():
+        state = {kind: tensors[f"{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in state.items()}
+    return images_seen, curve
+
+
+def read_progress(file: str) -> tuple[dict[str, Tensor], int, list[list[float]]]:
+    """What `save_progress` wrote: tensors, images seen and the loss curve. Raises DamagedFileError."""
+    data = storage.read_bytes(file)
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # 8 bytes of its length, then JSON
+        metadata = header["__metadata__"]
+        return tensors, int(metadata["images_seen"]), json.loads(metadata["loss_curve"])
+    except (safetensors.SafetensorError, ValueError, LookupError) as error:
+        raise damaged(file, error, "delete it, and the tokenizer is trained from the start") from error
+
+
+@torch.no_grad()
+def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageListing, figures: dict[str, Any]) -> None:
+    """Measure PSNR, and write the tokenizer, the picture of pairs, and `training.json` last of all. Images that can't be used are not
+    counted. Raises UserError for a tokenizer that does not reconstruct finite numbers: the last step may have made it so."""
+    path = job.tokenizer.path
+    part = "held_out" if listing.held_out() else "train"
+    rows = listing.held_out() or listing.train()
+    rows = rows[:: max(1, len(rows) // EVALUATED)][:EVALUATED]
+    images = DecodedImages(replace(job.images, max_rejected=1.0), rows)
+    device = next(tokenizer.parameters()).device
+    decibels: list[np.ndarray] = []
+    pairs: list[np.ndarray] = []
+    shown = {index * len(rows) // PAIRS for index in range(PAIRS)}
+    for start in range(0, len(rows), job.tokenizer.batch):
+        indices = np.arange(start, min(start + job.tokenizer.batch, len(rows)))
+        originals, _ = images.take(indices)
+        with autocast(job.tokenizer.precision, device):
+            moments = tokenizer.encode(to_model(originals).to(device))
+            decoded = tokenizer.decode(moments[:, : tokenizer.channels])
+        if not bool(decoded.isfinite().all()):
+            raise diverged(f"its reconstructions are not finite after {job.tokenizer.images} images", job.tokenizer)
+        reconstructions = to_uint8(decoded)
+        used = [index not in images.rejected for index in indices.tolist()]  # in a rejected one's place stands the next
+        decibels.append(psnr(originals, reconstructions)[used])
+        pairs += [np.stack([originals[i - start], reconstructions[i - start]]) for i in indices if i in shown]
+    with tempfile.TemporaryDirectory() as temporary:
+        save_tokenizer(tokenizer, Path(temporary))
+        for name in ("tokenizer.safetensors", "config.json"):
+            storage.write_bytes(storage.join(path, name), (Path(temporary) / name).read_bytes())
+    storage.write_bytes(storage.join(path, "pairs.png"), pairs_picture(np.stack(pairs)))
+    measured = np.concatenate(decibels)
+    quality = {f"psnr_{part}": round(float(measured.mean()), 4), "psnr_images": len(measured)}
+    storage.write_json(storage.join(path, RESULT), {**quality, **figures})
+
+
+def diverged(found: str, settings: "TokenizerSettings") -> UserError:
+    return UserError(
+        f"training the tokenizer diverged ({found}); lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another "
+        "tokenizer.path"
+    )
+
+
+def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB (peak 255): two uint8 (n, H, W, 3) → float64 (n,); at most 100 dB."""
+    error = (originals.astype(np.float64) - reconstructions.astype(np.float64)) ** 2
+    decibels: np.ndarray = 10 * np.log10(255.0**2 / np.maximum(error.mean(axis=(1, 2, 3)), 255.0**2 * 1e-10))
+    return decibels
+
+
+def pairs_picture(pairs: np.ndarray) -> bytes:
+    """uint8 (n, 2, S, S, 3), original then reconstruction → a PNG of n columns and two rows, small images enlarged."""
+    count, _, size, _, _ = pairs.shape
+    picture = Image.fromarray(pairs.transpose(1, 2, 0, 3, 4).reshape(2 * size, count * size, 3))
+    factor = math.ceil(PAIR_PIXELS / size)
+    encoded = io.BytesIO()
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(encoded, format="PNG")
+    return encoded.getvalue()
