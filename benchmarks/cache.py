@@ -29,15 +29,19 @@ import torch
 from benchmarks.cache_same_bytes import faults, forms, kills
 from benchmarks.photographs import BATCH, MIDDLE, SMALL, row, write_photographs, write_tokenizer
 from mar_model.tokenizers import KLConfig
+from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shards import make, shards_of
-from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.stage import cache
 from pipelines.caching.worker import Decoded, Encoder, EncodingJob, decode_row
-from pipelines.images.listing import ImageSettings, list_images
+from pipelines.images.listing import list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import progress
-from pipelines.runtime.cluster.connection import ClusterSettings, connected, use_threads
+from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.host_memory import ENVIRONMENT
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import use_threads
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 SHARD = 256
 

@@ -22,14 +22,17 @@ from benchmarks.faulty_s3 import KINDS, FaultyS3
 from benchmarks.photographs import BATCH, MIDDLE, SMALL, row, write_photographs, write_tokenizer
 from benchmarks.source_forms import write_ilsvrc, write_parquet, write_webdataset
 from jobs.stages import guarded
-from pipelines.caching.latent_cache import MANIFEST, SHARDS, LatentCache
-from pipelines.caching.stage import CacheSettings, cache
-from pipelines.images.listing import ImageSettings
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import MANIFEST, SHARDS
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import s3, storage
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 
 def kills(options: argparse.Namespace) -> None:

@@ -19,15 +19,16 @@ import torch
 
 from pipelines.evaluation.classifier import load_classifier
 from pipelines.evaluation.features import load_network
-from pipelines.evaluation.scoring import RealImages
-from pipelines.evaluation.stage import distance
-from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
-from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
+from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
-from pipelines.images.listing import ImageSettings, list_images
-from pipelines.runtime.cluster.connection import ClusterSettings
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.images.listing import list_images
+from pipelines.images.settings import ImageSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 BATCH = 100
 ANNEALED = {"diffusion_steps_end": 5}

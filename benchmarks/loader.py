@@ -22,9 +22,10 @@ from safetensors.numpy import save_file
 
 from mar_model.noise import stream
 from mar_model.training.sample_order import SampleOrder
-from pipelines.caching.latent_cache import FORMAT_VERSION, MANIFEST, SHARDS, LatentCache, Manifest, shard_bytes, shard_name
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import FORMAT_VERSION, MANIFEST, SHARDS, Manifest, shard_bytes, shard_name
 from pipelines.runtime import storage
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.data import LatentDataset
 from pipelines.training.worker import Normalisation
 
 SHAPE = (32, 16, 16)

@@ -28,9 +28,10 @@ from benchmarks.training_runs import RECIPE, SMALL, TOKENIZER, Recorded, write_c
 from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import checkpoint_path, newest_checkpoint
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.training.stage import train
 
 KINDS = ("worker killed", "worker hangs", "driver killed", "driver terminated")

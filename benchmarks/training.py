@@ -31,14 +31,17 @@ from mar_model.training.ema import WeightAverage
 from mar_model.training.recipe import parameter_groups
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import checkpoint_state, publish_checkpoint
 from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
-from pipelines.runtime.cluster.connection import ClusterSettings, connected, use_threads
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import use_threads
 from pipelines.training.data import GlobalBatch, MicroBatches, share_of
+from pipelines.training.job import TrainingJob
 from pipelines.training.metrics_log import MetricsLog
 from pipelines.training.stage import model_config, train
-from pipelines.training.worker import Normalisation, TrainingJob
+from pipelines.training.worker import Normalisation
 
 SHARE = 128  # images of a global batch that each of two workers takes, as in the published recipe
 TURNS = 3  # of the runs that are compared: a machine's speed drifts

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from benchmarks.training_runs import RECIPE, SMALL, TOKENIZER, Recorded, write_cache
 from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, WEIGHTS
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import checkpoint_path
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.training.data import GlobalBatch, MicroBatches
 from pipelines.training.stage import train
 from pipelines.training.worker import Training

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from mar_model.config import Architecture
-from pipelines.caching.latent_cache import FORMAT_VERSION, LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import FORMAT_VERSION, LatentStatistics, Manifest, shard_bytes, shard_name
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 MODEL = Architecture(
     encoder_depth=4, encoder_width=256, encoder_heads=4, decoder_depth=4, decoder_width=256, decoder_heads=4, buffer_size=8,

@@ -9,7 +9,7 @@ from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pipelines.caching.inspecting import Inspection
-    from pipelines.images.listing import ImageSettings
+    from pipelines.images.settings import ImageSettings
 
 CLASSES_SHOWN = 10
 REASONS_SHOWN = 10
@@ -113,7 +113,7 @@ def _recorded(cache: str, section: str) -> dict[str, Any]:
 def _image_settings(cache: str, source: str) -> "ImageSettings":
     from dataclasses import fields
 
-    from pipelines.images.listing import ImageSettings
+    from pipelines.images.settings import ImageSettings
 
     recorded = _recorded(cache, "images")
     known = {one.name for one in fields(ImageSettings)}

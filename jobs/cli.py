@@ -19,7 +19,8 @@ from pipelines.runtime.cluster.interruption import Terminated, raised
 from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.config.schema import ConfigurationFile, RunConfig
+    from jobs.config.load import ConfigurationFile
+    from jobs.config.schema import RunConfig
 
 ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
 Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
@@ -90,7 +91,7 @@ def _leave(text: str, status: int) -> None:
 
 def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
     """The configuration; printed and done with --print-config, else named on stderr."""
-    from jobs.config.schema import load
+    from jobs.config.load import load
     from pipelines.runtime.tracking import without_password
 
     loaded = load(preset, config, assignments or [])
@@ -170,7 +171,7 @@ def quickstart(
     loaded = _load(config, preset, assignments, print_config)
 
     def work() -> dict[str, Any]:
-        from jobs.config.schema import load
+        from jobs.config.load import load
         from jobs.quickstart.stage import quickstart as run_all
 
         located = loaded.located()

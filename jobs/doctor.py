@@ -76,7 +76,8 @@ def show(checks: Iterator[Check]) -> bool:
 
 def ray_checks(config: "RunConfig") -> list[Check]:
     """Ray answers, or can be started; and has the processors that the workers of the widest stage take."""
-    from pipelines.runtime.cluster.connection import cluster_resources, connected
+    from pipelines.runtime.cluster.connection import connected
+    from pipelines.runtime.cluster.workers import cluster_resources
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
     where = f"cluster at {address}" if address else "a Ray of this machine's own"
@@ -116,7 +117,7 @@ def _silent(address: str) -> str:
 
 def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
     """The image source, listed whole: (images to train on, classes), and the row."""
-    from jobs.config.schema import load
+    from jobs.config.load import load
     from pipelines.images.listing import list_images
 
     source = config.images.source
@@ -149,7 +150,8 @@ def input_check(key: str, path: str) -> Check:
 def _read_input(key: str, path: str) -> None:
     """Raises UserError where what a stage reads first is damaged."""
     from mar_model.checkpoints.checkpoint import STATE
-    from pipelines.caching.latent_cache import MANIFEST, read_manifest
+    from pipelines.caching.latent_cache import read_manifest
+    from pipelines.caching.latent_format import MANIFEST
     from pipelines.checkpoints.directory import CheckpointState, read_checkpoint
     from pipelines.evaluation.classifier import load_classifier
     from pipelines.evaluation.statistics import FeatureStatistics
@@ -206,7 +208,8 @@ def tracking_check(uri: str) -> Check:
 
 def tokenizer_check(config: "RunConfig") -> Check:
     """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing.stage import check_tokenizer_files, tokenizer_digest
+    from pipelines.tokenizing.directory import tokenizer_digest
+    from pipelines.tokenizing.stage import check_tokenizer_files
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))

@@ -64,7 +64,8 @@ def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = N
 
 def images_and_classes(config: "RunConfig") -> tuple[int, int]:
     """Of the cache at `cache.path` where it is on this machine, else ImageNet's."""
-    from pipelines.caching.latent_cache import MANIFEST, LatentCache
+    from pipelines.caching.latent_cache import LatentCache
+    from pipelines.caching.latent_format import MANIFEST
     from pipelines.runtime import storage
 
     if not storage.is_local(config.cache.path) or not storage.exists(storage.join(config.cache.path, MANIFEST)):

@@ -21,7 +21,8 @@ from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password
 
 if TYPE_CHECKING:
-    from jobs.config.schema import ConfigurationFile, RunConfig
+    from jobs.config.load import ConfigurationFile
+    from jobs.config.schema import RunConfig
 
 CONFIGURATION = ("config", "preset", "assignments")  # parameters of every command that uses a configuration
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ class Job:
 
     def entrypoint(self) -> str:
         """The shell line that runs it in the job's working directory. A configuration file travels as its settings."""
-        from jobs.config.schema import file_as_assignments
+        from jobs.config.load import file_as_assignments
 
         assignments = [*(file_as_assignments(self.config) if self.config else []), *self.assignments]
         configuration = ["--preset", self.preset] if self.preset else []
@@ -60,7 +61,7 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
     Raises UserError for a command that is not there or can't be a job, for a configuration file that can't be read, and for a
     configuration that the command does not use.
     """
-    from jobs.config.schema import read_file
+    from jobs.config.load import read_file
 
     name, *rest = words[1:] if words[0] == "mar" and len(words) > 1 else words
     possible = [one for one in group.commands if one not in ("submit", "help")]

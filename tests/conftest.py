@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
 
 

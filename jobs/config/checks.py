@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
-    from pipelines.generation.stage import GenerateSettings
+    from pipelines.generation.settings import GenerateSettings
 
 # Numbers are above zero unless their default is zero or they are named here.
 ZERO_ALLOWED = {

@@ -10,28 +10,31 @@ from jobs.quickstart.digits import write_digits
 from jobs.report.page import report
 from mar_model.config import Architecture
 from pipelines.caching import stage as caching
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation import validation as validating
 from pipelines.evaluation.classifier import train_classifier
+from pipelines.evaluation.comparison import frechet_rows, real_and_noise
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.stage import EvaluateSettings
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageListing, ImageSettings, list_images
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import console
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import FORMAT_VERSION, Stage, open_stage
 from pipelines.runtime.tracking import TrackingSettings
 from pipelines.sweeping import stage as sweeping
-from pipelines.sweeping.stage import SweepSettings, check_metric
+from pipelines.sweeping.settings import SweepSettings
+from pipelines.sweeping.stage import check_metric
 from pipelines.tokenizing import stage as tokenizing
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 WIDTH_SWEEP_SHARE = 0.04  # of train.images: long enough to tell two denoiser widths apart, short enough for a demo
 FRECHET_IMAGES = 500  # at most, in each row of the comparison: distances are comparable only at equal numbers
@@ -115,7 +118,7 @@ def quickstart(
         }  # fmt: skip
         with stage("sweep-generate", sweep.path) as child:
             # computed once, for the sweep, the evaluation and the comparison
-            beside = evaluation.real_and_noise(images, seed, compared).values()
+            beside = real_and_noise(images, seed, compared).values()
             evaluate = evaluation.with_reference(images, tokenizer, evaluate, child, beside)
             sections["evaluate"] = replace(evaluate, actors=1)  # of each of the trials, which run side by side
             swept = note("sweep-generate", sweeping.sweep(**sections, sweep=sweep, stage=child))
@@ -128,7 +131,7 @@ def quickstart(
         drawn = replace(generate, **chosen)
         with stage("evaluate", evaluate.path) as child:
             evaluated = note("evaluate", evaluation.evaluate(images, tokenizer, train, drawn, evaluate, seed, child))
-            rows = evaluation.frechet_rows(images, evaluate, seed, compared, child)
+            rows = frechet_rows(images, evaluate, seed, compared, child)
 
         caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
         # Ray's start, the reference's features, the comparison, and what killed attempts had done

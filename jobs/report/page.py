@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from jobs.report.reading import Classes, Reading, ReportedSummary
-from pipelines.generation.samples import GRID_CLASSES
+from pipelines.images.grid import GRID_CLASSES
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.plots import loss_curve, training_curves, training_panels

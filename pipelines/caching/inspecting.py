@@ -9,11 +9,12 @@ import torch
 from mar_model.tokenizers import load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.stage import read_rejected
-from pipelines.generation import samples
-from pipelines.images.listing import to_uint8
+from pipelines.images.grid import write_grid
+from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.stage import check_tokenizer_files, tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.stage import check_tokenizer_files
 
 SAMPLED = 2048  # records that the histogram is made of, spread evenly over the cache
 WALL = 64  # images decoded
@@ -60,7 +61,7 @@ def write_wall(cache: LatentCache, tokenizer: str, path: str) -> int:
     decoder = load_tokenizer(storage.local_directory(tokenizer))
     means = torch.from_numpy(moments.astype(np.float32)).chunk(2, dim=1)[0]
     images = np.concatenate([to_uint8(decoder.decode(part)) for part in means.split(8)])
-    samples.write_grid(path, images, labels)
+    write_grid(path, images, labels)
     return len(rows)
 
 

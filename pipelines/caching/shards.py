@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.caching.latent_cache import SHARDS, shard_name
+from pipelines.caching.latent_format import SHARDS, shard_name
 from pipelines.caching.worker import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record, read, read_image_digests
-from pipelines.images.listing import ImageSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import cluster_resources
-from pipelines.runtime.progress import MetricsChannel
+from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.workers import cluster_resources
 
 CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
 READS_AT_ONCE = 16  # threads of one task that read images again

@@ -7,47 +7,36 @@ they finish can be seen in the result, and a run that was killed keeps every sha
 """
 
 import math
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines.caching.cached_images import TRAIN_LISTING, settle_identity
-from pipelines.caching.latent_cache import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest, read_manifest
+from pipelines.caching.latent_cache import read_manifest
+from pipelines.caching.latent_format import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest
+from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shard_checks import absolve, condemned
 from pipelines.caching.shards import Shard, are_whole, finished, make, shards_of
 from pipelines.caching.worker import EncodingJob, Seconds
-from pipelines.images.listing import ImageSettings, keep_listing, kept_listing, list_images, listing_digest
+from pipelines.images.listing import keep_listing, kept_listing, list_images, listing_digest
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import cluster_resources
+from pipelines.runtime.cluster.workers import cluster_resources
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_config, tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.tokenizing.stage import tokenizer_config
 
 REJECTED = "rejected.parquet"
 REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
-
-
-@dataclass
-class CacheSettings:
-    """Section `cache`."""
-
-    path: str = operational("runs/mar/cache", "directory of the latent cache")
-    local: str = operational("", "folder on a local disk where training keeps shards; empty: none, for a cache on S3 the temporary folder")
-    local_gb: float = operational(50.0, "largest size of that folder")
-    shard_images: int = identity(1024, "images a shard: the unit of work, of retry and of statistics")
-    dtype: Literal["float16", "float32"] = identity("float16", "float16 or float32 moments")
-    batch: int = identity(32, "images an encoder batch (batches never cross a shard)")
-    encoders: int = operational(1, "actors that hold the tokenizer")
-    decoders: int = operational(0, "decoding threads of an encoder; 0: the cluster's CPUs, shared among the encoders")
-    precision: Literal["float32", "tf32", "bf16"] = identity("float32", "arithmetic of the encoder: float32, tf32 (GPUs) or bf16")
 
 
 def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:

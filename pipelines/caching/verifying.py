@@ -12,10 +12,12 @@ import pyarrow as pa
 import torch
 
 from pipelines.caching.inspecting import check_tokenizer, spread
-from pipelines.caching.latent_cache import MANIFEST, SHARDS, LatentCache, Manifest
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import MANIFEST, SHARDS, Manifest
 from pipelines.caching.stage import REJECTED, read_rejected
 from pipelines.caching.worker import Encoder, decode_row, read_record
-from pipelines.images.listing import ImageSettings, kept_listing
+from pipelines.images.listing import kept_listing
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError, UserError

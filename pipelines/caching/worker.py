@@ -13,14 +13,18 @@ import numpy as np
 import torch
 
 from mar_model.tokenizers import load_tokenizer
-from pipelines.caching.latent_cache import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
-from pipelines.images.listing import ImageError, ImageSettings, decode, read_bytes
+from pipelines.caching.latent_format import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
+from pipelines.images.listing import ImageError
+from pipelines.images.pixels import decode
+from pipelines.images.reading import read_bytes
+from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow, ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, default_device, use_threads
+from pipelines.runtime.cluster.channel import MetricsChannel
 from pipelines.runtime.cluster.precision import autocast
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.errors import DamagedFileError
-from pipelines.runtime.progress import MetricsChannel
 
 AHEAD = 2  # batches whose images are decoded before they are asked for
 SAY_SECONDS = 2.0  # between words about how far it is

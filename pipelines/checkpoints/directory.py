@@ -1,7 +1,6 @@
 """The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there; which are kept, and the newest that verifies."""
 
 import contextlib
-import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,12 +14,10 @@ from mar_model import __version__
 from mar_model.checkpoints.checkpoint import STATE, read_state, write_state
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError
-from pipelines.runtime.json_numbers import nan_for_null
 from pipelines.runtime.progress import console
-from pipelines.training.metrics_log import MetricsRow
 
 if TYPE_CHECKING:
-    from pipelines.training.worker import TrainingJob
+    from pipelines.training.job import TrainingJob
 
 PREFIX = "images-"
 VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
@@ -131,25 +128,6 @@ def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tenso
     return path
 
 
-def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float], damaged: set[str]) -> None:
-    """Delete what is older than `newest`, a checkpoint's path, but for `kept` − 1 of them, the one with the lowest finite value of
-    `scores` (name → value), and the first one of every `every_images` images (0: none). The `damaged` that the run went on from before
-    are none of these, and stay until it has passed them.
-    """
-    folder, _, last = newest.rpartition("/")
-    names = [name for name in checkpoint_names(folder.rpartition("/")[0]) if name <= last]
-    passed = [name for name in names if name in damaged and name != last]
-    names = [name for name in names if name not in passed]
-    ranked = {name: scores[name] for name in names if math.isfinite(scores.get(name, math.nan))}
-    lasting = {min(ranked, key=lambda name: ranked[name])} if ranked else set[str]()
-    if every_images:
-        firsts = {images_of(name) // every_images: name for name in reversed(names)}
-        lasting |= {name for number, name in firsts.items() if number}
-    for name in [*passed, *names[:-kept]]:
-        if name not in lasting:
-            storage.delete(storage.join(folder, name))
-
-
 def images_of(name: str) -> int:
     """The images seen by the checkpoint of this name."""
     return int(name.removeprefix(PREFIX))
@@ -167,36 +145,6 @@ class Validated:
 
     identity: str
     metrics: dict[str, float | None]
-
-
-class Scores(dict[str, float]):
-    """The checkpoints of a run that have a value of `metric`, name → value: a metric of training in the newest line that the checkpoint
-    holds, or a `validation_…` that a validation of this identity has found for it (see `Validation.identity`)."""
-
-    def __init__(self, train_path: str, metric: str, validated_as: str = "") -> None:
-        super().__init__()
-        self.train_path, self.metric, self.validated_as = train_path, metric, validated_as
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Read what has come since."""
-        for name in reversed(checkpoint_names(self.train_path)) if self.metric else ():
-            if name not in self:
-                with contextlib.suppress(ValueError, LookupError):  # there is none, or it is damaged
-                    self[name] = self._value(name)
-
-    def _value(self, name: str) -> float:
-        """Raises LookupError where there is none, ValueError where it is damaged."""
-        validated = self.metric.startswith(f"{VALIDATION}_")
-        file = storage.join(VALIDATION, f"{name}.json") if validated else storage.join("checkpoints", name, STATE)
-        if not storage.exists(path := storage.join(self.train_path, file)):
-            raise KeyError(path)
-        found = storage.read_json(path, Validated if validated else TrainingState)
-        if not validated:
-            return float([nan_for_null(line)[self.metric] for line in found["intervals"] if self.metric in line][-1])
-        if found["identity"] != self.validated_as:
-            raise KeyError(self.validated_as)
-        return float(nan_for_null(found["metrics"])[self.metric.removeprefix(f"{VALIDATION}_")])
 
 
 def checkpoint_names(train_path: str) -> list[str]:
@@ -244,3 +192,11 @@ def newest_checkpoint(train_path: str, say: Callable[[str], None] = in_terminal)
             continue
         return path
     return None
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """What every line holds."""
+
+    images_seen: int
+    loss: float | None  # null: not finite

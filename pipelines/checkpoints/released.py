@@ -23,7 +23,8 @@ from mar_model.tokenizers import kl_config, load_tokenizer
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.stage import tokenizer_config, tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.stage import tokenizer_config
 
 CONFIG = "config.json"  # of a tokenizer directory
 SOURCE = "source.json"  # what an imported directory was made of

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints.directory import Scores, checkpoint_names, checkpoint_state, drop_old_checkpoints, images_of, publish_checkpoint
+from pipelines.checkpoints.directory import checkpoint_names, checkpoint_state, images_of, publish_checkpoint
+from pipelines.checkpoints.retention import Scores, drop_old_checkpoints
 from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.training.worker import TrainingJob
+    from pipelines.training.job import TrainingJob
 
 ATTEMPTS = 3  # at the checkpoint that ends a run, which nothing comes after
 PAUSE_SECONDS = 5.0

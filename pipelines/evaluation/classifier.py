@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from mar_model.checkpoints.checkpoint import load_weights
 from mar_model.files import read_tensors
 from mar_model.noise import stream
-from pipelines.images.listing import ImageListing, ImageSettings, list_images, to_model
+from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.pixels import to_model
 from pipelines.images.reading import DecodedImages
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, default_device, require_workers, use_threads, worker_resources
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import default_device, require_workers, use_threads, worker_resources
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage

@@ -3,19 +3,24 @@
 import json
 from typing import TYPE_CHECKING
 
-from pipelines.caching.latent_cache import MANIFEST, LatentCache
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import MANIFEST
 from pipelines.evaluation.features import DIMENSIONS
-from pipelines.evaluation.scoring import CachedLatents, ImageSource, Judges, RealImages, read_sources, scored
+from pipelines.evaluation.image_sets import CachedLatents, ImageSource, RealImages, read_sources
+from pipelines.evaluation.scoring import Judges, scored
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
-from pipelines.images.listing import ImageSettings, list_images
+from pipelines.images.listing import list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import require_workers
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings, check_tokenizer_files, tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.tokenizing.stage import check_tokenizer_files
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.stage import EvaluateSettings
+    from pipelines.evaluation.settings import EvaluateSettings
 
 
 def find_reference(

@@ -1,60 +1,36 @@
 """Stage *evaluate*: samples → feature network → streaming statistics → Fréchet distance, label agreement."""
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation import cautions
 from pipelines.evaluation.classifier import check_classes, classifier_digest
 from pipelines.evaluation.features import DIMENSIONS, network_digest
+from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, RealImages
+from pipelines.evaluation.record import DEFINITIONS, PICTURE, RECORD, STATISTICS, check_count, metric_name
 from pipelines.evaluation.references import find_reference, source_statistics, statistics_path
-from pipelines.evaluation.scoring import DrawnSamples, ImageSource, Judges, NoiseImages, RealImages, scored
-from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
+from pipelines.evaluation.scoring import Judges, scored
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation import samples
-from pipelines.generation.stage import Drawing, GenerateSettings, draw, plan_drawing, range_warning
-from pipelines.images.listing import ImageSettings, list_images
-from pipelines.images.sources.table import ImageRow
+from pipelines.generation.drawing import Drawing, plan_drawing, range_warning
+from pipelines.generation.settings import GenerateSettings
+from pipelines.generation.stage import draw
+from pipelines.images.grid import grid_samples, write_grid
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import require_workers
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity, identity_of, operational
-from pipelines.runtime.stage import FORMAT_VERSION, SUMMARY, Stage
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.runtime.cluster.workers import require_workers
+from pipelines.runtime.settings import identity_of
+from pipelines.runtime.stage import FORMAT_VERSION, Stage
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.keep_pixels")  # it draws evaluate.images, of all classes
-STATISTICS, RECORD, PICTURE = "statistics.npz", "evaluation.json", "samples.png"
-DEFINITIONS = {
-    "fid": "Fréchet distance of Inception-v3's 2,048 pooled features (arXiv 1706.08500), weights of 2015, images as drawn",
-    "frechet_distance_efficientnet-lite0": "Fréchet distance of EfficientNet-Lite0's 1,280 pooled features; not comparable with FID",
-    "label_agreement": "share of samples that the classifier assigns to the class they were drawn for",
-}
-
-
-@dataclass
-class EvaluateSettings:
-    """Section `evaluate`. How images are drawn is section `generate`; here: how many, and against what."""
-
-    path: str = operational("runs/mar/evaluation", "directory of the evaluation record")
-    images: int = identity(50_000, "samples drawn, equal per class")
-    reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
-    features: Literal["inception", "efficientnet-lite0"] = identity(
-        "inception", "feature network: inception (result named fid) or efficientnet-lite0"
-    )
-    weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
-    classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
-    batch: int = operational(64, "images a batch of the feature network")
-    actors: int = operational(1, "actors that hold the feature network")
-
-
-def metric_name(features: str) -> str:
-    """What a Fréchet distance is called, by its feature network: only Inception's is the FID."""
-    return "fid" if features == "inception" else f"frechet_distance_{features}"
 
 
 def evaluate(
@@ -144,12 +120,6 @@ def evaluate(
     )
 
 
-def check_count(setting: str, images: int) -> None:
-    """Raise UserError for a number of samples that has no covariance."""
-    if images < 2:
-        raise UserError(f"{setting} is {images}, expected 2 or more: one image has no covariance")
-
-
 def scoring_identity(
     reference: FeatureStatistics | ImageSource, generate: GenerateSettings, evaluate: EvaluateSettings, digest: str
 ) -> dict[str, Any]:
@@ -160,14 +130,6 @@ def scoring_identity(
         "evaluate.classifier": classifier_digest(evaluate.classifier) if evaluate.classifier else "",
         "network": digest,
     }
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is read again of `evaluation.json`."""
-
-    images: int
-    identity: dict[str, Any]
 
 
 @dataclass
@@ -202,11 +164,6 @@ def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: in
     return scores
 
 
-def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
-    """Fréchet distance of two sets' statistics."""
-    return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)
-
-
 def with_reference(
     images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage, beside: Iterable[ImageSource] = ()
 ) -> EvaluateSettings:
@@ -223,67 +180,9 @@ def with_reference(
     return replace(evaluate, reference=statistics_path(evaluate, reference, digest))
 
 
-def real_and_noise(images: ImageSettings, seed: int, count: int) -> dict[str, ImageSource]:
-    """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise.
-
-    Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
-    """
-    listing = list_images(images)
-    parts = {"held_out": listing.held_out(), "real_train": listing.train()}
-    for name, rows in parts.items():
-        _require(name, len(rows), count)
-    return {
-        **{name: RealImages(images, _in_turn(rows, count)) for name, rows in parts.items()},
-        "noise": NoiseImages(count, images.size, seed),
-    }
-
-
-def _require(name: str, found: int, count: int) -> None:
-    if found < count:
-        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
-
-
-def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
-    """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
-    train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
-
-    Where `count` is too small for a distance, a caution is printed. Raises UserError as `real_and_noise` does.
-    """
-    digest = network_digest(evaluate.features, evaluate.weights)
-    record_path = storage.join(evaluate.path, RECORD)
-    if not storage.exists(record_path):
-        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
-    again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
-    record = storage.read_json(record_path, Record, again)
-    _require("generated", record["images"], count)
-    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, seed, count)}
-    path = storage.join(evaluate.path, "rows")
-    identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
-    finished = stage.begin(path, {**identity, "network": digest})
-    if finished is None:
-        statistics = dict(zip(sources, source_statistics(list(sources.values()), evaluate, digest, stage), strict=True))
-        held_out = statistics.pop("held_out")
-        rows = {name: distance(one, held_out) for name, one in statistics.items()}
-        finished = stage.complete(path, {**identity, "network": digest}, {"images": count, "features": evaluate.features, **rows})
-    if caution := cautions.of_distance({cautions.ROW_IMAGES: count}, evaluate.features):
-        stage.say(caution)
-    return {name: finished[name] for name in sources if name != "held_out"}
-
-
-def _in_turn(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
-    """`count` rows, every class in turn, sorted by key: the same rows whatever order they came in."""
-    places: Counter[int] = Counter()
-    ranked = []
-    for row in sorted(rows, key=lambda row: row.key):
-        ranked.append((places[row.label], row.label, row))
-        places[row.label] += 1
-    chosen = sorted(ranked, key=lambda one: one[:2])[:count]
-    return sorted((row for _, _, row in chosen), key=lambda row: row.key)
-
-
 def _write_picture(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage) -> None:
-    shown = samples.grid_samples(evaluate.images, len(drawing.labels))
+    shown = grid_samples(evaluate.images, len(drawing.labels))
     parts = [samples.read_samples(evaluate.path, *shard) for shard in samples.shards_there(evaluate.path) if shard[0] < shown]
     images = np.concatenate([part.images for part in parts])[:shown]
     labels = np.concatenate([part.labels for part in parts])[:shown]
-    samples.write_grid(storage.join(evaluate.path, PICTURE), images, labels)
+    write_grid(storage.join(evaluate.path, PICTURE), images, labels)

@@ -113,3 +113,8 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     values, vectors = scipy.linalg.eigh(np.asarray(sigma, np.float64), driver="evd")
     kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
+    """Fréchet distance of two sets' statistics."""
+    return frechet_distance(one.mu, one.sigma, other.mu, other.sigma)

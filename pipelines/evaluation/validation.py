@@ -11,27 +11,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mar_model.config import Architecture
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import VALIDATION
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
+from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references import find_reference, source_statistics
-from pipelines.evaluation.stage import EvaluateSettings, check_count, distance, metric_name
-from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
-from pipelines.generation import samples
-from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
+from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
-from pipelines.images.listing import ImageSettings
+from pipelines.images.grid import grid_samples, write_grid
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, default_device, require_workers, worker_resources
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import default_device, require_workers, worker_resources
+from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training import stage as training
 from pipelines.training.prometheus import Gauges, run_label
-from pipelines.training.stage import TrainSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import TrainingChannel
 
 if TYPE_CHECKING:
@@ -153,7 +156,7 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> di
     model = LoadedModel(drawing)
     network = load_network(validation.features, validation.weights, default_device())
     sums = FeatureSums(DIMENSIONS[validation.features])
-    shown = samples.grid_samples(count, len(drawing.labels))
+    shown = grid_samples(count, len(drawing.labels))
     kept = []
     for start in range(0, count, generate.batch):
         if channel.stopping():
@@ -164,7 +167,7 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> di
         kept.append(images[: max(0, shown - start)])
     metrics = {metric_name(validation.features): distance(sums.statistics(validation.features, validation.digest), validation.reference)}
     picture = f"{target}.png"
-    samples.write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
+    write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
     about: dict[str, Any] = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
     if caution := cautions.of_distance(validation.counts, validation.features):

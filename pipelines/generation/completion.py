@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mar_model.tokenizers import Tokenizer
-from pipelines.images.listing import ImageError, decode, to_model
+from pipelines.images.listing import ImageError
+from pipelines.images.pixels import decode, to_model
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 

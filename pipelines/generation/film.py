@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from pipelines.generation import samples
 from pipelines.generation.worker import LoadedModel
-from pipelines.runtime.cluster.connection import worker_resources
+from pipelines.images.grid import grid
+from pipelines.runtime.cluster.workers import worker_resources
 
 if TYPE_CHECKING:
-    from pipelines.generation.stage import Drawing
+    from pipelines.generation.drawing import Drawing
 
 PIXELS = 2**20  # of all images together
 MILLISECONDS = 4000  # of the forming; then the finished picture stands as long as LAST
@@ -38,7 +38,7 @@ def _film(drawing: "Drawing", count: int) -> bytes:
     frames: list[Image.Image] = []
 
     def show(images: np.ndarray) -> None:
-        frames.append(Image.fromarray(samples.grid(images, labels)))
+        frames.append(Image.fromarray(grid(images, labels)))
 
     LoadedModel(drawing).film(labels, numbers, show)
     return animation(frames)

@@ -10,16 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipelines.images.grid import encoded
 from pipelines.runtime import storage
 from pipelines.runtime.records import damaged
 
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"samples-(\d{8})-(\d{8})\.parquet")
-GRID_CLASSES = 20  # with more classes a row a class is no picture any more
-GRID_COLUMNS = 10
-GRID_GAP = 2  # pixels
 COLUMNS = {"index": "int64", "label": "int64", "key": "string", "out_of_range": "float32"}  # beside `image`
-SHOWN_SIDE = 64  # smaller images are enlarged in the grid
 
 
 @dataclass(frozen=True)
@@ -97,39 +94,3 @@ def folder_name(class_name: str) -> str:
 
 def _shard_name(start: int, stop: int) -> str:
     return f"samples-{start:08d}-{stop:08d}.parquet"
-
-
-def encoded(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)  # level 6 takes four times as long for a tenth less
-    return buffer.getvalue()
-
-
-def write_grid(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """`grid` as a PNG file."""
-    storage.write_bytes(path, encoded(grid(images, labels)))
-
-
-def grid(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A picture of images (N, H, W, 3): a row a class where there are few classes, else the first ones side by side; (H', W', 3) uint8."""
-    classes = np.unique(labels)
-    if len(classes) <= GRID_CLASSES:
-        rows = [images[labels == label][:GRID_COLUMNS] for label in classes]
-    else:
-        rows = [images[start : start + GRID_COLUMNS] for start in range(0, min(len(images), GRID_COLUMNS**2), GRID_COLUMNS)]
-    enlarged = -(-SHOWN_SIDE // images.shape[1])
-    rows = [row.repeat(enlarged, axis=1).repeat(enlarged, axis=2) for row in rows]
-    height, width = rows[0].shape[1:3]
-    columns = max(len(row) for row in rows)
-    picture = np.full((len(rows) * (height + GRID_GAP) + GRID_GAP, columns * (width + GRID_GAP) + GRID_GAP, 3), 255, np.uint8)
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            top, left = GRID_GAP + y * (height + GRID_GAP), GRID_GAP + x * (width + GRID_GAP)
-            picture[top : top + height, left : left + width] = image
-    return picture
-
-
-def grid_samples(total: int, classes: int) -> int:
-    """How many samples, from the first on, hold all that `write_grid` shows when classes take turns."""
-    return min(total, classes * GRID_COLUMNS if classes <= GRID_CLASSES else GRID_COLUMNS**2)

@@ -16,13 +16,14 @@ from mar_model.sampling.generate import generate
 from mar_model.sampling.token_sampler import TokenSampler
 from mar_model.tokenizers import load_tokenizer
 from pipelines.generation import samples
-from pipelines.images.listing import to_uint8
+from pipelines.images.grid import encoded
+from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import default_device, use_threads
 from pipelines.runtime.cluster.precision import autocast
+from pipelines.runtime.cluster.workers import default_device, use_threads
 
 if TYPE_CHECKING:
-    from pipelines.generation.stage import Drawing
+    from pipelines.generation.drawing import Drawing
 
 UNKNOWN_RANGE = 10.0  # standard deviations that count as the data's range where a checkpoint does not know it
 GREY = 128  # of what is not drawn yet
@@ -65,7 +66,7 @@ class DrawingActor:
         if self.drawing.files:  # before the shard: where that is, the files are
             for number, label, image in zip(drawn.numbers, drawn.labels, drawn.images, strict=True):
                 name = f"{samples.key(int(number))}.png"
-                storage.write_bytes(storage.join(self.drawing.folder(int(label)), name), samples.encoded(image))
+                storage.write_bytes(storage.join(self.drawing.folder(int(label)), name), encoded(image))
         samples.write_samples(self.drawing.path, drawn)
 
 

@@ -1,55 +1,24 @@
 """Images as they come from a source: the listing and its split, decoding, and the centre crop."""
 
-import errno
 import hashlib
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from PIL import Image
 
 from pipelines.images import sources
-from pipelines.images.pixels import to_rgb
+from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.class_folders import counted, first
 from pipelines.images.sources.imagefolder import SUFFIXES
-from pipelines.images.sources.table import ImageRow, ImageRows, Listed
-from pipelines.runtime import s3, storage
+from pipelines.images.sources.table import ImageRows, Listed
+from pipelines.runtime import storage
 from pipelines.runtime.errors import ImageError as ImageError
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity, operational
 
-LARGEST_SCALED = 2**27  # pixels of the whole image at the scale of the crop: 384 MiB
 MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
-
-
-@dataclass
-class ImageSettings:
-    """Section `images`."""
-
-    source: str = operational("", "tree SOURCE/class/*.jpg, tar, WebDataset or Parquet files; local or s3://")
-    format: Literal["auto", "imagefolder", "ilsvrc", "webdataset", "parquet"] = operational(
-        "auto", "form of the source; auto: by what is there"
-    )
-    size: int = identity(256, "side of the square centre crop, pixels")
-    exif: bool = identity(False, "turn images as their EXIF orientation says (torchvision's loader ignores it)")
-    classes: int = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
-    allow_empty_classes: bool = operational(False, "class folders without images are classes; off: they are an error")
-    held_out_share: float = identity(0.0, "share of images held out, chosen by a hash of the key")
-    held_out_folder: str = identity("", "hold out by folder instead: SOURCE/<held_out_folder>/class/…; the other folders train")
-    max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
-
-
-UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -221,67 +190,3 @@ def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
         )
     if held_out == images:
         raise UserError(f"all {images} images of {settings.source!r} are held out, none is left to train on")
-
-
-def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
-    """The encoded bytes of one image. Raises ImageError where they are not there or can't be used for what the listing shows, and
-    UserError where the source itself does not answer: that is no fault of the image."""
-    if row.reason:
-        raise ImageError(row.reason)
-    return read_bytes(settings, row)
-
-
-def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
-    """As `read_image`, also of an image that the listing rejects."""
-    try:
-        return sources.read(settings.source, row)
-    except (OSError, pa.ArrowException) as error:
-        if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
-            raise ImageError(f"can't be read: {type(error).__name__}") from error
-        raise UserError(
-            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
-            "finished is kept"
-        ) from error
-
-
-def decode(data: bytes, size: int, exif: bool = False) -> np.ndarray:
-    """Decode to RGB (see `to_rgb`), and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
-    orientation if `exif`. Raises ImageError with the reason where that is impossible."""
-    if not data:
-        raise ImageError("empty file")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return centre_crop(to_rgb(image, exif), size)
-    except ImageError:
-        raise
-    except Exception as error:  # a decoder meets arbitrary bytes: Pillow raises OSError, ValueError, SyntaxError, struct.error, …
-        text = str(error).split(" <_io.BytesIO")[0]  # no memory address: the reason is the same on every run
-        raise ImageError(f"{type(error).__name__}: {text}") from error
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The ADM centre crop (Dhariwal & Nichol 2021) of an RGB image: uint8 (size, size, 3).
-
-    Halve with a box filter while the short side is at least twice `size`, scale the short side to `size` (bicubic), crop.
-    """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > LARGEST_SCALED:
-        raise ImageError(f"{image.width} × {image.height} pixels is too long for a square crop")
-    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size].copy()
-
-
-def to_model(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
-    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images))
-    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Float (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), rounded; values outside are clamped, NaN becomes black."""
-    pixels = ((images.detach().float().nan_to_num(nan=-1.0) + 1.0) * 127.5).round().clamp(0, 255)
-    return np.ascontiguousarray(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

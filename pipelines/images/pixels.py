@@ -1,9 +1,15 @@
 """An opened image as 8-bit RGB: as Pillow converts, except greyscale of more than 8 bits, which Pillow clips at 255."""
 
+import io
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from pipelines.runtime.errors import ImageError
+
+LARGEST_SCALED = 2**27  # pixels of the whole image at the scale of the crop: 384 MiB
 
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 WHITE_IS_ZERO, SIGNED = 0, 2  # values of PHOTOMETRIC and SAMPLE_FORMAT
@@ -45,3 +51,46 @@ def _in_8_bits(image: Image.Image, black: int, white: int) -> Image.Image:
         values, black, white = values.view(np.uint32) >> 16, black >> 16, white >> 16
     table = np.rint((np.arange(max(black, white) + 1) - black) * (255 / (white - black))).astype(np.uint8)
     return Image.fromarray(table[values])
+
+
+def decode(data: bytes, size: int, exif: bool = False) -> np.ndarray:
+    """Decode to RGB (see `to_rgb`), and crop to uint8 (size, size, 3); the first frame of an animation, turned by its EXIF
+    orientation if `exif`. Raises ImageError with the reason where that is impossible."""
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return centre_crop(to_rgb(image, exif), size)
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder meets arbitrary bytes: Pillow raises OSError, ValueError, SyntaxError, struct.error, …
+        text = str(error).split(" <_io.BytesIO")[0]  # no memory address: the reason is the same on every run
+        raise ImageError(f"{type(error).__name__}: {text}") from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The ADM centre crop (Dhariwal & Nichol 2021) of an RGB image: uint8 (size, size, 3).
+
+    Halve with a box filter while the short side is at least twice `size`, scale the short side to `size` (bicubic), crop.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > LARGEST_SCALED:
+        raise ImageError(f"{image.width} × {image.height} pixels is too long for a square crop")
+    image = image.resize((width, height), resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size].copy()
+
+
+def to_model(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Float (N, 3, H, W) in [-1, 1] → uint8 (N, H, W, 3), rounded; values outside are clamped, NaN becomes black."""
+    pixels = ((images.detach().float().nan_to_num(nan=-1.0) + 1.0) * 127.5).round().clamp(0, 255)
+    return np.ascontiguousarray(pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())

@@ -1,13 +1,23 @@
 """Images of a source as pixels, by position: decoded by threads, and kept where all of them fit in memory."""
 
+import errno
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 
-from pipelines.images.listing import ImageError, ImageSettings, decode, read_image
+from pipelines.images import sources
+from pipelines.images.pixels import decode
+from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow
-from pipelines.runtime.errors import UserError
+from pipelines.runtime import s3
+from pipelines.runtime.errors import ImageError, UserError
+
+UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+}  # fmt: skip
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels that one process keeps
 DECODERS = 8  # threads: Pillow and file systems release the interpreter lock
@@ -58,3 +68,24 @@ class DecodedImages:
                 f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
                 f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason}); mend them or raise images.max_rejected"
             )
+
+
+def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
+    """The encoded bytes of one image. Raises ImageError where they are not there or can't be used for what the listing shows, and
+    UserError where the source itself does not answer: that is no fault of the image."""
+    if row.reason:
+        raise ImageError(row.reason)
+    return read_bytes(settings, row)
+
+
+def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
+    """As `read_image`, also of an image that the listing rejects."""
+    try:
+        return sources.read(settings.source, row)
+    except (OSError, pa.ArrowException) as error:
+        if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
+            raise ImageError(f"can't be read: {type(error).__name__}") from error
+        raise UserError(
+            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
+            "finished is kept"
+        ) from error

@@ -1,6 +1,8 @@
 """Files that a stage writes and reads again: JSON of a known shape, and damage as an error that names the file."""
 
 import json
+import math
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -49,3 +51,17 @@ def _first(error: ValidationError) -> str:
     value = repr(first["input"])
     value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
     return f"{key + ' is' if key else 'it holds'} {value}: {message[0].lower()}{message[1:]}"
+
+
+def null_for_nan(value: Any) -> Any:
+    """`value` with None in the place of every float that is not finite, also inside mappings, lists and tuples."""
+    if isinstance(value, Mapping):
+        return {name: null_for_nan(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [null_for_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def nan_for_null(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics as it was measured: NaN where the file says null."""
+    return {name: math.nan if value is None else value for name, value in row.items()}

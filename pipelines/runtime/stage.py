@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.interruption import held_back
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import DamagedFileError, UserError
-from pipelines.runtime.json_numbers import null_for_nan
 from pipelines.runtime.progress import Bar, console
+from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.tracking import RECORD, Tracker, TrackingSettings
 
 FORMAT_VERSION = 1

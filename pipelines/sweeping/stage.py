@@ -1,57 +1,38 @@
 """Stage *sweep*: Ray Tune over training or over generation."""
 
 import math
-import os
-import time
-import traceback
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from dataclasses import asdict, replace
+from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE, weights_file
 from mar_model.config import Architecture
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
 from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.references import find_reference
-from pipelines.evaluation.stage import EvaluateSettings
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageSettings
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, cluster_resources, require_workers, set_up_ray_data
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
-from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import cluster_resources, require_workers
+from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.plots import sweep_plot
-from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.records import null_for_nan
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
+from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.table import Row, row_of, write_table
-from pipelines.sweeping.trials import Sections, Trial, grid
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.sweeping.trials import Sections, Trial, _is_scored, grid
+from pipelines.sweeping.tune import _run
+from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training import stage as training
 from pipelines.training.divergence import diverged
 from pipelines.training.metrics_log import MetricsLog
-from pipelines.training.stage import LOSS_COLUMNS, TrainSettings
-
-LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
-
-
-@dataclass
-class SweepSettings:
-    """Section `sweep`."""
-
-    path: str = operational("runs/mar/sweep", "directory of the sweep: trials/, table.json, sweep.png")
-    over: Literal["train", "generate"] = identity("generate", "train (each trial trains) or generate (trials draw from one checkpoint)")
-    parameters: dict[str, list[Any]] = identity(help="grid: section.key → values, e.g. {generate.temperature: [0.9, 1.0]}", factory=dict)
-    metric: str = identity("frechet_distance", "what is compared: a metric of the evaluation, or loss")
-    mode: Literal["min", "max"] = identity("min", "min or max")
-    images: int = identity(1000, "samples a trial draws for its metric")
-    concurrent: int = operational(0, "trials at once; 0: as many as the cluster's CPUs or GPUs hold")
+from pipelines.training.settings import LOSS_COLUMNS, TrainSettings
 
 
 def sweep(
@@ -193,101 +174,10 @@ def concurrency(trials: list[Trial], sweep: SweepSettings, cluster: ClusterSetti
     return max(1, min(int(fitting), sweep.concurrent or len(trials)))
 
 
-def run_trial(
-    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
-) -> dict[str, Any]:
-    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
-    that diverged is one, whatever the metric is."""
-    trial = trials[config["trial"]]
-    set_up_ray_data()
-    began = time.monotonic()
-    outcome: dict[str, Any] = {"metrics": {}, "error": None}
-    try:
-        stage = Stage(trial.name, cluster)
-        one = trial.sections
-        if sweep.over == "train":
-            outcome["metrics"] |= training.train(one.tokenizer, one.cache, one.model, one.train, seed, stage)
-            outcome["error"] = diverged(outcome["metrics"]) or None
-        if _is_scored(sweep) and outcome["error"] is None:
-            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
-    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
-        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
-        mistake, origin = mistake_of(error), origin_of(error)
-        outcome["error"] = mistake.text if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
-    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
-
-
 def best_of(rows: list[dict[str, Any]], mode: str) -> dict[str, Any] | None:
     """The row with the lowest ("min") or highest ("max") finite metric; None when no trial has one."""
     valid = [row for row in rows if row["metric"] is not None and math.isfinite(row["metric"])]
     return (min if mode == "min" else max)(valid, key=lambda row: row["metric"]) if valid else None
-
-
-def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings, concurrent: int, ended: Any) -> None:
-    """Give the trials to Tune; `ended(trial, outcome)` is called in this process as each one ends."""
-    from ray import tune
-
-    by_name = {trial.name: trial for trial in left}
-
-    class Ended(tune.Callback):  # type: ignore[misc]
-        def __init__(self, call: Any) -> None:
-            self.call = call
-
-        def __getstate__(self) -> dict[str, Any]:
-            return {}  # Tune pickles its callbacks for a resume that we don't use; this one's run in MLflow can't be
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.call(trial.config["trial"], trial.last_result["outcome"])
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            lost = f"its process was lost {LOST_ACTORS + 1} times"
-            self.call(trial.config["trial"], {"metrics": {}, "error": lost, "seconds": 0.0})
-
-    storage_path = storage.join(sweep.path, "ray")
-    storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
-    run_trials = partial(run_trial, trials=by_name, sweep=sweep, seed=seed, cluster=cluster)
-    with _tune_environment():
-        tune.Tuner(
-            tune.with_resources(run_trials, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
-            param_space={"trial": tune.grid_search(list(by_name))},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id
-            ),
-            run_config=tune.RunConfig(
-                name=uuid.uuid4().hex[:8],
-                storage_path=os.path.abspath(storage_path) if storage.is_local(storage_path) else storage_path,
-                failure_config=tune.FailureConfig(max_failures=LOST_ACTORS),
-                callbacks=[Ended(lambda name, outcome: ended(by_name[name], outcome))],
-                verbose=0,
-            ),
-        ).fit()
-    storage.delete(storage_path)
-
-
-@contextmanager
-def _tune_environment() -> Iterator[None]:
-    """Variables tell Tune to keep the working directory (paths may be relative), leave Ctrl-C alone and write no logs of its own."""
-    wanted = {
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints its headings even with verbose=0
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _is_scored(sweep: SweepSettings) -> bool:
-    return sweep.over == "generate" or sweep.metric not in LOSS_COLUMNS
 
 
 def check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.runtime import storage
-from pipelines.runtime.json_numbers import nan_for_null, null_for_nan
+from pipelines.runtime.records import nan_for_null, null_for_nan
 from pipelines.sweeping.trials import Trial
 
 

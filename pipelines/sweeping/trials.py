@@ -7,17 +7,18 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mar_model.config import Architecture
-from pipelines.caching.stage import CacheSettings
-from pipelines.evaluation.stage import EvaluateSettings
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageSettings
+from pipelines.caching.settings import CacheSettings
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.sweeping.settings import SweepSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import LOSS_COLUMNS, TrainSettings
 
 if TYPE_CHECKING:
-    from pipelines.sweeping.stage import SweepSettings
+    from pipelines.sweeping.settings import SweepSettings
 
 SWEPT_SECTIONS = {"train": ("model", "train"), "generate": ("generate",)}
 NOT_SWEPT = (  # a trial has its own, or none
@@ -101,3 +102,7 @@ def _same_kind(value: Any, present: Any) -> bool:
     if isinstance(present, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(present, bool)
     return isinstance(value, int | float) if isinstance(present, float) else isinstance(value, type(present))
+
+
+def _is_scored(sweep: SweepSettings) -> bool:
+    return sweep.over == "generate" or sweep.metric not in LOSS_COLUMNS

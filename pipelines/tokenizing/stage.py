@@ -1,54 +1,27 @@
 """Stage *tokenize*: train a KL autoencoder of the KL-16 family on an image source with Ray Train."""
 
-import tempfile
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from mar_model.tokenizers import KLConfig, PixelTokenizer, kl_config, load_tokenizer, save_tokenizer
-from pipelines.images.listing import ImageListing, ImageSettings, list_images
+from mar_model.tokenizers import kl_config, load_tokenizer
+from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import require_workers
+from pipelines.runtime.cluster.channel import MetricsChannel
 from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import DamagedFileError, UserError
-from pipelines.runtime.progress import Bar, MetricsChannel
+from pipelines.runtime.progress import Bar
 from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
+from pipelines.tokenizing.directory import _write_pixels
+from pipelines.tokenizing.settings import TokenizerSettings
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
-
-
-@dataclass
-class TokenizerSettings:
-    """Section `tokenizer`."""
-
-    path: str = operational("runs/mar/tokenizer", "directory of the tokenizer (written by `mar tokenize`)")
-    kind: Literal["kl", "pixels"] = identity("kl", "kl (a KL autoencoder) or pixels (identity in [-1, 1], no training)")
-    channels: int = identity(16, "latent channels")
-    width: int = identity(128, "base channels of the convolutional autoencoder")
-    multipliers: list[int] = identity(help="channel multiplier of each level; stride = 2^(levels − 1)", factory=lambda: [1, 1, 2, 2, 4])
-    encoder_blocks: int = identity(2, "residual blocks a level in the encoder")
-    decoder_blocks: int = identity(3, "residual blocks a level in the decoder")
-    attention: bool = identity(True, "self-attention at the lowest resolution, as KL-16 has")
-    images: int = identity(5_000_000, "images seen in training, over which the learning rate falls to zero")
-    batch: int = identity(64, "images a step, over all workers")
-    learning_rate: float = identity(1e-4, "AdamW learning rate, cosine to zero after a short warm-up")
-    kl_weight: float = identity(1e-6, "weight of the KL term beside the reconstruction error, both summed over an image")
-    workers: int = operational(1, "Ray Train workers")
-    precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
-    checkpoint_images: int = operational(250_000, "images between the states that a killed run goes on from")
-
-    @property
-    def stride(self) -> int:
-        """Pixels per latent side."""
-        return 1 if self.kind == "pixels" else 2 ** (len(self.multipliers) - 1)
-
-    def network(self) -> KLConfig:
-        """The autoencoder's sizes. Raises ValueError where they make no network."""
-        return KLConfig(self.channels, self.width, tuple(self.multipliers), self.encoder_blocks, self.decoder_blocks, self.attention)
 
 
 ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
@@ -73,16 +46,6 @@ def check_tokenizer_files(path: str) -> None:
         raise DamagedFileError(f"{error}; {ANOTHER_TOKENIZER}") from error
 
 
-def tokenizer_digest(path: str) -> str:
-    """SHA-256 over the bytes of `config.json` and, where there is one, `tokenizer.safetensors` of a tokenizer directory.
-
-    Raises UserError where there is no `config.json`."""
-    config, weights = storage.join(path, "config.json"), storage.join(path, "tokenizer.safetensors")
-    if not storage.exists(config):
-        raise UserError(f"{path!r} holds no tokenizer: {config} is missing; run `mar tokenize`, or name a tokenizer in tokenizer.path")
-    return storage.digest(storage.read_bytes(config) + (storage.read_bytes(weights) if storage.exists(weights) else b""))
-
-
 def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
     """Train the tokenizer at `tokenizer.path` on the train part of `images`, going on from where a killed run was.
 
@@ -90,7 +53,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     [images seen, loss] pairs; beside it `pairs.png`, originals above reconstructions. Raises UserError on settings that don't fit
     each other or the cluster, on an output of another identity, and on a folder with a tokenizer from elsewhere.
     """
-    from pipelines.tokenizing.worker import PROGRESS, RESULT, Result, read_progress
+    from pipelines.tokenizing.result import RESULT
+    from pipelines.tokenizing.worker import PROGRESS, Result, read_progress
 
     _check(images, tokenizer)
     path = tokenizer.path
@@ -143,8 +107,9 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     from ray.train.torch import TorchConfig
 
     from pipelines.runtime.cluster.interruption import finish_when_asked
-    from pipelines.tokenizing.worker import TokenizerJob, tokenize_worker
-    from pipelines.training.supervision.controller import Trainer
+    from pipelines.runtime.cluster.ray_internals import Trainer
+    from pipelines.tokenizing.job import TokenizerJob
+    from pipelines.tokenizing.worker import tokenize_worker
 
     if storage.is_local(tokenizer.path):
         tokenizer = replace(tokenizer, path=str(Path(tokenizer.path).resolve()))
@@ -179,12 +144,6 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
             if isinstance(failure, UserError):
                 raise failure from error
         raise
-
-
-def _write_pixels(path: str) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        save_tokenizer(PixelTokenizer(), Path(temporary))
-        storage.write_bytes(storage.join(path, "config.json"), (Path(temporary) / "config.json").read_bytes())
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:

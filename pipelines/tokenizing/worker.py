@@ -1,50 +1,39 @@
 """What each Ray Train worker of stage *tokenize* runs: its share of every batch, then the figures and files of the result."""
 
-import io
 import json
 import math
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mar_model.checkpoints.checkpoint import load_weights, optimizer_tensors
 from mar_model.noise import stream
-from mar_model.tokenizers import KLAutoencoder, posterior_kl, sample_posterior, save_tokenizer
+from mar_model.tokenizers import KLAutoencoder, posterior_kl, sample_posterior
 from mar_model.training.recipe import learning_rate
 from mar_model.training.sample_order import SampleOrder
-from pipelines.images.listing import ImageListing, ImageSettings, to_model, to_uint8
+from pipelines.images.pixels import to_model
 from pipelines.images.reading import DecodedImages
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, default_device, use_threads
 from pipelines.runtime.cluster.precision import autocast
-from pipelines.runtime.errors import UserError
-from pipelines.runtime.progress import MetricsChannel
+from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.records import damaged
+from pipelines.tokenizing.job import TokenizerJob
+from pipelines.tokenizing.result import diverged, write_result
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
-
-    from pipelines.tokenizing.stage import TokenizerSettings
+    from pipelines.tokenizing.settings import TokenizerSettings
 
 PROGRESS = "progress.safetensors"  # weights, optimizer and curve of a run under way, in one file so that it is whole or not there
-RESULT = "training.json"  # written when the trained tokenizer is in place
 WARMUP_SHARE = 0.05
 GRADIENT_CLIP = 1.0
 LOG_LINES = 200  # a run
-EVALUATED = 500  # images that PSNR is measured on, spread evenly over the held-out part
-PAIRS = 8
-PAIR_PIXELS = 96  # smallest side of an image in the picture of pairs
 
 
 @dataclass(frozen=True)
@@ -56,18 +45,6 @@ class Result:
     loss_curve: list[tuple[float, float]]
     psnr_held_out: float | None = None  # or
     psnr_train: float | None = None
-
-
-@dataclass(frozen=True)
-class TokenizerJob:
-    """All that a worker needs to know."""
-
-    images: ImageSettings
-    tokenizer: "TokenizerSettings"
-    listing: "ObjectRef[ImageListing]"
-    seed: int
-    cluster: ClusterSettings
-    channel: MetricsChannel
 
 
 class Objective(nn.Module):
@@ -216,62 +193,3 @@ def read_progress(file: str) -> tuple[dict[str, Tensor], int, list[list[float]]]
         return tensors, int(metadata["images_seen"]), json.loads(metadata["loss_curve"])
     except (safetensors.SafetensorError, ValueError, LookupError) as error:
         raise damaged(file, error, "delete it, and the tokenizer is trained from the start") from error
-
-
-@torch.no_grad()
-def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageListing, figures: dict[str, Any]) -> None:
-    """Measure PSNR, and write the tokenizer, the picture of pairs, and `training.json` last of all. Images that can't be used are not
-    counted. Raises UserError for a tokenizer that does not reconstruct finite numbers: the last step may have made it so."""
-    path = job.tokenizer.path
-    part = "held_out" if listing.held_out() else "train"
-    rows = listing.held_out() or listing.train()
-    rows = rows[:: max(1, len(rows) // EVALUATED)][:EVALUATED]
-    images = DecodedImages(replace(job.images, max_rejected=1.0), rows)
-    device = next(tokenizer.parameters()).device
-    decibels: list[np.ndarray] = []
-    pairs: list[np.ndarray] = []
-    shown = {index * len(rows) // PAIRS for index in range(PAIRS)}
-    for start in range(0, len(rows), job.tokenizer.batch):
-        indices = np.arange(start, min(start + job.tokenizer.batch, len(rows)))
-        originals, _ = images.take(indices)
-        with autocast(job.tokenizer.precision, device):
-            moments = tokenizer.encode(to_model(originals).to(device))
-            decoded = tokenizer.decode(moments[:, : tokenizer.channels])
-        if not bool(decoded.isfinite().all()):
-            raise diverged(f"its reconstructions are not finite after {job.tokenizer.images} images", job.tokenizer)
-        reconstructions = to_uint8(decoded)
-        used = [index not in images.rejected for index in indices.tolist()]  # in a rejected one's place stands the next
-        decibels.append(psnr(originals, reconstructions)[used])
-        pairs += [np.stack([originals[i - start], reconstructions[i - start]]) for i in indices if i in shown]
-    with tempfile.TemporaryDirectory() as temporary:
-        save_tokenizer(tokenizer, Path(temporary))
-        for name in ("tokenizer.safetensors", "config.json"):
-            storage.write_bytes(storage.join(path, name), (Path(temporary) / name).read_bytes())
-    storage.write_bytes(storage.join(path, "pairs.png"), pairs_picture(np.stack(pairs)))
-    measured = np.concatenate(decibels)
-    quality = {f"psnr_{part}": round(float(measured.mean()), 4), "psnr_images": len(measured)}
-    storage.write_json(storage.join(path, RESULT), {**quality, **figures})
-
-
-def diverged(found: str, settings: "TokenizerSettings") -> UserError:
-    return UserError(
-        f"training the tokenizer diverged ({found}); lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another "
-        "tokenizer.path"
-    )
-
-
-def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB (peak 255): two uint8 (n, H, W, 3) → float64 (n,); at most 100 dB."""
-    error = (originals.astype(np.float64) - reconstructions.astype(np.float64)) ** 2
-    decibels: np.ndarray = 10 * np.log10(255.0**2 / np.maximum(error.mean(axis=(1, 2, 3)), 255.0**2 * 1e-10))
-    return decibels
-
-
-def pairs_picture(pairs: np.ndarray) -> bytes:
-    """uint8 (n, 2, S, S, 3), original then reconstruction → a PNG of n columns and two rows, small images enlarged."""
-    count, _, size, _, _ = pairs.shape
-    picture = Image.fromarray(pairs.transpose(1, 2, 0, 3, 4).reshape(2 * size, count * size, 3))
-    factor = math.ceil(PAIR_PIXELS / size)
-    encoded = io.BytesIO()
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(encoded, format="PNG")
-    return encoded.getvalue()

@@ -1,7 +1,9 @@
 """What a training worker reads: the micro-batches that are its share of each global batch, prepared one step ahead."""
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,8 +16,13 @@ from mar_model.mar import TrainingDraws
 from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.noise import stream
 from mar_model.training.recipe import micro_batch_draws
+from mar_model.training.sample_order import Order, SampleOrder, WindowedOrder
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.runtime.errors import UserError
+
+AHEAD = 2  # batches prepared before they are asked for
+
+BLOCK = 8192  # positions whose rows are computed at once: a few cost nearly as much as many
 
 
 class MicroBatch(NamedTuple):
@@ -99,3 +106,84 @@ class MicroBatches:
         noise = torch.randn(images, channels, size, size, generator=stream(self.seed, images_seen, index, "posterior"))
         draws, dropout_seed = micro_batch_draws(self.config, images, masked, seed=self.seed, images_seen=images_seen, micro_batch=index)
         return MicroBatch(moments, labels, noise, draws, dropout_seed)
+
+
+class LatentBatch(NamedTuple):
+    """B records whose latents are still posterior moments."""
+
+    position: int  # images seen before the global batch that this is a share of
+    moments: Tensor  # (B, 2C, H, W) in the cache's dtype
+    labels: Tensor  # (B,) int64
+
+
+class LatentDataset:
+    """A latent cache in training order. Its state is one integer, the position: images seen.
+
+    Each shard is compared with its SHA-256 once, on a thread beside the reads: `read` raises UserError once a damaged one is found, and
+    `settle_checks` waits until all are compared that were read from."""
+
+    def __init__(self, cache: LatentCache, seed: int, window: int = 0, checks: tuple[int, int] = (0, 1)) -> None:
+        """`window`: shards shuffled together; 0: all. `checks`: (which, of how many) processes that read the same files in the same
+        order and share their comparison. Raises UserError where the cache's shards are fetched onto a local disk that holds too few
+        of them for that order."""
+        self.cache, self.seed, self.checks = cache, seed, checks
+        cache.checked_beside()
+        shard_rows = [shard["rows"] for shard in cache.manifest.shards]
+        self.order: Order = WindowedOrder(seed, shard_rows, window) if window else SampleOrder(seed, len(cache))
+        self.pin_memory = torch.cuda.is_available()
+        self._block = lru_cache(maxsize=4)(lambda number: self.order.indices(number * BLOCK, (number + 1) * BLOCK))
+        needed = min(window + 1, len(shard_rows)) if window else len(shard_rows)
+        if cache.local is not None and cache.local.capacity < needed:
+            raise UserError(
+                f"cache.local_gb is {cache.local.limit / 1e9:g}, room for {cache.local.capacity} of the {len(shard_rows)} shards of "
+                f"{cache.path!r}, but train.shuffle_window={window} reads from {needed} at a time; raise cache.local_gb, or set a "
+                f"train.shuffle_window from 1 to {cache.local.capacity - 1}"
+            )
+
+    def read(self, start: int, stop: int, flipped: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The records at positions start … stop − 1, of the mirror image where `flipped` (N,): moments (N, 2C, H, W), labels (N,)."""
+        self._prepare_shards(start)
+        dtype = getattr(torch, self.cache.manifest.dtype)
+        moments = torch.empty(stop - start, *self.cache.moments_shape, dtype=dtype, pin_memory=self.pin_memory)
+        first, last = start // BLOCK, max(stop - 1, start) // BLOCK
+        rows = self._block(first) if first == last else np.concatenate([self._block(one) for one in range(first, last + 1)])
+        rows = rows[start - first * BLOCK : stop - first * BLOCK]
+        _, labels = self.cache.take(rows, flipped, out=moments.numpy())
+        found = torch.from_numpy(labels)
+        return moments, found.pin_memory() if self.pin_memory else found
+
+    def settle_checks(self) -> None:
+        """Wait until this process's share of the shards read from so far is compared. Raises UserError where one is damaged."""
+        self.cache.checks.settle()
+
+    def _prepare_shards(self, position: int) -> None:
+        """Begin to fetch and to compare the shards that are read from at this position and soon after it."""
+        checks, (mine, count) = self.cache.checks, self.checks
+        if isinstance(self.order, WindowedOrder):
+            numbers = self.order.shards_from(position, 2 * self.order.window)
+            if self.cache.local is not None:
+                self.cache.local.ahead(numbers)
+                numbers = numbers[: self.cache.local.capacity - 1]
+            checks.begin(number for number in numbers if number % count == mine)
+        elif not checks.begun:
+            checks.begin(range(mine, len(self.cache.manifest.shards), count))
+        checks.raise_found()
+
+    def batches(self, position: int, batch: int, *, flip: bool = True, worker: int = 0, workers: int = 1) -> Iterator[LatentBatch]:
+        """This worker's share of each global batch of `batch` records from `position` on, without end; the shares of any number of
+        workers make the same global batches. A record is its mirror image half of the time if `flip`."""
+
+        def prepare(first: int) -> LatentBatch:
+            flipped = np.zeros(batch, bool)
+            if flip:
+                flipped = (torch.rand(batch, generator=stream(self.seed, first, "flip")) < 0.5).numpy()
+            share = range(worker * batch // workers, (worker + 1) * batch // workers)
+            return LatentBatch(first, *self.read(first + share.start, first + share.stop, flipped[share.start : share.stop]))
+
+        with ThreadPoolExecutor(1, thread_name_prefix="latents") as thread:
+            upcoming = deque(thread.submit(prepare, position + number * batch) for number in range(AHEAD))
+            while True:
+                ready = upcoming.popleft().result()
+                position = ready.position
+                upcoming.append(thread.submit(prepare, position + AHEAD * batch))
+                yield ready

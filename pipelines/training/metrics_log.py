@@ -4,26 +4,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from pipelines.checkpoints.directory import MetricsRow
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError
-from pipelines.runtime.json_numbers import nan_for_null, null_for_nan
-from pipelines.runtime.records import damaged, parsed
+from pipelines.runtime.records import damaged, nan_for_null, null_for_nan, parsed
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
 OBJECT_SECONDS = 30.0  # between writes to a bucket, where a line can't be appended: the whole object is written
-
-
-@dataclass(frozen=True)
-class MetricsRow:
-    """What every line holds."""
-
-    images_seen: int
-    loss: float | None  # null: not finite
 
 
 class MetricsLog:

@@ -1,83 +1,39 @@
 """Stage *train*: MAR on a latent cache with Ray Train."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mar_model.config import Architecture, MARConfig
-from mar_model.training.recipe import BANDS
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import TrainingState, forget_lost_attempts, newest_checkpoint, once, read_checkpoint
 from pipelines.checkpoints.fine_tuning import Start, start_from
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, require_workers
 from pipelines.runtime.cluster.interruption import finish_when_asked
 from pipelines.runtime.cluster.precision import resolved
+from pipelines.runtime.cluster.ray_internals import Trainer
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity, identity_of, operational
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import IDENTITY, Stage, read_identity
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.data import LatentDataset
 from pipelines.training.divergence import diverged, skipped_steps
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.job import TrainingJob
 from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.settings import LOSS_COLUMNS, METRICS, TrainSettings
 from pipelines.training.supervision.channel import STOP, TrainingChannel
-from pipelines.training.supervision.controller import Supervision, Trainer, ray_train_waits
+from pipelines.training.supervision.controller import Supervision, ray_train_waits
 from pipelines.training.telemetry import in_short
-from pipelines.training.worker import TrainingJob, train_worker
+from pipelines.training.worker import train_worker
 
 if TYPE_CHECKING:
     from pipelines.evaluation.validation import Validation
 
 
-@dataclass
-class TrainSettings:
-    """Section `train`. Progress is counted in images seen; the defaults are the published recipe (batch 2048)."""
-
-    path: str = operational("runs/mar/train", "directory of the run: checkpoints/, metrics.jsonl, summary.json")
-    init_from: str = operational("", "fine-tuning: a checkpoint directory, or a released .pth, to begin with; empty: random weights")
-    images: int = operational(1_281_167 * 400, "images seen when training ends")
-    batch: int = identity(2048, "images a step, over all workers")
-    micro_batch: int = identity(128, "images a forward pass: the unit of randomness, dealt out to the workers")
-    learning_rate: float = identity(8e-4, "peak learning rate (published: 1e-4 · batch / 256)")
-    schedule: Literal["constant", "cosine"] = identity(
-        "constant", "constant or cosine (to zero at train.schedule_images), after the warm-up"
-    )
-    schedule_images: int = identity(0, "images at which the cosine schedule reaches zero (cosine only)")
-    warmup_images: int = identity(1_281_167 * 100, "images of linear warm-up")
-    weight_decay: float = identity(0.02, "AdamW weight decay (none on biases, norms and the denoiser)")
-    beta1: float = identity(0.9, "AdamW beta 1")
-    beta2: float = identity(0.95, "AdamW beta 2")
-    gradient_clip: float = identity(3.0, "largest gradient norm")
-    ema_decay: float = identity(0.9999, "decay of the weights' moving average, a step")
-    ema_decays: list[float] = identity(help="decays of further averages, kept beside the first as ema-DECAY.safetensors", factory=list)
-    ema_warmup: bool = identity(True, "start the average with a short memory: decay min(ema_decay, (1 + step) / (10 + step))")
-    flip: bool = identity(True, "use the mirror image half of the time (off for digits and text)")
-    shuffle_window: int = identity(0, "shards shuffled together, for a cache larger than cache.local_gb; 0: the whole cache")
-    workers: int = operational(2, "Ray Train workers")
-    workers_min: int = operational(0, "fewest workers to go on with where the cluster has no room for more; 0: train.workers")
-    strategy: Literal["ddp", "fsdp"] = operational("ddp", "ddp (every worker holds the model) or fsdp (each a part of every tensor)")
-    precision: Literal["auto", "bf16", "float32"] = identity("auto", "auto (bf16 where the processor is fast at it), bf16 or float32")
-    compile: bool = operational(False, "torch.compile on the blocks: minutes once, then quicker on a GPU")
-    activation_checkpointing: bool = operational(
-        False, "compute activations anew in the backward pass: a third more arithmetic, a fraction of the memory"
-    )
-    checkpoint_images: int = operational(1_281_167, "images between checkpoints")
-    checkpoints_kept: int = operational(3, "newest checkpoints kept")
-    keep_every_images: int = operational(0, "of every so many images one checkpoint is kept for good; 0: none")
-    keep_best: str = operational("", "a metric, e.g. loss or validation_fid: the checkpoint where it was lowest is kept too")
-    log_images: int = operational(51_200, "images between lines of metrics")
-    peak_tflops: float = operational(0.0, "peak of a worker's device (dense bf16), for the MFU; 0: the data sheet's, of a known GPU")
-    validation_images: int = operational(0, "images between validations, which begin with a checkpoint; 0: none")
-    validation_samples: int = operational(1000, "samples that a validation draws and judges")
-    failures: int = operational(8, "failures of workers, and starts that fail in a row, before the run gives up (notices not counted)")
-    hang_seconds: int = operational(600, "a worker that the others wait for this long counts as hung: the group starts again")
-    nonfinite_limit: int = operational(20, "steps in a row skipped for a loss or gradient that is not finite, before the run stops")
-
-
-LOSS_COLUMNS = ("loss", *(f"loss_band_{band}" for band in range(BANDS)))
-METRICS = (*LOSS_COLUMNS, "gradient_norm")  # what train.keep_best can name, beside a validation's
 FIGURES = (  # of the last interval, kept in the summary
     *LOSS_COLUMNS, "images_per_second", "tflops_per_worker", "mfu", "data_wait_share", "communication_share", "checkpoint_share",
     "parameters",

@@ -3,7 +3,6 @@
 import posixpath
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,42 +18,27 @@ from mar_model.training.ema import WeightAverage
 from mar_model.training.recipe import initial_weights, learning_rate, parameter_groups
 from mar_model.training.step import OptimizerStep, Outcome, forward_backward
 from mar_model.training.strategies import load_whole, strategy_of
-from pipelines.caching.latent_cache import LatentCache, Manifest
+from pipelines.caching.latent_format import Manifest
 from pipelines.checkpoints.directory import TrainingState, images_of, last_validated, newest_checkpoint
-from pipelines.checkpoints.fine_tuning import Start
 from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings, default_device, use_threads
 from pipelines.runtime.cluster.precision import autocast
+from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.json_numbers import nan_for_null, null_for_nan
+from pipelines.runtime.records import nan_for_null, null_for_nan
 from pipelines.training.data import GlobalBatch, MicroBatch, MicroBatches, owner_of
 from pipelines.training.intervals import Interval
+from pipelines.training.job import TrainingJob
 from pipelines.training.metrics_log import CHECKPOINTED
 from pipelines.training.prometheus import run_label
-from pipelines.training.supervision.channel import PREEMPTED, RESIZED, TrainingChannel
+from pipelines.training.supervision.channel import PREEMPTED, RESIZED
 from pipelines.training.supervision.watchdog import PATIENCE, Watchdog
 from pipelines.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig
 
-    from pipelines.training.stage import TrainSettings
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """All that a worker needs to know."""
-
-    model: MARConfig
-    train: "TrainSettings"
-    cache: LatentCache
-    tokenizer_path: str
-    seed: int
-    cluster: ClusterSettings
-    channel: TrainingChannel
-    start: Start | None  # of a run that is fine-tuning
-    validated_as: str = ""  # what makes the distances of two validations comparable
+    from pipelines.training.settings import TrainSettings
 
 
 def train_worker(loop_config: dict[str, TrainingJob]) -> None:

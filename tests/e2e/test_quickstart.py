@@ -14,7 +14,7 @@ from damage import NEWEST, RUN, Copy, commands, kinds, mar, reference
 
 from jobs.quickstart.digits import write_digits
 from pipelines.runtime import progress
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 
 SETTINGS = [
     "tokenizer.images=1024", "tokenizer.width=8", "model.encoder_depth=1", "model.decoder_depth=1", "model.encoder_width=48",

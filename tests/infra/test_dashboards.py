@@ -18,7 +18,8 @@ import pytest
 import ray
 import yaml
 
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.training import prometheus
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"

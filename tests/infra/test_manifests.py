@@ -17,7 +17,8 @@ import yaml
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.config.schema import RunConfig, load
+from jobs.config.load import load
+from jobs.config.schema import RunConfig
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/*.md"), *PROJECT.glob("infra/**/*.md")])

@@ -8,7 +8,8 @@ from command_line import DemoIn, Mar, Result
 from PIL import Image
 
 from jobs import cli
-from jobs.config.schema import RunConfig, load
+from jobs.config.load import load
+from jobs.config.schema import RunConfig
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import typer
 from command_line import Mar
 
 from jobs import cli, stages
-from jobs.config.schema import RunConfig, load
+from jobs.config.load import load
+from jobs.config.schema import RunConfig
 from jobs.stages import STAGES
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
 

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from command_line import Mar
 
-from jobs.config.schema import PRESETS, TYPES, file_as_assignments, load, presets
+from jobs.config.load import PRESETS, file_as_assignments, load, presets
+from jobs.config.schema import TYPES
 from mar_model.config import PUBLISHED
 from pipelines.runtime.errors import UserError
 

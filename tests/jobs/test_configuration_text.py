@@ -11,7 +11,7 @@ import yaml
 from command_line import Mar
 
 from jobs.config import schema as config
-from jobs.config.schema import file_as_assignments, load
+from jobs.config.load import file_as_assignments, load
 from jobs.config.yaml_text import DuplicateKey, parse
 from pipelines.runtime.errors import UserError
 

@@ -17,7 +17,7 @@ import pytest
 from command_line import DemoIn, Mar
 
 from jobs import doctor
-from jobs.config.schema import load
+from jobs.config.load import load
 from jobs.estimate import cache_bytes, checkpoint_bytes, latent_shape, parameters, sample_bytes
 from pipelines.evaluation.statistics import FeatureStatistics
 
@@ -36,7 +36,7 @@ def test_a_missing_thing_is_a_cross_with_its_remedy_and_status_1(mar: Mar, demo_
 
 def test_the_workers_of_the_widest_stage_are_counted(demo_in: DemoIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.runtime.cluster.connection.connected", lambda *_: nullcontext())
-    monkeypatch.setattr("pipelines.runtime.cluster.connection.cluster_resources", lambda: (4.0, 2.0))
+    monkeypatch.setattr("pipelines.runtime.cluster.workers.cluster_resources", lambda: (4.0, 2.0))
     assert [check.ok for check in doctor.ray_checks(demo_in("cache.encoders=4", "cluster.gpus_per_worker=0.5"))] == [True, True, True]
     ray, cpus, gpus = doctor.ray_checks(demo_in("cache.encoders=5", "cluster.gpus_per_worker=0.5"))
     assert ray.ok

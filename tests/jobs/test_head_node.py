@@ -17,7 +17,7 @@ import typer
 from command_line import DemoIn, Mar
 
 from jobs import cli, submit
-from jobs.config.schema import load
+from jobs.config.load import load
 from pipelines.runtime.errors import UserError
 
 TOKEN = "0123456789abcdef" * 4
@@ -193,6 +193,8 @@ def test_only_the_code_travels() -> None:
         lambda path: sent.append(str(path.relative_to(submit.PROJECT))),
         include_gitignore=True,
     )
-    assert {"jobs/cli.py", "jobs/presets/demo.yaml", "pipelines/stage.py", "mar_model/tokenizers/kl.py", "pyproject.toml"} <= set(sent)
+    assert {"jobs/cli.py", "jobs/config/presets/demo.yaml", "pipelines/stage.py", "mar_model/tokenizers/kl.py", "pyproject.toml"} <= set(
+        sent
+    )
     assert {path.split("/")[0] for path in sent} == {".", "jobs", "pipelines", "mar_model", "pyproject.toml"}
     assert not any("__pycache__" in path for path in sent)

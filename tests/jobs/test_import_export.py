@@ -10,19 +10,20 @@ import pytest
 import torch
 from command_line import Mar
 
-from jobs.config.schema import load
+from jobs.config.load import load
 from mar_model import MAR, MARConfig, SampleNoise
 from mar_model.checkpoints.checkpoint import load_model
 from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
 from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig
-from pipelines.generation.stage import GenerateSettings, plan_drawing
+from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
-from pipelines.images.listing import to_uint8
+from pipelines.images.pixels import to_uint8
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 SHAPES = Path(__file__).parent.parent / "data" / "published_state_dicts.json"
 MODEL = MARConfig(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from command_line import Mar
 
-from jobs.config.schema import load
+from jobs.config.load import load
 from jobs.estimate import model_config
 from jobs.planning import Assumptions, gpu, images_and_classes, plain
 from mar_model.flops import training_flops

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config.schema import LOCATIONS, load
+from jobs.config.load import load
+from jobs.config.schema import LOCATIONS
 
 
 def test_local_paths_become_absolute_and_the_rest_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

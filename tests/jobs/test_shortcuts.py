@@ -10,7 +10,7 @@ import typer
 from command_line import Mar
 
 from jobs import cli
-from jobs.config.schema import load
+from jobs.config.load import load
 from jobs.submit import job_command
 
 SHORT = ["--label", "3", "--label", "cat", "--image", "a photo.png", "--mask", "mask.png", "--film", "--out", "runs/edited"]

@@ -1,6 +1,6 @@
 """A stage whose lines a test can read."""
 
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
 
 

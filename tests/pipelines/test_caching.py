@@ -16,14 +16,19 @@ from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, wri
 from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
 from pipelines.caching.worker import EncodingJob, ShardEncoder, read_image_digests, read_record
-from pipelines.images.listing import ImageSettings, decode, list_images, read_image, to_model
+from pipelines.images.listing import list_images
+from pipelines.images.pixels import decode, to_model
+from pipelines.images.reading import read_image
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.settings import TokenizerSettings
 
 SIZE, SHARD, BATCH = 16, 8, 3
 BROKEN = {"b/20.png": b"", "b/22.png": b"not an image", "c/40.png": None}  # None: the first half of an image

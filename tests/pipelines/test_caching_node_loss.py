@@ -14,9 +14,10 @@ from benchmarks.source_forms import encoded, write_tree
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching import shards
 from pipelines.caching.worker import EncodingJob, ShardEncoder
-from pipelines.images.listing import ImageSettings, list_images
+from pipelines.images.listing import list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 
 pytestmark = pytest.mark.long
 

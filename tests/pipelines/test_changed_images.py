@@ -12,14 +12,16 @@ from listening import Listening
 from benchmarks.source_forms import encoded, write_tree, write_webdataset
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings, cache
-from pipelines.images.listing import ImageListing, ImageSettings, keep_listing, kept_listing
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
+from pipelines.images.listing import ImageListing, keep_listing, kept_listing
+from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 IMAGES = {f"{'ab'[number % 2]}/{number:02d}.png": encoded(16, 16, number) + b"\0" for number in range(14)} | {"b/x.png": b"no image"}
 

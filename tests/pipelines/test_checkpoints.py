@@ -16,14 +16,16 @@ from mar_model.checkpoints.checkpoint import AVERAGE, OPTIMIZER, STATE, WEIGHTS,
 from mar_model.head.diffusion import TokenLoss
 from mar_model.mar import MAR
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.checkpoints.directory import Scores, checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
+from pipelines.checkpoints.directory import checkpoint_names, forget_lost_attempts, last_validated, newest_checkpoint
+from pipelines.checkpoints.retention import Scores
 from pipelines.checkpoints.writer import CheckpointWriter
 from pipelines.runtime import s3, storage
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.json_numbers import null_for_nan
+from pipelines.runtime.records import null_for_nan
 from pipelines.training.intervals import Interval
-from pipelines.training.stage import TrainSettings, model_config
-from pipelines.training.worker import TrainingJob
+from pipelines.training.job import TrainingJob
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import model_config
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pipelines.evaluation.statistics import FeatureStatistics
 from pipelines.generation import samples
 from pipelines.generation.samples import Samples
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import Stage
 from pipelines.sweeping.stage import finished_rows

@@ -8,20 +8,25 @@ from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
 from pipelines.evaluation.classifier import check_classes, classifier_digest, load_classifier, train_classifier
+from pipelines.evaluation.comparison import frechet_rows
 from pipelines.evaluation.features import EfficientNetLite0, network_digest
+from pipelines.evaluation.image_sets import NoiseImages
 from pipelines.evaluation.references import find_reference
-from pipelines.evaluation.scoring import NoiseImages
-from pipelines.evaluation.stage import EvaluateSettings, evaluate, frechet_rows, with_reference
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.stage import evaluate, with_reference
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
 from pipelines.generation import samples
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageSettings, decode, list_images, read_image
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.listing import list_images
+from pipelines.images.pixels import decode
+from pipelines.images.reading import read_image
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 NAME = "frechet_distance_efficientnet-lite0"
 HELD_OUT, DRAWN = 8 * len(CLASSES), 30

@@ -14,7 +14,8 @@ from pipelines.checkpoints.directory import checkpoint_path
 from pipelines.checkpoints.fine_tuning import CLASSES, start_from
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.training.stage import TrainSettings, begun_with
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import begun_with
 
 CONFIG = MARConfig(**vars(ARCHITECTURE), latent_size=4, latent_channels=4, classes=3)
 

@@ -14,10 +14,11 @@ from mlflow.tracking import MlflowClient
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
 from pipelines.runtime import progress
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import open_stage
 from pipelines.runtime.tracking import TrackingSettings
-from pipelines.training.stage import TrainSettings, train
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import train
 
 INTERVALS, EVERY = 5, 800
 SETTINGS = TrainSettings(

@@ -15,14 +15,18 @@ from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 from mar_model import MAR
 from pipelines.generation import samples
 from pipelines.generation.completion import read_completion
-from pipelines.generation.stage import GenerateSettings, generate, plan_drawing
+from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.settings import GenerateSettings
+from pipelines.generation.stage import generate
 from pipelines.generation.worker import LoadedModel, share_at_bounds, share_out_of_range
-from pipelines.images.listing import ImageSettings, decode, list_images
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.images.listing import list_images
+from pipelines.images.pixels import decode
+from pipelines.images.settings import ImageSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 IMAGES = 12
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 import ray
 
-from pipelines.runtime.cluster.connection import ClusterSettings, use_threads
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import use_threads
 
 PAGES = 96 * 2**20 // 4096
 FAULTS = """

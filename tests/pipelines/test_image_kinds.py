@@ -11,7 +11,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from pipelines.caching.worker import decode_row
-from pipelines.images.listing import ImageSettings, decode, list_images
+from pipelines.images.listing import list_images
+from pipelines.images.pixels import decode
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime.storage import digest
 
 SIZE = 16

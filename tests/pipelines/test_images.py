@@ -15,7 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.images.listing import ImageError, ImageSettings, decode, list_images, read_image, to_model, to_uint8
+from pipelines.images.listing import ImageError, list_images
+from pipelines.images.pixels import decode, to_model, to_uint8
+from pipelines.images.reading import read_image
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime.errors import UserError
 
 

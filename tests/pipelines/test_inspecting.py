@@ -15,14 +15,15 @@ from jobs.cache_commands import inspect_command, verify_command
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching.inspecting import EDGES, inspect
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
 from pipelines.caching.verifying import damages
-from pipelines.images.listing import ImageSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 IMAGES = {f"{'aab'[number % 3]}/{number:02d}.png": encoded(16, 17, number) for number in range(20)} | {"b/x.png": b"", "b/y.png": b"text"}
 

@@ -13,10 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.caching.latent_cache import LatentCache, LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import LatentStatistics, Manifest, shard_bytes, shard_name
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.data import LatentDataset
 
 SHAPE = (4, 3, 3)  # 2 latent channels
 ROWS = [5, 0, 1, 7]  # a shard of which every image was rejected has no rows

@@ -9,7 +9,8 @@ from sockets import listening, recorded
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
 from pipelines.runtime.stage import Stage
-from pipelines.training.stage import TrainSettings, train
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import train
 
 RECIPE = TrainSettings(images=64, batch=16, micro_batch=4, warmup_images=32, workers=2, precision="float32", log_images=64)
 

@@ -14,14 +14,17 @@ from benchmarks.faulty_s3 import FaultyS3
 from benchmarks.source_forms import encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
 from pipelines.caching.worker import EncodingJob, ShardEncoder
-from pipelines.images.listing import ImageSettings, list_images, read_image
+from pipelines.images.listing import list_images
+from pipelines.images.reading import read_image
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import s3, storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.data import LatentDataset
 
 IMAGES = {f"{'ab'[number % 2]}/{number:02d} ü.png": encoded(16, 17, number) for number in range(30)}
 
@@ -186,7 +189,7 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
 def test_the_stage_and_the_loader_on_s3(
     server: FaultyS3, ray_local: ClusterSettings, s3_source: tuple[ImageSettings, ImageSettings], tokenizer: str, tmp_path: Path
 ) -> None:
-    from pipelines.tokenizing.stage import TokenizerSettings
+    from pipelines.tokenizing.settings import TokenizerSettings
 
     on_s3, local = s3_source
     storage.write_bytes("s3://data/cache/shards/nothing", b"")

@@ -11,16 +11,19 @@ from listening import Listening
 from tiny_run import write_checkpoint, write_tokenizer
 
 from mar_model.config import Architecture
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import checkpoint_path, newest_checkpoint
-from pipelines.evaluation.stage import EvaluateSettings, evaluate
-from pipelines.generation.stage import GenerateSettings, generate
-from pipelines.images.listing import ImageSettings
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.stage import evaluate
+from pipelines.generation.settings import GenerateSettings
+from pipelines.generation.stage import generate
+from pipelines.images.settings import ImageSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
-from pipelines.sweeping.stage import SweepSettings, sweep
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.sweeping.settings import SweepSettings
+from pipelines.sweeping.stage import sweep
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 IMAGES, TRAIN, GENERATE, EVALUATE = ImageSettings(), TrainSettings(), GenerateSettings(labels=[99]), EvaluateSettings()
 EVALUATE = replace(EVALUATE, features="efficientnet-lite0", classifier="no classifier")

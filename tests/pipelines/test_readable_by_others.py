@@ -10,7 +10,7 @@ import pyarrow.feather
 import pytest
 from datasets import load_dataset
 
-from pipelines.caching.latent_cache import shard_bytes
+from pipelines.caching.latent_format import shard_bytes
 
 SHAPE = (4, 3, 3)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.evaluation.image_sets import RealImages
 from pipelines.evaluation.references import find_reference
-from pipelines.evaluation.scoring import RealImages
-from pipelines.evaluation.stage import EvaluateSettings
-from pipelines.images.listing import ImageSettings
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.images.settings import ImageSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 SIZE = 8
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from test_latents import write_cache
 
-from pipelines.caching.latent_cache import LatentCache, shard_name
+from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import shard_name
 from pipelines.caching.shard_checks import CONDEMNED, absolve, condemn
 from pipelines.caching.verifying import damages
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.training.latent_dataset import LatentDataset
+from pipelines.training.data import LatentDataset
 
 ROWS = [5, 4, 6, 7]
 REPAIR = r"run `mar cache` with the same settings, which makes exactly these shards again"

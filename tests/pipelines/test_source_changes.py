@@ -7,11 +7,13 @@ import pytest
 from listening import Listening
 
 from benchmarks.source_forms import encoded, write_parquet, write_tree
-from pipelines.evaluation.scoring import RealImages
-from pipelines.images.listing import ImageListing, ImageSettings, list_images, read_image
+from pipelines.evaluation.image_sets import RealImages
+from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.reading import read_image
+from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import changes, check_source, remember_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 
 IMAGES = {f"{'ab'[number % 2]}/{number:02d}.png": encoded(6, 6, number) for number in range(30)}

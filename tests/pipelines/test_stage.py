@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage, open_stage
 from pipelines.runtime.tracking import TrackingSettings

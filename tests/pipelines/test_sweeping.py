@@ -16,22 +16,25 @@ from PIL import Image
 from tiny_run import write_checkpoint, write_images, write_tokenizer
 
 from mar_model.config import Architecture
-from pipelines.caching.latent_cache import LatentStatistics, Manifest, shard_bytes, shard_name
-from pipelines.caching.stage import CacheSettings
-from pipelines.evaluation.stage import EvaluateSettings
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageSettings
+from pipelines.caching.latent_format import LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.caching.settings import CacheSettings
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import Tracker, TrackingSettings
-from pipelines.sweeping.stage import SweepSettings, best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
+from pipelines.sweeping.settings import SweepSettings
+from pipelines.sweeping.stage import best_of, concurrency, finished_rows, sweep, sweep_identity
 from pipelines.sweeping.table import row_of, write_table
 from pipelines.sweeping.trials import Sections, grid
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings, train
+from pipelines.sweeping.tune import run_trial
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import train
 
 TINY = Architecture(
     patch_size=1, encoder_depth=1, encoder_width=8, encoder_heads=2, decoder_depth=1, decoder_width=8, decoder_heads=2,

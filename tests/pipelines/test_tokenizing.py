@@ -14,26 +14,20 @@ from PIL import Image
 from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
 from mar_model.training.recipe import learning_rate
-from pipelines.images.listing import ImageSettings, list_images, to_model, to_uint8
+from pipelines.images.listing import list_images
+from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import DecodedImages
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing import stage as tokenizing
-from pipelines.tokenizing.stage import TokenizerSettings, tokenize, tokenizer_digest
-from pipelines.tokenizing.worker import (
-    GRADIENT_CLIP,
-    PROGRESS,
-    RESULT,
-    WARMUP_SHARE,
-    Objective,
-    TokenizerJob,
-    batches,
-    load_progress,
-    psnr,
-    save_progress,
-    write_result,
-)
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.job import TokenizerJob
+from pipelines.tokenizing.result import RESULT, psnr, write_result
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.tokenizing.stage import tokenize
+from pipelines.tokenizing.worker import GRADIENT_CLIP, PROGRESS, WARMUP_SHARE, Objective, batches, load_progress, save_progress
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +224,7 @@ def test_unusable_images_are_passed_over_up_to_the_limit(images: ImageSettings, 
 
 
 def test_pixels_need_no_training(tmp_path: Path) -> None:
-    from pipelines.runtime.cluster.connection import ClusterSettings
+    from pipelines.runtime.cluster.settings import ClusterSettings
 
     settings = TokenizerSettings(path=str(tmp_path / "pixels"), kind="pixels")
     tokenize(ImageSettings(size=64), settings, seed=0, stage=Stage("tokenize", ClusterSettings()))

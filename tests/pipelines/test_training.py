@@ -17,15 +17,17 @@ from mar_model.checkpoints.checkpoint import load_model
 from mar_model.config import Architecture
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings, cache
-from pipelines.images.listing import ImageSettings
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.data import MicroBatches, share_of
-from pipelines.training.stage import TrainSettings, model_config, newest_checkpoint, train
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import model_config, newest_checkpoint, train
 from pipelines.training.worker import made_model
 
 ARCHITECTURE = Architecture(

@@ -12,8 +12,8 @@ from ray.cluster_utils import Cluster
 from test_training_workers import RECIPE, Listening, losses, meanwhile
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from pipelines.caching.stage import CacheSettings
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.caching.settings import CacheSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.training.stage import train
 from pipelines.training.supervision.controller import ROOM_SECONDS
 

@@ -26,11 +26,13 @@ from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
 from mar_model.mar import MAR
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import checkpoint_names, checkpoint_path, newest_checkpoint
-from pipelines.runtime.cluster.connection import ClusterSettings, connected
+from pipelines.runtime.cluster.connection import connected
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
-from pipelines.training.stage import TrainSettings, model_config, train
+from pipelines.training.settings import TrainSettings
+from pipelines.training.stage import model_config, train
 
 STEPS, BATCH = 50, 16
 RECIPE = TrainSettings(

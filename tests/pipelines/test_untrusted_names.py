@@ -17,15 +17,18 @@ from PIL import Image
 from tiny_run import SIZE, write_checkpoint, write_tokenizer
 
 from jobs.report.page import report
-from pipelines.caching.stage import CacheSettings, cache
+from pipelines.caching.settings import CacheSettings
+from pipelines.caching.stage import cache
 from pipelines.generation import samples
-from pipelines.generation.stage import GenerateSettings, generate
-from pipelines.images.listing import ImageSettings, list_images
+from pipelines.generation.settings import GenerateSettings
+from pipelines.generation.stage import generate
+from pipelines.images.listing import list_images
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import plots
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.stage import TokenizerSettings
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 
 IMAGE = "<img src=x onerror=alert(1)>"
 NAMES = sorted([IMAGE, "\"'><svg onload=alert(2)>", "{{ 7*7 }} [bold]$x^{$ &amp; %41"])

@@ -14,19 +14,22 @@ from PIL import Image
 from tiny_cache import ARCHITECTURE, write_latents
 from tiny_run import CLASSES, SIZE, write_images, write_tokenizer
 
-from pipelines.checkpoints.directory import Scores
-from pipelines.evaluation.stage import EvaluateSettings, evaluate, metric_name
+from pipelines.checkpoints.retention import Scores
+from pipelines.evaluation.record import metric_name
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.stage import evaluate
 from pipelines.evaluation.statistics import FeatureStatistics
 from pipelines.evaluation.validation import Validation, plan_validation, train, validate
-from pipelines.generation.stage import GenerateSettings
-from pipelines.images.listing import ImageSettings
+from pipelines.generation.settings import GenerateSettings
+from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.connection import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import Tracker, TrackingSettings
-from pipelines.tokenizing.stage import TokenizerSettings, tokenizer_digest
-from pipelines.training.stage import TrainSettings
+from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import STOP, TrainingChannel
 
 NAME = metric_name("efficientnet-lite0")

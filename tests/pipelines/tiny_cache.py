@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from mar_model.config import Architecture
-from pipelines.caching.latent_cache import LatentStatistics, Manifest, shard_bytes, shard_name
-from pipelines.caching.stage import CacheSettings
+from pipelines.caching.latent_format import LatentStatistics, Manifest, shard_bytes, shard_name
+from pipelines.caching.settings import CacheSettings
 from pipelines.runtime import storage
-from pipelines.tokenizing.stage import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 ARCHITECTURE = Architecture(
     encoder_depth=1, encoder_width=32, encoder_heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, buffer_size=2,

@@ -11,7 +11,7 @@ from mar_model.config import MARConfig
 from mar_model.mar import MAR
 from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines.tokenizing.stage import tokenizer_digest
+from pipelines.tokenizing.directory import tokenizer_digest
 
 CLASSES, SIZE = ["ant", "bee", "cat"], 32
 

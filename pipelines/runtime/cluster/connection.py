@@ -6,20 +6,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.runtime.cluster import loopback
-from pipelines.runtime.cluster.host_memory import ENVIRONMENT, keep_freed_memory
+from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.cluster.interruption import held_back, raised
 from pipelines.runtime.cluster.orphans import DRIVER, end_orphans, identity_of, mark
+from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.workers import set_up_ray_data
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import output_in
-from pipelines.runtime.settings import operational
-
-if TYPE_CHECKING:
-    import torch
 
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
@@ -29,17 +26,6 @@ OWN = {  # of a Ray of our own: the environment variables that spare work that n
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
     **loopback.ENVIRONMENT,
 }
-
-
-@dataclass
-class ClusterSettings:
-    """Section `cluster`."""
-
-    address: str = operational("", "Ray address (host:port, ray://…, auto); empty: RAY_ADDRESS, else a Ray of its own")
-    cpus: int = operational(0, "CPUs of a Ray of its own; 0: this machine's")
-    autoscaling: bool = operational(False, "the cluster grows when asked: wait for workers that it does not hold yet")
-    threads: int = operational(1, "torch threads of a worker without GPU")
-    gpus_per_worker: float = operational(0.0, "GPUs each training, encoding and generating worker takes")
 
 
 @contextmanager
@@ -103,7 +89,7 @@ def _join(address: str) -> None:
     import ray
 
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a submitted job brings the project as its working directory
-    project = Path(__file__).resolve().parent.parent
+    project = Path(__file__).resolve().parents[3]
     modules = [str(project / package) for package in ("pipelines", "mar_model")]
     try:
         ray.init(
@@ -204,60 +190,3 @@ def _send_chatter_to(log: Path) -> None:
     root = logging.getLogger("ray")
     root.handlers, root.propagate = [handler], False
     set_up_ray_data()
-
-
-def set_up_ray_data() -> None:
-    """In a process that is to run Ray Data: it draws nothing, and what a worker raises arrives as it is."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # what Ray wraps it in loses the cause on its way from a worker
-
-
-def cluster_resources() -> tuple[float, float]:
-    """CPUs and GPUs of the connected cluster."""
-    import ray
-
-    total = ray.cluster_resources()
-    return total.get("CPU", 0.0), total.get("GPU", 0.0)
-
-
-def worker_resources(cluster: ClusterSettings) -> dict[str, float]:
-    """What one actor that holds a model takes."""
-    return {"num_cpus": 1, "num_gpus": cluster.gpus_per_worker}
-
-
-def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_each: int = 1) -> None:
-    """Raise UserError when the cluster can't hold these workers (setting → their number) at once: they would wait for ever."""
-    if cluster.autoscaling:
-        return
-    cpus, gpus = cluster_resources()
-    workers = sum(wanted.values())
-    if workers * cpus_each > cpus or workers * cluster.gpus_per_worker > gpus:
-        described = " and ".join(f"{key} {number}" for key, number in wanted.items())
-        raise UserError(
-            f"{described}: {workers} workers, each with {cpus_each} CPU and {cluster.gpus_per_worker:g} GPU (cluster.gpus_per_worker), but "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs; lower {' or '.join(wanted)}, join a larger cluster with cluster.address, or "
-            "set cluster.autoscaling=true where it grows when asked"
-        )
-
-
-def use_threads(cluster: ClusterSettings) -> None:
-    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; without a GPU, keep freed
-    memory."""
-    import torch
-
-    if not cluster.gpus_per_worker:
-        keep_freed_memory()
-    torch.set_num_threads(cluster.threads)
-
-
-def default_device() -> "torch.device":
-    """The GPU this worker was given, else the CPU (also on a machine with GPUs, when none was asked for)."""
-    import ray
-    import torch
-
-    given = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
-    return torch.device("cuda", torch.cuda.current_device()) if given and torch.cuda.is_available() else torch.device("cpu")

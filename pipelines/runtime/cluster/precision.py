@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from pipelines.runtime.cluster.connection import ClusterSettings
+    from pipelines.runtime.cluster.settings import ClusterSettings
 
 
 def bf16_is_fast(device: torch.device) -> bool:

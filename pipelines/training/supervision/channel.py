@@ -4,7 +4,7 @@ with a checkpoint the other, because the person, a pre-emption notice or a chang
 import threading
 from collections.abc import Callable
 
-from pipelines.runtime.progress import Messages, MetricsChannel
+from pipelines.runtime.cluster.channel import Messages, MetricsChannel
 
 STOP, PREEMPTED, RESIZED = "stop", "pre-empted", "resized"
 ASKED_EVERY_SECONDS = 1.0

@@ -9,11 +9,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import ray
-from ray._private.services import get_webui_url_from_internal_kv
 from ray.exceptions import RayActorError, RayError
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -51,15 +47,6 @@ def ray_train_waits(hang_seconds: int) -> AbstractContextManager[None]:
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": hang_seconds,
     }
     return environment({name: str(value) for name, value in seconds.items()})
-
-
-class Trainer(TorchTrainer):
-    """Without what hands out Ray Datasets, which our workers don't read: an actor in every start of a group, and a call to each worker.
-    Where there is no dashboard, without the actor that would ask it whether the controller is lost, and then free its room."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback,) if get_webui_url_from_internal_kv() else (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, idle)]
 
 
 class Supervision(ControllerCallback, WorkerGroupCallback):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PATIENCE = 1.25  # times train.hang_seconds: who waits for another in a collective, or doesn't answer Ray, is found before
-OWN = str(Path(__file__).parent.parent)  # frames of this project say more than those below them
+OWN = str(Path(__file__).parents[3])  # frames of this project say more than those below them
 
 
 class Watchdog:
