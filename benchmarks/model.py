@@ -29,13 +29,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.released_code import ReleasedModel
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, TrainingDraws
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, TrainingDraws, generate
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, training_flops
 from mar_model.linear import Linear
 from mar_model.masking import masked_tokens
 from mar_model.noise import to_device
-from mar_model.sampling import generate
 from mar_model.training.gpus import of_device
 from mar_model.training.recipe import initial_weights, micro_batch_draws, parameter_groups
 from pipelines.runtime.cluster.host_memory import keep_freed_memory

@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mar_model import TrainingDraws
-from mar_model.checkpoints.checkpoint import describe_misfit, model_without_weights, shapes_of
+from mar_model import TrainingDraws, generate
+from mar_model.checkpoints.checkpoint import model_without_weights
 from mar_model.checkpoints.released_sizes import released_config, released_kl_config
+from mar_model.files import describe_misfit, shapes_of
 from mar_model.head.diffusion import Diffusion, TokenLoss, respaced_timesteps
 from mar_model.masking import masked_tokens
-from mar_model.sampling import generate
 from mar_model.sampling.generate import sample_tokens
 from mar_model.tokenizers import KLAutoencoder
 

@@ -14,7 +14,8 @@ from jobs.leaving import last_line
 from jobs.path_options import Command, path_given
 from jobs.released import export_command, import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
-from jobs.stages import STAGES, StageFailed, guarded, run_directory, run_stage, value_at
+from jobs.stage_commands import STAGES
+from jobs.stages import StageFailed, guarded, run_directory, run_stage, value_at
 from pipelines.runtime.cluster.interruption import Terminated, raised
 from pipelines.runtime.errors import UserError
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 from jobs.estimate import cache_bytes, checkpoint_bytes, sample_bytes
-from jobs.stages import STAGES, value_at
+from jobs.stage_commands import STAGES
+from jobs.stages import value_at
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password

@@ -3,79 +3,15 @@
 import importlib
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jobs.stage_commands import STAGES
 from pipelines.runtime.errors import UserError, in_one_line, mistake_of, origin_of
 
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StageCommand:
-    """One stage. `function` is `module:name`; it takes `sections` of the configuration, each under its own name, and `stage`."""
-
-    function: str
-    sections: tuple[str, ...]
-    reads: tuple[str, ...]
-    writes: str
-    help: str
-    example: str
-
-
-STAGES = {
-    "tokenize": StageCommand(
-        "pipelines.tokenizing.stage:tokenize",
-        ("images", "tokenizer", "seed"),
-        ("images.source",),
-        "tokenizer.path",
-        "Train the tokenizer, a KL autoencoder, on images.",
-        "mar tokenize --preset demo --set tokenizer.path=runs/tokenizer",
-    ),
-    "cache": StageCommand(
-        "pipelines.caching.stage:cache",
-        ("images", "tokenizer", "cache"),
-        ("images.source", "tokenizer.path"),
-        "cache.path",
-        "Encode every image once: the latent cache.",
-        "mar cache --preset demo --set cache.encoders=2",
-    ),
-    "train": StageCommand(
-        "pipelines.evaluation.validation:train",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed"),
-        ("cache.path", "tokenizer.path"),
-        "train.path",
-        "Train a MAR model on the cache, or go on with it.",
-        "mar train --preset demo --set train.workers=1",
-    ),
-    "generate": StageCommand(
-        "pipelines.generation.stage:generate",
-        ("tokenizer", "train", "generate", "seed"),
-        ("train.path", "tokenizer.path"),
-        "generate.path",
-        "Draw images of given classes from a checkpoint.",
-        "mar generate --preset demo --label 3 --label 7 --film",
-    ),
-    "evaluate": StageCommand(
-        "pipelines.evaluation.stage:evaluate",
-        ("images", "tokenizer", "train", "generate", "evaluate", "seed"),
-        ("images.source", "train.path", "tokenizer.path"),
-        "evaluate.path",
-        "Measure samples against a reference: FID and more.",
-        "mar evaluate --preset demo --set evaluate.path=runs/evaluation",
-    ),
-    "sweep": StageCommand(
-        "pipelines.sweeping.stage:sweep",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed"),
-        ("images.source", "cache.path", "tokenizer.path", "train.path"),
-        "sweep.path",
-        "Compare settings of training or of generation.",
-        "mar sweep --preset demo --set sweep.path=runs/sweep",
-    ),
-}  # fmt: skip
 
 
 class StageFailed(Exception):

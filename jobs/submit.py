@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from jobs.shortcuts import SHORTCUTS, as_assignments
-from jobs.stages import STAGES, value_at
+from jobs.stage_commands import STAGES
+from jobs.stages import value_at
 from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password

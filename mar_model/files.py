@@ -1,12 +1,15 @@
 """Reading the files of checkpoints and tokenizers: what is wrong with a damaged one is a ValueError that names it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,3 +30,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
+    """What is missing, unexpected and mis-shaped, with counts and the first `shown` names of each; empty where all fits."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name} is {list(found[name])}, expected {list(expected[name])}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    return "; ".join(
+        f"{what} ({len(names)}): {', '.join(names[:shown])}{', …' if len(names) > shown else ''}"
+        for what, names in problems.items()
+        if names
+    )

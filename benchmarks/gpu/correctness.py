@@ -11,9 +11,8 @@ from torch import Tensor
 
 from benchmarks import parity
 from benchmarks.gpu.bench import Bench, Line, Trainer, autocast, float32_products, line, made_model, timed, within, without_dropout
-from mar_model import MAR, SampleNoise, TokenSampler, TrainingDraws
+from mar_model import MAR, SampleNoise, TokenSampler, TrainingDraws, generate
 from mar_model.noise import to_device
-from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder
 from mar_model.training.footprint import activation_bytes, parameter_count
 from mar_model.training.recipe import micro_batch_draws

@@ -11,10 +11,9 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, Line, Timing, Trainer, autocast, float32_products, line, made_model, timed
 from benchmarks.gpu.profiling import profiled
 from benchmarks.released_code import ReleasedModel
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, generate
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
 from mar_model.masking import masked_tokens, mean_mask_ratio
-from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder
 
 BATCHES = (128, 96, 64, 32)  # the published micro-batch, and those tried where it does not fit

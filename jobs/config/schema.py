@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from jobs.stages import STAGES
+from jobs.stage_commands import STAGES
 from mar_model.config import Architecture
 from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation.settings import EvaluateSettings

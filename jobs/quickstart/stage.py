@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from jobs import training
 from jobs.quickstart.attempts import Attempts
 from jobs.quickstart.digits import write_digits
 from jobs.report.page import report
@@ -13,7 +14,6 @@ from pipelines.caching import stage as caching
 from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
-from pipelines.evaluation import validation as validating
 from pipelines.evaluation.classifier import train_classifier
 from pipelines.evaluation.comparison import frechet_rows, real_and_noise
 from pipelines.evaluation.features import network_digest
@@ -106,7 +106,7 @@ def quickstart(
         with stage("cache", cache.path) as child:
             note("cache", caching.cache(images, tokenizer, cache, child))
         with stage("train", train.path) as child:
-            note("train", validating.train(images, tokenizer, cache, model, train, generate, evaluate, seed, child))
+            note("train", training.train(images, tokenizer, cache, model, train, generate, evaluate, seed, child))
         classifier = storage.join(root, "classifier")
         with stage("classifier", classifier) as child:
             real = note("classifier", train_classifier(images, classifier, seed, child))

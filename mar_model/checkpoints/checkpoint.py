@@ -17,11 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mar_model.config import MARConfig
-from mar_model.files import read_json, read_tensors
+from mar_model.files import describe_misfit, read_json, read_tensors, shapes_of
 from mar_model.head.diffusion import Diffusion
 from mar_model.mar import MAR
-
-Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
 
 FORMAT_VERSION = 1
 WEIGHTS, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"
@@ -144,28 +142,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     if misfit:
         raise ValueError(f"weights don't fit the model: {misfit}")
     model.load_state_dict(weights)
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
-    """What is missing, unexpected and mis-shaped, with counts and the first `shown` names of each; empty where all fits."""
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "mis-shaped": [
-            f"{name} is {list(found[name])}, expected {list(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if found[name] != expected[name]
-        ],
-    }
-    return "; ".join(
-        f"{what} ({len(names)}): {', '.join(names[:shown])}{', …' if len(names) > shown else ''}"
-        for what, names in problems.items()
-        if names
-    )
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

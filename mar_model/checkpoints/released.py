@@ -15,19 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_model.checkpoints.checkpoint import (
-    AVERAGE,
-    WEIGHTS,
-    config_of,
-    describe_misfit,
-    model_without_weights,
-    read_state,
-    shapes_of,
-    write_state,
-)
+from mar_model.checkpoints.checkpoint import AVERAGE, WEIGHTS, config_of, model_without_weights, read_state, write_state
 from mar_model.checkpoints.released_sizes import STRIDE, released_config, released_kl_config
 from mar_model.config import MARConfig
-from mar_model.files import read_tensors
+from mar_model.files import describe_misfit, read_tensors, shapes_of
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 
 RAW, EMA = "model", "model_ema"  # the keys that the release keeps its two sets of weights under

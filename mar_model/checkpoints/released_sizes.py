@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from mar_model.checkpoints.checkpoint import Shapes
 from mar_model.config import PUBLISHED, Architecture, MARConfig
+from mar_model.files import Shapes
 from mar_model.tokenizers import KLConfig
 
 STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16

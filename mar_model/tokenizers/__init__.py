@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mar_model.checkpoints.checkpoint import describe_misfit, shapes_of
-from mar_model.files import read_json, read_tensors
+from mar_model.files import describe_misfit, read_json, read_tensors, shapes_of
 from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sample_posterior
 from mar_model.tokenizers.pixels import PixelTokenizer
 

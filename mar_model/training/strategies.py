@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mar_model.checkpoints.checkpoint import describe_misfit, shapes_of
+from mar_model.files import describe_misfit, shapes_of
 from mar_model.mar import MAR
 
 if TYPE_CHECKING:

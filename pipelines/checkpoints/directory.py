@@ -28,6 +28,14 @@ ANOTHER_CHECKPOINT = "name another checkpoint, or bring this one back from a cop
 
 
 @dataclass(frozen=True)
+class MetricsRow:
+    """What every line holds."""
+
+    images_seen: int
+    loss: float | None  # null: not finite
+
+
+@dataclass(frozen=True)
 class TokenizerOf:
     """The tokenizer that a checkpoint's latents are from; None: of an imported checkpoint that no tokenizer is known of."""
 
@@ -192,11 +200,3 @@ def newest_checkpoint(train_path: str, say: Callable[[str], None] = in_terminal)
             continue
         return path
     return None
-
-
-@dataclass(frozen=True)
-class MetricsRow:
-    """What every line holds."""
-
-    images_seen: int
-    loss: float | None  # null: not finite

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mar_model.checkpoints.checkpoint import AVERAGE, Shapes, shapes_of
+from mar_model.checkpoints.checkpoint import AVERAGE
 from mar_model.config import MARConfig
-from mar_model.files import read_tensors
+from mar_model.files import Shapes, read_tensors, shapes_of
 from mar_model.mar import MAR
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, read_checkpoint
 from pipelines.checkpoints.released import checkpoint_directory

@@ -4,14 +4,11 @@ training workers, on resources of their own, by Ray Train's asynchronous validat
 import functools
 import json
 import time
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mar_model.config import Architecture
-from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import VALIDATION
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
@@ -32,25 +29,12 @@ from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training import stage as training
-from pipelines.training.prometheus import Gauges, run_label
+from pipelines.training.prometheus import Gauges
 from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import TrainingChannel
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
-
-
-def train(
-    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings,
-    generate: GenerateSettings, evaluate: EvaluateSettings, seed: int, stage: Stage,
-) -> dict[str, Any]:  # fmt: skip
-    """Stage *train* with the validations that `train.validation_images` asks for; else `training.train` alone."""
-    if not train.validation_images:
-        return training.train(tokenizer, cache, model, train, seed, stage)
-    validation = plan_validation(images, tokenizer, train, generate, evaluate, seed, stage)
-    with closing(Gauges(run_label(train.path))) as gauges:
-        return training.train(tokenizer, cache, model, train, seed, stage, validation, lambda found: validation.tell(found, stage, gauges))
 
 
 def plan_validation(

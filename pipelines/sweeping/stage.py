@@ -11,6 +11,7 @@ from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_
 from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.generation.settings import GenerateSettings
@@ -56,7 +57,7 @@ def sweep(
     """
     check_metric(sweep, evaluate)
     if _is_scored(sweep):
-        evaluation.check_count("sweep.images", sweep.images)
+        check_count("sweep.images", sweep.images)
     if sweep.over == "generate":
         checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
         if checkpoint is None:
@@ -182,7 +183,7 @@ def best_of(rows: list[dict[str, Any]], mode: str) -> dict[str, Any] | None:
 
 def check_metric(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
     """Raise UserError for a metric that this sweep's trials don't measure."""
-    known = ["frechet_distance", evaluation.metric_name(evaluate.features), *(["label_agreement"] if evaluate.classifier else [])]
+    known = ["frechet_distance", metric_name(evaluate.features), *(["label_agreement"] if evaluate.classifier else [])]
     known += LOSS_COLUMNS if sweep.over == "train" else []
     if sweep.metric not in known:
         classifier = "" if evaluate.classifier else " (label_agreement needs evaluate.classifier)"

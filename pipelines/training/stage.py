@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mar_model.config import Architecture, MARConfig
 from pipelines.caching.latent_cache import LatentCache
@@ -28,11 +28,8 @@ from pipelines.training.settings import LOSS_COLUMNS, METRICS, TrainSettings
 from pipelines.training.supervision.channel import STOP, TrainingChannel
 from pipelines.training.supervision.controller import Supervision, ray_train_waits
 from pipelines.training.telemetry import in_short
+from pipelines.training.validator import Validator
 from pipelines.training.worker import train_worker
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.validation import Validation
-
 
 FIGURES = (  # of the last interval, kept in the summary
     *LOSS_COLUMNS, "images_per_second", "tflops_per_worker", "mfu", "data_wait_share", "communication_share", "checkpoint_share",
@@ -42,10 +39,10 @@ FIGURES = (  # of the last interval, kept in the summary
 
 def train(
     tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int, stage: Stage,
-    validation: "Validation | None" = None, on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
+    validation: Validator | None = None, on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train `model` on the cache at `cache.path` until `train.images` are seen, going on from the newest checkpoint that verifies.
-    `on_validation` gets what each `validation` has found; without, none takes place (see `validating.train`).
+    `on_validation` gets what each `validation` has found; without, none takes place (see `jobs.training`).
 
     Returns the summary: images_seen, steps, steps_skipped (because they were not finite), loss and its bands over the last interval,
     images_per_second, parameters, checkpoint.
@@ -120,7 +117,7 @@ def fit(
     on_metrics: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
     start: Start | None = None,
-    validation: "Validation | None" = None,
+    validation: Validator | None = None,
     on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
     passed_over: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:

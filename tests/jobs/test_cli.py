@@ -18,7 +18,7 @@ from command_line import Mar
 from jobs import cli, stages
 from jobs.config.load import load
 from jobs.config.schema import RunConfig
-from jobs.stages import STAGES
+from jobs.stage_commands import STAGES
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from command_line import Mar
 
-from jobs.config import schema as config
+from jobs.config import load as config
 from jobs.config.load import file_as_assignments, load
 from jobs.config.yaml_text import DuplicateKey, parse
 from pipelines.runtime.errors import UserError

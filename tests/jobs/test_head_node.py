@@ -193,8 +193,12 @@ def test_only_the_code_travels() -> None:
         lambda path: sent.append(str(path.relative_to(submit.PROJECT))),
         include_gitignore=True,
     )
-    assert {"jobs/cli.py", "jobs/config/presets/demo.yaml", "pipelines/stage.py", "mar_model/tokenizers/kl.py", "pyproject.toml"} <= set(
-        sent
-    )
+    assert {
+        "jobs/cli.py",
+        "jobs/config/presets/demo.yaml",
+        "pipelines/runtime/stage.py",
+        "mar_model/tokenizers/kl.py",
+        "pyproject.toml",
+    } <= set(sent)
     assert {path.split("/")[0] for path in sent} == {".", "jobs", "pipelines", "mar_model", "pyproject.toml"}
     assert not any("__pycache__" in path for path in sent)

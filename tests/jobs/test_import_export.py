@@ -11,11 +11,10 @@ import torch
 from command_line import Mar
 
 from jobs.config.load import load
-from mar_model import MAR, MARConfig, SampleNoise
+from mar_model import MAR, MARConfig, SampleNoise, generate
 from mar_model.checkpoints.checkpoint import load_model
 from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
-from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig
 from pipelines.generation.drawing import plan_drawing
 from pipelines.generation.settings import GenerateSettings

@@ -8,7 +8,7 @@ import torch
 from command_line import Mar, Result
 from PIL import Image
 
-from jobs.stages import STAGES
+from jobs.stage_commands import STAGES
 from mar_model import MAR, MARConfig
 from mar_model.checkpoints.checkpoint import save_checkpoint
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, generate
 from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.noise import stream
-from mar_model.sampling import generate
 from mar_model.training.recipe import micro_batch_draws
 
 TINY = MARConfig(

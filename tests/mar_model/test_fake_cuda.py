@@ -17,9 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mar_model import MAR, SampleNoise, TokenSampler
+from mar_model import MAR, SampleNoise, TokenSampler, generate
 from mar_model.head.diffusion import TokenLoss
-from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig, PixelTokenizer, sample_posterior
 from mar_model.training.ema import WeightAverage
 from mar_model.training.recipe import micro_batch_draws, parameter_groups

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_model import MAR, Architecture, MARConfig, SampleNoise, TrainingDraws
+from mar_model import MAR, Architecture, MARConfig, SampleNoise, TrainingDraws, generate
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
-from mar_model.sampling import generate
 from mar_model.tokenizers import KLAutoencoder, KLConfig
 from mar_model.training.recipe import micro_batch_draws
 

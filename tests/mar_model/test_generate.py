@@ -8,9 +8,8 @@ import torch
 from tiny_model import TINY, TOKENS, latents, tiny_model
 from torch import Tensor
 
-from mar_model import MAR, SampleNoise
+from mar_model import MAR, SampleNoise, generate
 from mar_model.masking import mask_schedule
-from mar_model.sampling import generate
 
 BOUNDS = torch.full((2,), -3.0), torch.full((2,), 3.0)
 FEW = {"ar_steps": 4, "diffusion_steps": 6, "x0_range": BOUNDS}

@@ -10,11 +10,10 @@ import torch
 from tiny_model import TINY, TOKENS, latents, tiny_model
 from torch import Tensor, nn
 
-from mar_model import MAR, SampleNoise
+from mar_model import MAR, SampleNoise, generate
 from mar_model.head.diffusion import Diffusion, annealed_steps, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.noise import stream
-from mar_model.sampling import generate
 from mar_model.sampling.feature_reuse import FeatureReuse
 from mar_model.sampling.token_sampler import Sampling, TokenSampler, draw_tokens
 

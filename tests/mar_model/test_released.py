@@ -15,9 +15,10 @@ from released_files import ARGUMENTS, PUBLISHED, TINY, weights, without_values, 
 from safetensors.torch import load_file, save_file
 
 from mar_model import MAR, MARConfig
-from mar_model.checkpoints.checkpoint import load_model, read_state, shapes_of
+from mar_model.checkpoints.checkpoint import load_model, read_state
 from mar_model.checkpoints.released import ReleasedFile, checked_config, export_checkpoint, import_checkpoint, import_tokenizer
 from mar_model.checkpoints.released_sizes import released_config, released_kl_config
+from mar_model.files import shapes_of
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer
 
 SIZES = {  # depth, width, heads; depth and width of the denoiser

@@ -14,12 +14,13 @@ from PIL import Image
 from tiny_cache import ARCHITECTURE, write_latents
 from tiny_run import CLASSES, SIZE, write_images, write_tokenizer
 
+from jobs.training import train
 from pipelines.checkpoints.retention import Scores
 from pipelines.evaluation.record import metric_name
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate
 from pipelines.evaluation.statistics import FeatureStatistics
-from pipelines.evaluation.validation import Validation, plan_validation, train, validate
+from pipelines.evaluation.validation import Validation, plan_validation, validate
 from pipelines.generation.settings import GenerateSettings
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
