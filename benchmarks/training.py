@@ -32,7 +32,7 @@ from mar_model.training.recipe import parameter_groups
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
-from pipelines.checkpoints.directory import checkpoint_state, publish_checkpoint
+from pipelines.checkpoints.directory import publish_checkpoint
 from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
 from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -162,7 +162,7 @@ def job_for(cache: LatentCache, path: Path, architecture: Architecture = MODEL) 
 def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
     cache = write_cache(folder / "cache")
     bare = BareStep(cache, architecture=replace(MODEL, encoder_width=512, decoder_width=512, denoiser_width=768), batch=4)
-    writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config), print, 0), HostMemory()
+    writer, memory = CheckpointWriter(replace(job_for(cache, folder / "run"), model=bare.config).checkpointed(), print, 0), HostMemory()
     for _ in range(3):
         bare()
     times: dict[bool, list[float]] = {True: [], False: []}
@@ -213,7 +213,9 @@ def scale(folder: Path, steps: int) -> dict[str, Any]:
 
     def state_bytes(size: int) -> int:
         intervals = [dict(row, images_seen=size - index) for index in range(100)]
-        path = publish_checkpoint(job, {}, checkpoint_state(job, {"images_seen": size, "step": 1, "intervals": intervals}))
+        path = publish_checkpoint(
+            job.train.path, job.model, {}, {"images_seen": size, "step": 1, "intervals": intervals, **job.checkpointed().about}
+        )
         return Path(path, "state.json").stat().st_size
 
     def seconds(part: Callable[[int], None], size: int) -> float:

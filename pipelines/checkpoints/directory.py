@@ -3,21 +3,18 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_model import __version__
 from mar_model.checkpoints.checkpoint import STATE, read_state, write_state
+from mar_model.config import MARConfig
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError
 from pipelines.runtime.progress import console
-
-if TYPE_CHECKING:
-    from pipelines.training.job import TrainingJob
 
 PREFIX = "images-"
 VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
@@ -93,30 +90,13 @@ def checkpoint_path(train_path: str, images_seen: int) -> str:
     return storage.join(train_path, "checkpoints", f"{PREFIX}{images_seen:012d}")
 
 
-def checkpoint_state(job: "TrainingJob", progress: Mapping[str, Any]) -> dict[str, Any]:
-    """What `state.json` holds beside the model's configuration: `progress`, which the loop goes on from (`images_seen`, `step`, and
-    `intervals`, the newest lines of metrics), and all that says what the weights are."""
-    manifest = job.cache.manifest
-    return {
-        **progress,
-        "seed": job.seed,
-        "code_version": __version__,
-        "train": asdict(job.train),
-        "cache_digest": job.cache.digest,
-        "tokenizer": {"path": job.tokenizer_path, "digest": manifest.tokenizer["digest"]},
-        "class_names": manifest.class_names,
-        "image_size": manifest.image_size,
-        **{name: getattr(manifest, name) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")},
-    }
-
-
-def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
-    """Write `tensors` (file → name → values in host memory) and `state` as `checkpoints/images-…`, whole or not at all; its path.
+def publish_checkpoint(train_path: str, model: MARConfig, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
+    """Write `tensors` (file → name → values in host memory) and `state` to `checkpoints/images-…` atomically; returns its path.
 
     Raises OSError where the disk is full or the bucket is out of reach; what was written is removed then.
     """
-    path = checkpoint_path(job.train.path, state["images_seen"])
-    folder = storage.join(job.train.path, "checkpoints")
+    path = checkpoint_path(train_path, state["images_seen"])
+    folder = storage.join(train_path, "checkpoints")
     scratch = storage.filesystem(folder)[1] if storage.is_local(folder) else None
     if scratch:
         Path(scratch).mkdir(parents=True, exist_ok=True)
@@ -126,7 +106,7 @@ def publish_checkpoint(job: "TrainingJob", tensors: Mapping[str, dict[str, Tenso
         try:
             for file, values in tensors.items():
                 save_file(values, directory / file)
-            write_state(directory, job.model, state)
+            write_state(directory, model, state)
             storage.publish_directory(directory, path, last=STATE)
         except Exception as error:
             with contextlib.suppress(Exception):  # the first error is the one to tell

@@ -7,21 +7,30 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipelines.checkpoints.directory import checkpoint_names, checkpoint_state, images_of, publish_checkpoint
-from pipelines.checkpoints.retention import Scores, drop_old_checkpoints
+from mar_model.config import MARConfig
+from pipelines.checkpoints.directory import checkpoint_names, images_of, publish_checkpoint
+from pipelines.checkpoints.retention import Retention, Scores, drop_old_checkpoints
 from pipelines.runtime.errors import UserError
-
-if TYPE_CHECKING:
-    from pipelines.training.job import TrainingJob
 
 ATTEMPTS = 3  # at the checkpoint that ends a run, which nothing comes after
 PAUSE_SECONDS = 5.0
 NICENESS = 10  # of the writing thread: it takes what the training thread leaves
+
+
+@dataclass(frozen=True)
+class CheckpointedRun:
+    """A training run as its checkpoints see it."""
+
+    path: str  # the checkpoints go to PATH/checkpoints
+    model: MARConfig
+    about: Mapping[str, Any]  # the fields of `state.json` that stay the same over the run: seed, settings, tokenizer, classes, …
+    retention: Retention
 
 
 class HostMemory:
@@ -50,13 +59,13 @@ class CheckpointWriter:
     One that can't be written (disk full, bucket out of reach) is told to `say`, and training goes on: the next is tried as usual.
     """
 
-    def __init__(self, job: "TrainingJob", say: Callable[[str], None], images_seen: int) -> None:
+    def __init__(self, run: CheckpointedRun, say: Callable[[str], None], images_seen: int) -> None:
         """For a run that goes on from the checkpoint at `images_seen`: the later ones on disk are damaged."""
-        self.job, self.say = job, say
+        self.run, self.say = run, say
         self.newest = -1  # images seen by the newest that is written
         self.written: deque[str] = deque()  # paths that nobody has asked for yet
-        self._damaged = {name for name in checkpoint_names(job.train.path) if images_of(name) > images_seen}
-        self._scores = Scores(job.train.path, job.train.keep_best, job.validated_as)
+        self._damaged = {name for name in checkpoint_names(run.path) if images_of(name) > images_seen}
+        self._scores = Scores(run.path, run.retention.best_metric, run.retention.validated_as)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_step_back)
         self._writing: Future[None] | None = None
         self._failed: OSError | None = None
@@ -67,9 +76,10 @@ class CheckpointWriter:
             self._writing.result()
 
     def begin(self, tensors: Mapping[str, dict[str, Tensor]], progress: Mapping[str, Any]) -> None:
-        """Have a checkpoint written of `tensors` (file → name → values), which must not change before `wait` returns."""
+        """Have a checkpoint written of `tensors` (file → name → values), which must not change before `wait` returns. `progress`: the fields
+        of `state.json` that training resumes from, `images_seen`, `step`, and `intervals`, the newest lines of metrics."""
         self.wait()
-        self._writing = self._thread.submit(self._write, tensors, checkpoint_state(self.job, progress))
+        self._writing = self._thread.submit(self._write, tensors, {**progress, **self.run.about})
 
     def finish(self, tensors: Mapping[str, dict[str, Tensor]], progress: Mapping[str, Any]) -> None:
         """Write the checkpoint that ends a run. Raises UserError when several attempts failed."""
@@ -86,9 +96,8 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _write(self, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-        train = self.job.train
         try:
-            path = publish_checkpoint(self.job, tensors, state)
+            path = publish_checkpoint(self.run.path, self.run.model, tensors, state)
         except OSError as error:
             self._failed = error
             self.say(f"checkpoint at {state['images_seen']:,} images failed, training goes on without it: {error}")
@@ -97,7 +106,7 @@ class CheckpointWriter:
         self._damaged.discard(path.rpartition("/")[2])
         try:
             self._scores.refresh()
-            drop_old_checkpoints(path, train.checkpoints_kept, train.keep_every_images, self._scores, self._damaged)
+            drop_old_checkpoints(path, self.run.retention.kept, self.run.retention.every_images, self._scores, self._damaged)
         except OSError as error:
             self.say(f"older checkpoints could not be deleted: {error}")
         self.written.append(path)

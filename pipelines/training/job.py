@@ -1,16 +1,16 @@
 """What each training worker is given."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
+from mar_model import __version__
 from mar_model.config import MARConfig
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.checkpoints.fine_tuning import Start
+from pipelines.checkpoints.retention import Retention
+from pipelines.checkpoints.writer import CheckpointedRun
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import TrainingChannel
-
-if TYPE_CHECKING:
-    from pipelines.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TrainingJob:
     """All that a worker needs to know."""
 
     model: MARConfig
-    train: "TrainSettings"
+    train: TrainSettings
     cache: LatentCache
     tokenizer_path: str
     seed: int
@@ -26,3 +26,19 @@ class TrainingJob:
     channel: TrainingChannel
     start: Start | None  # of a run that is fine-tuning
     validated_as: str = ""  # what makes the distances of two validations comparable
+
+    def checkpointed(self) -> CheckpointedRun:
+        """What the run's checkpoints say of it."""
+        manifest, train = self.cache.manifest, self.train
+        about = {
+            "seed": self.seed,
+            "code_version": __version__,
+            "train": asdict(train),
+            "cache_digest": self.cache.digest,
+            "tokenizer": {"path": self.tokenizer_path, "digest": manifest.tokenizer["digest"]},
+            "class_names": manifest.class_names,
+            "image_size": manifest.image_size,
+            **{name: getattr(manifest, name) for name in ("latent_mean", "latent_std", "latent_min", "latent_max")},
+        }
+        retention = Retention(train.checkpoints_kept, train.keep_every_images, train.keep_best, self.validated_as)
+        return CheckpointedRun(train.path, self.model, about, retention)

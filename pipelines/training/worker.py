@@ -87,7 +87,7 @@ class Training:
             job.cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
             shuffle_window=train.shuffle_window, checks=None if job.cache.local is None else node,  # copies are compared on each node
         )  # fmt: skip
-        self.writer = CheckpointWriter(job, job.channel.say, self.images_seen) if worker == 0 else None
+        self.writer = CheckpointWriter(job.checkpointed(), job.channel.say, self.images_seen) if worker == 0 else None
         self.memory, self.seconds_saving = HostMemory(), 0.0
         self.asked = job.channel.watched() if worker == 0 else lambda: ""
         self.watchdog = Watchdog(f"worker {worker}", PATIENCE * train.hang_seconds, job.channel.say)

@@ -56,12 +56,12 @@ def test_the_newest_and_the_best_are_kept_and_known_to_the_next_writer(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(job, said.append, 0)
+    writer = CheckpointWriter(job.checkpointed(), said.append, 0)
     for images, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 2.0)):
         writer.begin(tensors, progress(images, loss))
     writer.wait()
     assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 30, 40)]
-    again = CheckpointWriter(job, said.append, 40)  # after a kill: what was best is read from the disk
+    again = CheckpointWriter(job.checkpointed(), said.append, 40)  # after a kill: what was best is read from the disk
     again.finish(tensors, progress(50, 2.0))
     assert checkpoint_names(job.train.path) == [f"images-{images:012d}" for images in (20, 40, 50)]
     assert (again.newest, said) == (50, [])
@@ -74,7 +74,7 @@ def test_the_best_by_what_validations_found_is_kept_once_they_have_found_it(
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]
 ) -> None:
     job = replace(job, train=replace(job.train, keep_best="validation_fid"), validated_as="these")
-    writer = CheckpointWriter(job, print, 0)
+    writer = CheckpointWriter(job.checkpointed(), print, 0)
     for images, validated, distance in ((10, 0, 0.0), (20, 10, 9.0), (30, 20, 7.0), (40, 30, 8.0), (50, 40, 7.5)):
         if validated:  # while the next checkpoint is written
             found = {"validated": validated, "metrics": {"fid": distance}, "identity": "these"}
@@ -89,7 +89,7 @@ def test_the_best_by_what_validations_found_is_kept_once_they_have_found_it(
 def test_one_of_every_so_many_images_is_kept_for_good(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     said: list[str] = []
     writer = CheckpointWriter(
-        replace(job, train=replace(job.train, keep_every_images=100, keep_best="", checkpoints_kept=1)), said.append, 0
+        replace(job, train=replace(job.train, keep_every_images=100, keep_best="", checkpoints_kept=1)).checkpointed(), said.append, 0
     )
     for images in range(40, 401, 40):
         writer.begin(tensors, progress(images))
@@ -103,13 +103,13 @@ def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_
     job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]], file: str
 ) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(job, said.append, 0)
+    writer = CheckpointWriter(job.checkpointed(), said.append, 0)
     for images, loss in ((100, math.nan), (200, 1.0), (300, 0.5)):
         writer.finish(tensors, progress(images, loss))
     newest = Path(job.train.path, "checkpoints", f"images-{300:012d}")
     (newest / file).write_bytes(b"{")
     assert newest_checkpoint(job.train.path, said.append) == str(newest.with_name(f"images-{200:012d}"))
-    again = CheckpointWriter(replace(job, train=replace(job.train, checkpoints_kept=1)), said.append, 200)
+    again = CheckpointWriter(replace(job, train=replace(job.train, checkpoints_kept=1)).checkpointed(), said.append, 200)
     again.finish(tensors, progress(250, 3.0))
     assert kept(job) == [200, 250, 300]  # the best, the newest, the damaged one
     again.finish(tensors, progress(350, 4.0))
@@ -150,7 +150,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 ) -> None:
     monkeypatch.setattr("pipelines.checkpoints.writer.PAUSE_SECONDS", 0.01)
     said: list[str] = []
-    writer = CheckpointWriter(job, said.append, 0)
+    writer = CheckpointWriter(job.checkpointed(), said.append, 0)
     writer.begin(tensors, progress(10))
     writer.wait()
     with largest_file(20_000):
@@ -167,7 +167,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
 
 def test_damage_is_told_and_the_one_before_is_used(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     said: list[str] = []
-    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_best="")), said.append, 0)
+    writer = CheckpointWriter(replace(job, train=replace(job.train, keep_best="")).checkpointed(), said.append, 0)
     for images in (10, 20, 30):
         writer.begin(tensors, progress(images))
     writer.wait()
@@ -198,7 +198,7 @@ def test_a_bucket_out_of_reach_during_a_checkpoint(
         monkeypatch.setattr(s3, "WRITE_SECONDS", 1.0)
         boto3.client("s3").create_bucket(Bucket="runs")
         job = replace(job, train=replace(job.train, path="s3://runs/one"))
-        writer = CheckpointWriter(job, said.append, 0)
+        writer = CheckpointWriter(job.checkpointed(), said.append, 0)
         writer.begin(tensors, progress(10))
         writer.wait()
         server.kinds = ("reset",)
