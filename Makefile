@@ -13,9 +13,10 @@ test: .venv/installed  ## the suite
 test-long: .venv/installed  ## trials that take minutes each: killed and hung workers, lost nodes, failing S3
 	$(BIN)/python -m pytest -q -m long
 
-lint: .venv/installed  ## ruff and mypy
+lint: .venv/installed  ## ruff, import-linter and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 bench: .venv/installed  ## the benchmarks that need no files and no finished run, one after the other

@@ -76,8 +76,11 @@ class CheckpointWriter:
             self._writing.result()
 
     def begin(self, tensors: Mapping[str, dict[str, Tensor]], progress: Mapping[str, Any]) -> None:
-        """Have a checkpoint written of `tensors` (file → name → values), which must not change before `wait` returns. `progress`: the fields
-        of `state.json` that training resumes from, `images_seen`, `step`, and `intervals`, the newest lines of metrics."""
+        """Begin to write a checkpoint of `tensors` (file → name → values), which must not change before `wait` returns.
+
+        `progress`: the fields of `state.json` that training resumes from: `images_seen`, `step`, and `intervals`, the newest lines of
+        metrics.
+        """
         self.wait()
         self._writing = self._thread.submit(self._write, tensors, {**progress, **self.run.about})
 
