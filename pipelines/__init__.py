@@ -1,1 +1,1 @@
-"""One module a stage, and the data contracts between the stages."""
+"""The stages on Ray, and the contracts between them. A room imports only rooms to its left (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Checkpoint directories, and the files of the public release."""

@@ -1,0 +1,1 @@
+"""From a model to images: the order of tokens, guidance, and fast modes."""

@@ -1,0 +1,1 @@
+"""The training step in plain PyTorch: recipe, strategies, averages, order of samples, memory."""

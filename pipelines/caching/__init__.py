@@ -1,0 +1,1 @@
+"""Stage *cache*: images and a tokenizer become a latent cache."""

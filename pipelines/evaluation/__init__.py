@@ -1,0 +1,1 @@
+"""Stage *evaluate*: samples and a reference become metrics."""

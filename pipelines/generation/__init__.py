@@ -1,0 +1,1 @@
+"""Stage *generate*: a checkpoint draws samples."""

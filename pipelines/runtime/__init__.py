@@ -1,0 +1,1 @@
+"""What every stage stands on: paths, records, errors, progress, MLflow, and the Ray cluster."""

@@ -1,0 +1,1 @@
+"""Stage *sweep*: many trainings or generations compared."""

@@ -1,0 +1,1 @@
+"""Stage *tokenize*: train an autoencoder on images."""

@@ -1,0 +1,1 @@
+"""Stage *train*: a latent cache becomes checkpoints."""

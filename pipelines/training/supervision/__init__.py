@@ -1,0 +1,1 @@
+"""Failed and hung workers: noticing them, and starting their group again."""
