@@ -120,7 +120,7 @@ def test_neither_a_damaged_newer_one_nor_a_score_that_is_no_number_costs_a_good_
 
 def test_an_interval_without_a_finite_step_is_never_the_best(job: TrainingJob, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     job = replace(job, train=replace(job.train, keep_best="loss_band_3", checkpoints_kept=1))
-    writer = CheckpointWriter(job, print, 0)
+    writer = CheckpointWriter(job.checkpointed(), print, 0)
     for images, finite in ((100, True), (200, False), (300, False)):
         interval = Interval(torch.device("cpu"))
         loss = torch.full((2,), 0.5)
