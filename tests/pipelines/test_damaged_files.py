@@ -22,6 +22,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import Stage
+from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.stage import finished_rows
 from pipelines.sweeping.trials import Trial
 from pipelines.tokenizing.worker import PROGRESS, load_progress, read_progress, save_progress
@@ -125,7 +126,7 @@ def test_a_trial_whose_record_is_damaged_runs_again(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "a" / "trial.json"), row)
     storage.write_json(str(tmp_path / "b" / "trial.json"), {**row, "metric": "low"})
     stage = Saying()
-    assert finished_rows(trials, stage) == {"a": row}
+    assert finished_rows(trials, SweepSettings(), stage) == {"a": row}
     assert "b/trial.json is damaged: metric is 'low'" in stage.said[0]
     assert "the trial runs again" in stage.said[0]
 
