@@ -9,7 +9,7 @@ import numpy as np
 from pipelines.images.listing import ImageListing, keep_listing, kept_listing
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.errors import UserError
+from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import IDENTITY, Stage
 
 LISTING = "listing.arrow"  # beside an output: what it was made of
@@ -69,7 +69,10 @@ def check_source(
     before, identity_path = kept_listing(storage.join(kept or path, LISTING)), storage.join(path, IDENTITY)
     if before is None or not storage.exists(identity_path):
         return
-    found = storage.read_json(identity_path)
+    try:
+        found = storage.read_json(identity_path, dict[str, Any])
+    except DamagedFileError:  # `Stage.begin` reports it, or writes it again
+        return
     differing = {name for name in {*found, *identity} if found.get(name) != identity.get(name)}
     if differing == {"images.listing"} and (there := changes(before, listing, before.rows, listing.rows)):
         raise refusal(path, setting, source, there)

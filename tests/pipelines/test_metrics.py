@@ -96,7 +96,7 @@ def test_statistics_files_that_are_none(tmp_path) -> None:
         FeatureStatistics.load(str(tmp_path / "odd.npz"))
     mu, sigma = np.zeros(4), np.eye(4)
     np.savez(tmp_path / "nan.npz", mu=mu, sigma=np.where(sigma, np.nan, 0.0))
-    with pytest.raises(UserError, match=r"nan\.npz: sigma holds values that are not finite"):
+    with pytest.raises(UserError, match=r"nan\.npz is damaged: sigma holds values that are not finite"):
         FeatureStatistics.load(str(tmp_path / "nan.npz"))
     np.savez(tmp_path / "one.npz", mu=mu, sigma=sigma, count=1)
     with pytest.raises(UserError, match=r"one\.npz holds statistics of 1 image\(s\), expected 2 or more"):

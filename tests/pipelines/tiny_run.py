@@ -40,6 +40,9 @@ def write_checkpoint(directory: Path, tokenizer: str) -> str:
                 parameter.normal_(0, 0.05, generator=stream(2, "tests"))
     state = {
         "images_seen": 640,
+        "step": 1,
+        "intervals": [],
+        "interval": [],
         "class_names": CLASSES,
         "image_size": SIZE,
         "latent_mean": [0.1, 0.0, -0.1, 0.2],
