@@ -136,7 +136,7 @@ def _show(found: "Inspection") -> None:
     size = sum(shard["bytes"] for shard in manifest.shards)
     held_out = manifest.images.get("held_out", 0)
     latent = f"{manifest.latent_channels} × {manifest.latent_size} × {manifest.latent_size}"
-    most, fewest = int(found.images.max(initial=0)), int(found.images.min(initial=0))
+    most, fewest = (int(found.images.max()), int(found.images.min())) if len(found.images) else (0, 0)
     deviation = manifest.precision.get("deviation")
     for name, value in {
         "images": f"{manifest.rows:,} in {len(manifest.shards):,} shards, {size / 1e9:.3g} GB; {held_out:,} held out",

@@ -36,7 +36,8 @@ class StageOutput:
 
     @property
     def images(self) -> int | None:
-        return self.summary.get("images_seen", self.summary.get("images"))
+        """What it made, encoded or drew; of a training, the images that the model has seen."""
+        return self.summary.get("images", self.summary.get("images_seen"))
 
     def file(self, name: str) -> str | None:
         path = storage.join(self.path, name)

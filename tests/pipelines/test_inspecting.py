@@ -59,7 +59,9 @@ def test_inspection_counts(made: Path) -> None:
 def test_inspect_prints_and_draws(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_command(str(made / "cache"))
     out = capsys.readouterr().out
-    for text in ("20 in 3 shards", "2 × 8 × 8 of 16 px images, float16", "2 images rejected", "1  empty file", "14  a"):
+    latents = "2 × 8 × 8 of 16 px images, float16"
+    shown = ("20 in 3 shards", latents, "2, from 6 to 14 images", "2 images rejected", "1  empty file", "14  a")
+    for text in shown:
         assert text in out, out
     with Image.open(io.BytesIO((made / "cache" / "inspect.png").read_bytes())) as picture:
         assert picture.width > 8 * 16

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.report.page import duration, number, report
+from jobs.report.page import StageOutput, classes_drawn, duration, number, report, times
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.plots import sweep_plot
 
@@ -225,3 +225,10 @@ def test_numbers_and_durations_for_reading() -> None:
         "1 h 02 min",
         "24 h 00 min",
     ]
+
+
+def test_samples_are_counted_by_what_was_drawn_and_not_by_what_the_model_has_seen() -> None:
+    drawn = StageOutput("samples", "samples", {"stage": "generate", "seconds": 2.0, "images": 2, "images_seen": 96, "identity": {}})
+    trained = StageOutput("train", "train", {"stage": "train", "seconds": 3.0, "images_seen": 96})
+    assert [row["images"] for row in times({}, [drawn, trained])] == [2, 96]
+    assert classes_drawn(drawn, ["ant", "bee", "cat"]) == ["ant", "bee"]
