@@ -1,4 +1,4 @@
-"""The stages as commands: what each reads and writes, and the function that does its work."""
+"""Running a stage as a command: a user's mistake, a failure and its log."""
 
 import importlib
 import traceback

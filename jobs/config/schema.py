@@ -1,4 +1,4 @@
-"""The run configuration: one schema over the settings of every stage, filled from defaults < preset < file < --set."""
+"""The run configuration: one schema over the settings of every stage."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""The latent cache on disk: Arrow IPC shards that a reader maps and copies nothing, and the manifest that makes them one."""
+"""Reading a latent cache: shards are memory-mapped, and compared with their SHA-256 when they are first used."""
 
 import tempfile
 from collections import OrderedDict

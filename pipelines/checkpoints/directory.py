@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: `checkpoints/images-…`, each one whole or not there; which are kept, and the newest that verifies."""
+"""The checkpoints of a training run: `checkpoints/images-…`, each one written atomically, and the newest that verifies."""
 
 import contextlib
 import tempfile

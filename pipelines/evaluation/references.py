@@ -1,13 +1,13 @@
 """What samples are compared with: where an evaluation's reference comes from, and its statistics, computed once and kept."""
 
 import json
-from typing import TYPE_CHECKING
 
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST
 from pipelines.evaluation.features import DIMENSIONS
 from pipelines.evaluation.image_sets import CachedLatents, ImageSource, RealImages, read_sources
 from pipelines.evaluation.scoring import Judges, scored
+from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
 from pipelines.images.listing import list_images
 from pipelines.images.settings import ImageSettings
@@ -19,12 +19,9 @@ from pipelines.tokenizing.directory import tokenizer_digest
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.tokenizing.stage import check_tokenizer_files
 
-if TYPE_CHECKING:
-    from pipelines.evaluation.settings import EvaluateSettings
-
 
 def find_reference(
-    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: "EvaluateSettings", digest: str
+    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, digest: str
 ) -> FeatureStatistics | ImageSource:
     """What `evaluate.reference` names: a statistics file, a latent cache (of the same tokenizer), an image source (all of it), or the
     held-out part of `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
@@ -52,7 +49,7 @@ def find_reference(
     return RealImages(whole, list_images(whole).rows)
 
 
-def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest: str) -> FeatureStatistics:
+def _checked(statistics: FeatureStatistics, evaluate: EvaluateSettings, digest: str) -> FeatureStatistics:
     found = (statistics.network or "inception", len(statistics.mu))
     expected = (evaluate.features, DIMENSIONS[evaluate.features])
     if found != expected or statistics.digest not in (None, digest):
@@ -64,7 +61,7 @@ def _checked(statistics: FeatureStatistics, evaluate: "EvaluateSettings", digest
     return statistics
 
 
-def source_statistics(sources: list[ImageSource], evaluate: "EvaluateSettings", digest: str, stage: Stage) -> list[FeatureStatistics]:
+def source_statistics(sources: list[ImageSource], evaluate: EvaluateSettings, digest: str, stage: Stage) -> list[FeatureStatistics]:
     """Feature statistics of each source; kept as `evaluate.path/reference-….npz`, so that each is computed once.
 
     Prints how many images of a source could not be used. Raises UserError where fewer than two could."""
@@ -109,7 +106,7 @@ def _check_used(source: ImageSource, used: int, stage: Stage) -> None:
         stage.say(f"{len(source) - used:,} of {len(source):,} {kind} to compare with can't be used and are left out of the statistics")
 
 
-def statistics_path(evaluate: "EvaluateSettings", source: ImageSource, digest: str) -> str:
+def statistics_path(evaluate: EvaluateSettings, source: ImageSource, digest: str) -> str:
     """Where the statistics of `source` under the network with this digest are kept: named by both. Those of images whose files were
     written again are computed again, for their bytes may have changed."""
     versions = [source.versions()] if isinstance(source, RealImages) else []

@@ -1,4 +1,4 @@
-"""Images → feature network → streaming statistics, on Ray Data: what an evaluation and its reference have in common."""
+"""Images → feature network, on Ray Data: what an evaluation and its reference have in common."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,29 +1,26 @@
 """The picture as it forms: an animation of the first samples over the autoregressive steps."""
 
 import io
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from pipelines.generation.drawing import Drawing
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.grid import grid
 from pipelines.runtime.cluster.workers import worker_resources
-
-if TYPE_CHECKING:
-    from pipelines.generation.drawing import Drawing
 
 PIXELS = 2**20  # of all images together
 MILLISECONDS = 4000  # of the forming; then the finished picture stands as long as LAST
 SHORTEST, LONGEST, LAST = 40, 400, 2000
 
 
-def film_samples(drawing: "Drawing", shown: int) -> int:
+def film_samples(drawing: Drawing, shown: int) -> int:
     """How many of the `shown` samples the film has: as many as one batch and PIXELS hold."""
     return max(1, min(shown, drawing.settings.batch, PIXELS // drawing.state["image_size"] ** 2))
 
 
-def film_of(drawing: "Drawing", count: int) -> bytes:
+def film_of(drawing: Drawing, count: int) -> bytes:
     """Draw the first `count` samples in a Ray task: an animated WebP of their grid before the first and after each AR step."""
     import ray
 
@@ -32,7 +29,7 @@ def film_of(drawing: "Drawing", count: int) -> bytes:
     return data
 
 
-def _film(drawing: "Drawing", count: int) -> bytes:
+def _film(drawing: Drawing, count: int) -> bytes:
     numbers = drawing.numbers(0, count)
     labels = drawing.labels_of(numbers)
     frames: list[Image.Image] = []

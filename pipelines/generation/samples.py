@@ -1,4 +1,4 @@
-"""Samples on disk: Parquet shards of drawn images, PNG files and one picture of them all."""
+"""Samples on disk: Parquet shards of drawn images, and the names of their PNG files."""
 
 import io
 import json

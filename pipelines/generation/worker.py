@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,14 +15,12 @@ from mar_model.sampling.generate import generate
 from mar_model.sampling.token_sampler import TokenSampler
 from mar_model.tokenizers import load_tokenizer
 from pipelines.generation import samples
+from pipelines.generation.drawing import Drawing
 from pipelines.images.grid import encoded
 from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
-
-if TYPE_CHECKING:
-    from pipelines.generation.drawing import Drawing
 
 UNKNOWN_RANGE = 10.0  # standard deviations that count as the data's range where a checkpoint does not know it
 GREY = 128  # of what is not drawn yet
@@ -32,7 +29,7 @@ GREY = 128  # of what is not drawn yet
 class DrawingActor:
     """Holds the model and the tokenizer, and turns shards to draw into images; both are loaded when the first one comes."""
 
-    def __init__(self, drawing: "Drawing") -> None:
+    def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
 
     def __call__(self, shard: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,7 +70,7 @@ class DrawingActor:
 class LoadedModel:
     """Model and tokenizer on their device."""
 
-    def __init__(self, drawing: "Drawing") -> None:
+    def __init__(self, drawing: Drawing) -> None:
         use_threads(drawing.cluster)
         self.drawing, self.settings, self.device = drawing, drawing.settings, default_device()
         settings = drawing.settings

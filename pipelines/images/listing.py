@@ -1,4 +1,4 @@
-"""Images as they come from a source: the listing and its split, decoding, and the centre crop."""
+"""The images of a source, listed once: sorted by key, with the split into a train and a held-out part."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""An opened image as 8-bit RGB: as Pillow converts, except greyscale of more than 8 bits, which Pillow clips at 255."""
+"""Encoded images to pixels: decoding to 8-bit RGB (as Pillow converts, except greyscale of more than 8 bits, which Pillow clips at 255),
+the centre crop, and conversion to and from tensors."""
 
 import io
 from collections.abc import Sequence

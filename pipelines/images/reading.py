@@ -1,4 +1,4 @@
-"""Images of a source as pixels, by position: decoded by threads, and kept where all of them fit in memory."""
+"""Images read from a source: the encoded bytes of one, and pixels by position, decoded by threads and kept if they fit in memory."""
 
 import errno
 from collections.abc import Sequence

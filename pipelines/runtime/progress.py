@@ -1,4 +1,4 @@
-"""How far a stage is: one live bar on a terminal, a line now and then elsewhere; and metrics on their way from workers to the driver."""
+"""How far a stage is: one live bar on a terminal, a line now and then elsewhere."""
 
 import os
 import sys

@@ -4,7 +4,7 @@ import difflib
 import itertools
 import re
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mar_model.config import Architecture
 from pipelines.caching.settings import CacheSettings
@@ -16,9 +16,6 @@ from pipelines.runtime.errors import UserError
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import LOSS_COLUMNS, TrainSettings
-
-if TYPE_CHECKING:
-    from pipelines.sweeping.settings import SweepSettings
 
 SWEPT_SECTIONS = {"train": ("model", "train"), "generate": ("generate",)}
 NOT_SWEPT = (  # a trial has its own, or none
@@ -58,7 +55,7 @@ class Trial:
     sections: Sections
 
 
-def grid(sections: Sections, sweep: "SweepSettings") -> list[Trial]:
+def grid(sections: Sections, sweep: SweepSettings) -> list[Trial]:
     """Every combination of the parameters, in their order. Raises UserError naming the parameter that can't be swept."""
     allowed = [f"{section}.{one.name}" for section in SWEPT_SECTIONS[sweep.over] for one in fields(getattr(sections, section))]
     allowed = [name for name in allowed if name not in NOT_SWEPT]

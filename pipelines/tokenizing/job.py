@@ -7,11 +7,10 @@ from pipelines.images.listing import ImageListing
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.cluster.channel import MetricsChannel
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-
-    from pipelines.tokenizing.settings import TokenizerSettings
 
 
 @dataclass(frozen=True)

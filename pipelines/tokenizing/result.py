@@ -5,7 +5,7 @@ import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.errors import UserError
 from pipelines.tokenizing.job import TokenizerJob
-
-if TYPE_CHECKING:
-    from pipelines.tokenizing.settings import TokenizerSettings
-
+from pipelines.tokenizing.settings import TokenizerSettings
 
 RESULT = "training.json"  # written when the trained tokenizer is in place
 
@@ -68,7 +65,7 @@ def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageList
     storage.write_json(storage.join(path, RESULT), {**quality, **figures})
 
 
-def diverged(found: str, settings: "TokenizerSettings") -> UserError:
+def diverged(found: str, settings: TokenizerSettings) -> UserError:
     return UserError(
         f"training the tokenizer diverged ({found}); lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another "
         "tokenizer.path"

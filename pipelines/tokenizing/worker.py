@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import safetensors
 import safetensors.torch
@@ -26,9 +25,7 @@ from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.records import damaged
 from pipelines.tokenizing.job import TokenizerJob
 from pipelines.tokenizing.result import diverged, write_result
-
-if TYPE_CHECKING:
-    from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.tokenizing.settings import TokenizerSettings
 
 PROGRESS = "progress.safetensors"  # weights, optimizer and curve of a run under way, in one file so that it is whole or not there
 WARMUP_SHARE = 0.05
@@ -134,7 +131,7 @@ def _crosses(images_seen: int, batch: int, every: int) -> bool:
 
 def batches(
     images: DecodedImages,
-    settings: "TokenizerSettings",
+    settings: TokenizerSettings,
     latent: tuple[int, int, int],
     seed: int,
     images_seen: int,

@@ -31,14 +31,13 @@ from pipelines.training.intervals import Interval
 from pipelines.training.job import TrainingJob
 from pipelines.training.metrics_log import CHECKPOINTED
 from pipelines.training.prometheus import run_label
+from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import PREEMPTED, RESIZED
 from pipelines.training.supervision.watchdog import PATIENCE, Watchdog
 from pipelines.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig
-
-    from pipelines.training.settings import TrainSettings
 
 
 def train_worker(loop_config: dict[str, TrainingJob]) -> None:
@@ -331,7 +330,7 @@ class Training:
         return copies
 
 
-def made_model(config: MARConfig, train: "TrainSettings", seed: int) -> MAR:
+def made_model(config: MARConfig, train: TrainSettings, seed: int) -> MAR:
     """The model that every worker makes, with the same weights, to be run as `train` says."""
     with torch.random.fork_rng():
         torch.manual_seed(initial_weights(seed))

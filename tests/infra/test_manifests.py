@@ -179,3 +179,13 @@ def test_images_pin_the_locks_versions_and_are_not_root() -> None:
         assert users, path
         assert users[-1] != "root"
     assert "--require-hashes -r requirements.lock" in (PROJECT / "infra/docker/Dockerfile").read_text()
+
+
+def test_imports_in_the_documentation_resolve() -> None:
+    pages = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+    lines = [
+        line for page in pages for line in page.read_text().splitlines() if re.match(r"from (jobs|pipelines|mar_model)\S* import ", line)
+    ]
+    assert len(lines) >= 4
+    for line in lines:
+        exec(line, {})

@@ -2,12 +2,11 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-if TYPE_CHECKING:
-    from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.cluster.settings import ClusterSettings
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -20,7 +19,7 @@ def bf16_is_fast(device: torch.device) -> bool:
         return False
 
 
-def resolved(precision: str, cluster: "ClusterSettings") -> Literal["bf16", "float32"]:
+def resolved(precision: str, cluster: ClusterSettings) -> Literal["bf16", "float32"]:
     """What `auto` comes to on this cluster's workers, so that a run says what it computes in, and goes on in it elsewhere.
 
     With GPUs that is bf16; without, what this machine's processor is fast at.

@@ -1,4 +1,4 @@
-"""Every private name of Ray that this project uses, and why no public one serves."""
+"""Ray Train's trainer without the callbacks that this project does not need; only private names of Ray give access to them."""
 
 from typing import Any
 
