@@ -88,7 +88,7 @@ with connected(ClusterSettings(cpus=1), Path(sys.argv[1]) / "ray.log"):
 def test_an_interrupted_stage_takes_its_ray_along_and_no_other(
     ray_local: ClusterSettings, tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     environment.pop("RAY_ADDRESS", None)
     others = {one.pid for one in psutil.Process().children(recursive=True)}
     process = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)

@@ -37,7 +37,7 @@ def parent_of_orphans() -> Iterator[None]:
 
 @pytest.mark.usefixtures("parent_of_orphans")
 def test_all_processes_of_a_driver_that_was_killed_are_ended(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     environment.pop("RAY_ADDRESS", None)
     driver = subprocess.Popen([sys.executable, "-c", STARTED, str(tmp_path)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

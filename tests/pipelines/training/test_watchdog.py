@@ -22,7 +22,7 @@ with Watchdog("worker 1", 0.4, lambda text: print(text, flush=True)) as watchdog
 
 
 def test_it_is_ended_and_told_where_it_was(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     script = tmp_path / "script.py"
     script.write_text(PROGRAM)
     done = subprocess.run([sys.executable, script], cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=60)
