@@ -120,7 +120,9 @@ def _image_settings(cache: str, source: str) -> "ImageSettings":
     settings = ImageSettings(**{name: value for name, value in recorded.items() if name in known})
     settings.source = source or settings.source
     if not recorded or not settings.source:
-        raise UserError(f"{cache!r} keeps no configuration.json that says how its images were read; `mar verify` can't encode them again")
+        raise UserError(
+            f"{cache!r} keeps no configuration.json that says how its images were read", remedy="`mar verify` can't encode them again"
+        )
     return settings
 
 

@@ -153,7 +153,7 @@ def report(
     """Write RUN/report.html, one page of all results."""
     given = {"--config": config, "--preset": preset, "--set": assignments, "--print-config": print_config}
     if unused := [option for option, value in given.items() if run and value]:
-        raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given; give one of the two")
+        raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given", remedy="give one of the two")
     run = run or run_directory(_load(config, preset, assignments, print_config))
 
     def work() -> str:

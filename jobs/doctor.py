@@ -88,8 +88,7 @@ def ray_checks(config: "RunConfig") -> list[Check]:
         with tempfile.TemporaryDirectory() as folder, connected(config.cluster, Path(folder) / "ray.log"):
             cpus, gpus = cluster_resources()
     except UserError as error:
-        found, _, remedy = str(error).partition("; ")
-        return [Check("ray", False, found, remedy or "see cluster.address")]
+        return [Check("ray", False, error.text, error.remedy or "see cluster.address")]
     checks = [Check("ray", True, f"{where}: {cpus:.0f} CPUs, {gpus:g} GPUs")]
     each = config.cluster.gpus_per_worker
     groups = (("tokenizer.workers",), ("cache.encoders",), ("train.workers",), ("generate.actors",), ("evaluate.actors",))
@@ -127,7 +126,7 @@ def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
     try:
         listing = list_images(config.images)
     except (UserError, OSError) as error:
-        found, _, remedy = str(error).partition("; ")
+        found, remedy = (error.text, error.remedy) if isinstance(error, UserError) else (str(error), "")
         return IMAGENET, Check(
             "images.source", False, found.removeprefix("images.source "), remedy or "give the folder of your images: --set images.source=…"
         )

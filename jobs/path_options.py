@@ -27,5 +27,5 @@ def path_given(context: typer.Context, parameter: typer.CallbackParam, value: st
     if source is not None and source.name == "COMMANDLINE" and value is not None and not value.strip():
         metavar = str(parameter.metavar).strip("[]")
         name = parameter.opts[0] if parameter.opts[0].startswith("-") else metavar
-        raise UserError(f"{name} is empty, expected {metavar}; give one, or leave {name} out")
+        raise UserError(f"{name} is empty, expected {metavar}", remedy=f"give one, or leave {name} out")
     return value

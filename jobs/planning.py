@@ -53,8 +53,8 @@ def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = N
         near = [one for one in KNOWN_GPUS if one.startswith(name.lower())] or difflib.get_close_matches(name.lower(), KNOWN_GPUS, n=1)
         nearest = f"; nearest: {' or '.join(near)}" if near else ""
         raise UserError(
-            f"--gpu {name!r} is not known, expected one of {', '.join(KNOWN_GPUS)}{nearest}; of another give --peak-tflops (dense bf16) "
-            "and --memory-gb"
+            f"--gpu {name!r} is not known, expected one of {', '.join(KNOWN_GPUS)}{nearest}",
+            remedy="for another GPU give --peak-tflops (dense bf16) and --memory-gb",
         )
     tflops = peak_tflops or (known.tflops if known else 0.0)
     memory = memory_gb or (known.memory_gb if known else 0.0)
@@ -101,7 +101,8 @@ def _check(config: "RunConfig", given: Assumptions) -> None:
     if given.gpus > micro_batches:
         raise UserError(
             f"--gpus is {given.gpus}, but train.batch {config.train.batch} has only {micro_batches} micro-batches of "
-            f"{config.train.micro_batch}, expected one a GPU or more; set train.micro_batch={max(1, config.train.batch // given.gpus)}"
+            f"{config.train.micro_batch}, expected one a GPU or more",
+            remedy=f"set train.micro_batch={max(1, config.train.batch // given.gpus)}",
         )
 
 

@@ -54,10 +54,10 @@ def guarded(name: str, path: str, work: Callable[[], T]) -> T:
         if mistake is error:
             raise
         if mistake is not None:
-            raise UserError(mistake.text) from error
+            raise UserError(mistake.text, mistake.remedy) from error
         text = in_one_line(origin)
         if s3.refused(origin):
-            raise UserError(f"{text}; mend that and run the same command: what is finished is kept") from error
+            raise UserError(text, remedy="fix that and run the same command again: finished work is kept") from error
         raise StageFailed(f"{name} failed: {type(origin).__name__}: {text}\n{_log(name, path, error)}") from error
 
 

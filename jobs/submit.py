@@ -77,10 +77,10 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
     if "config" not in given or given.get("run"):
         unused = [option for option, value in {"--config": config, "--preset": preset, "--set": assignments}.items() if value]
         if unused:
-            raise UserError(f"{shlex.join([name, *arguments])} uses no configuration, but {unused[0]} is given; leave it out")
+            raise UserError(f"{shlex.join([name, *arguments])} uses no configuration, but {unused[0]} is given", remedy="leave it out")
         return Job(name, arguments, None, None, [], configured=False)
     if given["config"] and config:
-        raise UserError(f"--config is given twice, {config!r} and {given['config']!r}; give one")
+        raise UserError(f"--config is given twice, {config!r} and {given['config']!r}", remedy="give one")
     preset = given["preset"] if _is_given(context, "preset") or preset is None else preset
     assignments = [*assignments, *(given["assignments"] or []), *(as_assignments(given) if name == "generate" else [])]
     file = given["config"] or config
@@ -125,8 +125,8 @@ def refuse_password(config: "RunConfig") -> None:
     shown = without_password(config.tracking.uri)
     if shown != config.tracking.uri:
         raise UserError(
-            f"tracking.uri {shown!r} is given with a password, which the cluster would show to everyone who may list its jobs; give it "
-            "without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's own environment"
+            f"tracking.uri {shown!r} is given with a password, which the cluster would show to everyone who may list its jobs",
+            remedy="give it without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's own environment",
         )
 
 
@@ -177,8 +177,9 @@ def _submitted(client: Any, entrypoint: str, runtime: dict[str, Any]) -> str:
                 raise
             if time.monotonic() > give_up:
                 raise UserError(
-                    f"the Ray head takes no jobs ({str(error).strip()}): its agent is not up; dashboard_agent.log on the head says why, "
-                    "often a port that another Ray holds (`ray start --dashboard-agent-listen-port=…`)"
+                    f"the Ray head takes no jobs ({str(error).strip()}): its agent is not up",
+                    remedy="dashboard_agent.log on the head says why, "
+                    "often a port that another Ray holds (`ray start --dashboard-agent-listen-port=…`)",
                 ) from error
             time.sleep(1.0)
 
@@ -192,8 +193,8 @@ def _client(address: str) -> Any:
         socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"--address {address!r} does not answer ({error}), expected the dashboard of a running Ray head; "
-            "`ray status` on the head node shows whether it runs, a port forward to it must be open"
+            f"--address {address!r} does not answer ({error}), expected the dashboard of a running Ray head",
+            remedy="`ray status` on the head node shows whether it runs, a port forward to it must be open",
         ) from error
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -209,8 +210,9 @@ def _client(address: str) -> Any:
     except AuthenticationError as error:
         found = "a token that it refuses" if token else "no token"
         raise UserError(
-            f"--address {address!r} asks for Ray's token, and there is {found}; put the cluster's own (`ray get-auth-token` on its head "
-            "node) into RAY_AUTH_TOKEN, into the file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token"
+            f"--address {address!r} asks for Ray's token, and there is {found}",
+            remedy="put the cluster's own (`ray get-auth-token` on its head "
+            "node) into RAY_AUTH_TOKEN, into the file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token",
         ) from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -239,8 +241,8 @@ def _follow(client: Any, job_id: str, address: str) -> int:
         except Exception as error:
             if time.monotonic() - heard > LOST_LOG_SECONDS:
                 raise UserError(
-                    f"--address {address!r} has not answered for {LOST_LOG_SECONDS:.0f} s ({error}); the job may still run: "
-                    f"ray job logs --address {address} --follow {job_id}"
+                    f"--address {address!r} has not answered for {LOST_LOG_SECONDS:.0f} s ({error})",
+                    remedy=f"the job may still run: ray job logs --address {address} --follow {job_id}",
                 ) from error
             time.sleep(2.0)
             continue

@@ -49,7 +49,9 @@ class _Layers:
                 key = str(section)
                 nested = mapping.get(key.partition(".")[0])
                 if isinstance(nested, Mapping) and key.partition(".")[2] in nested:
-                    raise UserError(f"{origin}: {key} is given twice, in section {key.partition('.')[0]} and as {key}; keep one of them")
+                    raise UserError(
+                        f"{origin}: {key} is given twice, in section {key.partition('.')[0]} and as {key}", remedy="keep one of them"
+                    )
                 self.put(key, values, origin)
             elif not isinstance(values, Mapping | None):
                 raise UserError(f"{section} in {origin} is {_shown(values)}, expected a section with keys such as {_keys_of(section)[0]}")
@@ -105,7 +107,7 @@ def read_file(name: str) -> ConfigurationFile:
     if name and path.exists() and not path.is_dir():
         return _read_yaml(path, name)
     if name in presets():
-        raise UserError(f"--config {name!r} is no file; the preset of that name is --preset {name}")
+        raise UserError(f"--config {name!r} is no file", remedy=f"the preset of that name is --preset {name}")
     raise UserError(f"--config {name!r} is not there, expected a YAML file{_nearest(name, _yaml_files(path.parent))}")
 
 
@@ -143,7 +145,7 @@ def _read_yaml(path: Path, origin: str) -> ConfigurationFile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{origin} is no YAML: {_one_line(error)}") from error
     except OSError as error:
-        raise UserError(f"{origin} can't be read: {error.strerror}; give a file that you may read") from error
+        raise UserError(f"{origin} can't be read: {error.strerror}", remedy="give a file that you may read") from error
 
 
 def _validated(layers: _Layers) -> RunConfig:

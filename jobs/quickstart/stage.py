@@ -158,8 +158,9 @@ def _check_sweep(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
     """Raise UserError before any work for a sweep that the quickstart can't end in."""
     if sweep.over != "generate":
         raise UserError(
-            f"sweep.over is {sweep.over!r}; the quickstart draws with what a sweep over generate finds best, and sweeps the denoiser's "
-            "width by itself: set sweep.over=generate, or run `mar sweep` after `mar train`"
+            f"sweep.over is {sweep.over!r}",
+            remedy="the quickstart draws with what a sweep over generate finds best, and sweeps the denoiser's "
+            "width by itself: set sweep.over=generate, or run `mar sweep` after `mar train`",
         )
     check_metric(sweep, replace(evaluate, classifier="classifier"))  # the quickstart trains one
 

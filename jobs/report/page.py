@@ -80,7 +80,8 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         raise UserError(
             "".join(f"{problem}\n" for problem in reading.problems)
             + f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave "
-            "them; give the run's folder, e.g. `mar report runs/demo`"
+            "them",
+            remedy="give the run's folder, e.g. `mar report runs/demo`",
         )
     summary = run_summary or reading.object(storage.join(path, "summary.json"), ReportedSummary)
     run = summary if summary.get("stage") not in [one.stage for one in stages] else {}

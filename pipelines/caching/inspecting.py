@@ -70,7 +70,9 @@ def check_tokenizer(cache: LatentCache, tokenizer: str) -> None:
     found, expected = tokenizer_digest(tokenizer), cache.manifest.tokenizer["digest"]
     if found != expected:
         check_tokenizer_files(tokenizer)  # the files may be damaged
-        raise UserError(f"{cache.path!r} was written with the tokenizer {expected[:12]}…, {tokenizer!r} holds {found[:12]}…; name that one")
+        raise UserError(
+            f"{cache.path!r} was written with the tokenizer {expected[:12]}…, {tokenizer!r} holds {found[:12]}…", remedy="name that one"
+        )
 
 
 def spread(rows: int, count: int) -> np.ndarray:

@@ -165,11 +165,11 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSett
         if getattr(cache, name) < least:
             raise UserError(f"cache.{name} is {getattr(cache, name)}, expected {least} or more")
     if not storage.exists(storage.join(tokenizer.path, "config.json")):
-        raise UserError(f"tokenizer.path {tokenizer.path!r} holds no tokenizer (config.json is missing); run `mar tokenize` first")
+        raise UserError(f"tokenizer.path {tokenizer.path!r} holds no tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
     try:
         loaded = load_tokenizer(storage.local_directory(tokenizer.path))
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer.path {tokenizer.path!r} can't be loaded: {error}; run `mar tokenize` again") from error
+        raise UserError(f"tokenizer.path {tokenizer.path!r} can't be loaded: {error}", remedy="run `mar tokenize` again") from error
     if images.size % loaded.stride:
         raise UserError(f"images.size is {images.size}, expected a multiple of {loaded.stride}, the stride of tokenizer {tokenizer.path!r}")
     return loaded.channels, images.size // loaded.stride
@@ -219,6 +219,7 @@ def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, An
         raise UserError(
             f"{len(rejected)} of {total} images can't be used, images.max_rejected={images.max_rejected} allows "
             f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''}. All are in "
-            f"{storage.join(path, REJECTED)}; mend those files where they are (without them it is another source) or raise "
-            "images.max_rejected, and run again (finished shards are kept)"
+            f"{storage.join(path, REJECTED)}",
+            remedy="mend those files where they are (without them it is another source) or raise "
+            "images.max_rejected, and run again (finished shards are kept)",
         )

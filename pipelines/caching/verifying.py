@@ -99,7 +99,9 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     listing = kept_listing(storage.join(cache.path, LISTING))
     if listing is None:
         file = storage.join(cache.path, LISTING)
-        raise UserError(f"{file}, which says where each image is, is missing or damaged; run `mar cache` with the cache's settings again")
+        raise UserError(
+            f"{file}, which says where each image is, is missing or damaged", remedy="run `mar cache` with the cache's settings again"
+        )
     keys = listing.rows.column("key")
     places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
     pixels = []

@@ -65,7 +65,7 @@ def start_from(init_from: str, config: MARConfig, class_names: Sequence[str]) ->
     try:
         state = read_checkpoint(path, Weights)
     except ValueError as error:
-        raise UserError(f"train.init_from: {error}; {ANOTHER_CHECKPOINT}") from error
+        raise UserError(f"train.init_from: {error}", remedy=ANOTHER_CHECKPOINT) from error
     with torch.device("meta"):
         expected = shapes_of(MAR(config).state_dict())
     found = shapes_of(read_tensors(directory / AVERAGE))

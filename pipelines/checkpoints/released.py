@@ -59,7 +59,7 @@ def import_released(file: str, out: str, options: ImportOptions | None = None, r
     try:
         of_tokenizer = ReleasedFile(path).is_tokenizer
         if of_tokenizer and options != ImportOptions():
-            raise UserError(f"{file} holds a tokenizer; --raw and the options about sizes are for MAR checkpoints")
+            raise UserError(f"{file} holds a tokenizer", remedy="--raw and the options about sizes are for MAR checkpoints")
         stat = path.stat()
         made_of = {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **asdict(options)}
         there = _made_of(out)
@@ -67,7 +67,9 @@ def import_released(file: str, out: str, options: ImportOptions | None = None, r
             return {"complete": out, **made_of}
         taken = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
         if taken and not (renew and there):
-            raise UserError(f"{out} is there, but was not imported from this {path.name} with these options; give another, or delete it")
+            raise UserError(
+                f"{out} is there, but was not imported from this {path.name} with these options", remedy="give another, or delete it"
+            )
         with _scratch(out) as temporary:
             directory = Path(temporary) / "imported"
             summary = _tokenizer(path, directory) if of_tokenizer else _checkpoint(path, directory, options)
@@ -125,7 +127,7 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
     """
     target = storage.join(out, FILE)
     if storage.exists(target):
-        raise UserError(f"{target} is there already; give another --out, or delete it")
+        raise UserError(f"{target} is there already", remedy="give another --out, or delete it")
     with _scratch(target) as temporary:
         written = Path(temporary) / "exported" / FILE
         written.parent.mkdir()
@@ -170,5 +172,7 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     config = kl_config(tokenizer_config(path))
     channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
-        raise UserError(f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}; name its tokenizer")
+        raise UserError(
+            f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}", remedy="name its tokenizer"
+        )
     return {**state, "tokenizer": {"path": path, "digest": tokenizer_digest(path)}}

@@ -93,7 +93,7 @@ class CheckpointWriter:
                 return
             if attempt < ATTEMPTS - 1:
                 time.sleep(PAUSE_SECONDS)
-        raise UserError(f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}; mend that and run again")
+        raise UserError(f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}", remedy="mend that and run again")
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -173,7 +173,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 def read_config(path: str) -> dict[str, Any]:
     """`config.json` of the classifier in directory `path`. Raises UserError where there is none, or one of another format."""
     if not storage.exists(storage.join(path, CONFIG)):
-        raise UserError(f"evaluate.classifier {path!r} holds no classifier ({CONFIG} is missing); leave it empty to go without")
+        raise UserError(f"evaluate.classifier {path!r} holds no classifier ({CONFIG} is missing)", remedy="leave it empty to go without")
     config: dict[str, Any] = storage.read_json(storage.join(path, CONFIG), Config, REMEDY)
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}/{CONFIG} has format_version {config['format_version']!r}, expected {FORMAT_VERSION}")
@@ -185,7 +185,7 @@ def check_classes(path: str, classes: int) -> None:
     found = load_classifier(path).output.out_features
     if found != classes:
         raise UserError(
-            f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}; name one trained on the same source"
+            f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}", remedy="name one trained on the same source"
         )
 
 
@@ -204,5 +204,5 @@ def load_classifier(path: str) -> Classifier:
         load_weights(classifier, read_tensors(file))
     except (FileNotFoundError, ValueError) as error:
         text = str(error) if str(file) in str(error) else f"{file}: {error}"
-        raise DamagedFileError(f"{text}; {REMEDY}") from error
+        raise DamagedFileError(text, REMEDY) from error
     return classifier.eval()

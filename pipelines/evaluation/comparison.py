@@ -36,7 +36,7 @@ def real_and_noise(images: ImageSettings, seed: int, count: int) -> dict[str, Im
 
 def _require(name: str, found: int, count: int) -> None:
     if found < count:
-        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
+        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers", remedy="lower the number")
 
 
 def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
@@ -48,7 +48,7 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
     digest = network_digest(evaluate.features, evaluate.weights)
     record_path = storage.join(evaluate.path, RECORD)
     if not storage.exists(record_path):
-        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
+        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing)", remedy="run `mar evaluate`")
     again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
     record = storage.read_json(record_path, Record, again)
     _require("generated", record["images"], count)

@@ -30,8 +30,8 @@ def find_reference(
         held_out = list_images(images).held_out()
         if not held_out:
             raise UserError(
-                f"evaluate.reference is empty and nothing of images.source {images.source!r} is held out; set images.held_out_share or "
-                "images.held_out_folder, or name statistics, a latent cache or an image source"
+                f"evaluate.reference is empty and nothing of images.source {images.source!r} is held out",
+                remedy="set images.held_out_share or images.held_out_folder, or name statistics, a latent cache or an image source",
             )
         return RealImages(images, held_out)
     if reference.endswith(".npz"):
@@ -42,7 +42,8 @@ def find_reference(
             check_tokenizer_files(tokenizer.path)  # the files may be damaged
             raise UserError(
                 f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
-                f"{tokenizer.path!r} holds {found[:12]}…; name that tokenizer, or another reference"
+                f"{tokenizer.path!r} holds {found[:12]}…",
+                remedy="name that tokenizer, or another reference",
             )
         return CachedLatents(reference, tokenizer.path)
     whole = ImageSettings(source=reference, size=images.size, exif=images.exif, allow_empty_classes=True)  # classes play no part
@@ -55,8 +56,8 @@ def _checked(statistics: FeatureStatistics, evaluate: EvaluateSettings, digest: 
     if found != expected or statistics.digest not in (None, digest):
         raise UserError(
             f"evaluate.reference {evaluate.reference!r} holds statistics of {found[1]} features of {found[0]} "
-            f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]}); "
-            "set evaluate.features, or name images and the statistics are computed"
+            f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]})",
+            remedy="set evaluate.features, or name images and the statistics are computed",
         )
     return statistics
 
@@ -90,7 +91,7 @@ def _is_kept(path: str, stage: Stage) -> bool:
     try:
         FeatureStatistics.load(path)
     except DamagedFileError as error:
-        stage.say(f"{str(error).partition(';')[0]}; the statistics are computed again")
+        stage.say(f"{error.text}; the statistics are computed again")
         return False
     return True
 
@@ -99,8 +100,8 @@ def _check_used(source: ImageSource, used: int, stage: Stage) -> None:
     kind = source.identity()["kind"]
     if used < 2:
         raise UserError(
-            f"{used} of {len(source):,} {kind} to compare with can be used, expected 2 or more: one image has no covariance; "
-            "give more of them, or name another evaluate.reference"
+            f"{used} of {len(source):,} {kind} to compare with can be used, expected 2 or more: one image has no covariance",
+            remedy="give more of them, or name another evaluate.reference",
         )
     if used < len(source):
         stage.say(f"{len(source) - used:,} of {len(source):,} {kind} to compare with can't be used and are left out of the statistics")

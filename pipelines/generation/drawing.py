@@ -110,19 +110,22 @@ def plan_drawing(
     """
     checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, say)
     if checkpoint is None:
-        raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
+        raise UserError(f"train.path {train.path!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
     try:
         state = read_checkpoint(checkpoint)
         weights_file(state, generate.ema, generate.ema_decay)
     except ValueError as error:
-        raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
+        raise UserError(
+            f"generate.checkpoint {checkpoint!r}: {error}", remedy="name a checkpoint, or none for the newest of train.path"
+        ) from error
     state = with_tokenizer(state, tokenizer.path)
     found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
     if found != expected:
         check_tokenizer_files(tokenizer.path)  # the files may be damaged
         raise UserError(
             f"tokenizer.path {tokenizer.path!r} has the digest {found[:12]}…, checkpoint {checkpoint} was trained with {expected[:12]}… "
-            f"(then at {state['tokenizer']['path']!r}); name that tokenizer"
+            f"(then at {state['tokenizer']['path']!r})",
+            remedy="name that tokenizer",
         )
     classes = state["model"]["classes"]
     found_labels = [_label(label, state.get("class_names") or [], classes) for label in labels]
@@ -130,7 +133,8 @@ def plan_drawing(
     if drawing.unconditional and generate.guidance != 1.0:
         raise UserError(
             f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1): there is no "
-            "class to be guided to; set generate.guidance=1"
+            "class to be guided to",
+            remedy="set generate.guidance=1",
         )
     return drawing
 

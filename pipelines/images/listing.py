@@ -82,7 +82,8 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
         if by_folder and source.form != "imagefolder":
             raise UserError(
                 f"images.held_out_folder {settings.held_out_folder!r} needs a tree of folders, images.source {settings.source!r} is of "
-                f"the form {source.form}; set images.held_out_share instead"
+                f"the form {source.form}",
+                remedy="set images.held_out_share instead",
             )
         found = source.images(by_folder)
         if not found.table.num_rows:
@@ -162,7 +163,8 @@ def _check_split(settings: ImageSettings) -> None:
     if settings.held_out_share and settings.held_out_folder:
         raise UserError(
             f"images.held_out_share is {settings.held_out_share} and images.held_out_folder {settings.held_out_folder!r}: "
-            "the split is by hash or by folder; set one of them back"
+            "the split is by hash or by folder",
+            remedy="set one of them back",
         )
 
 
@@ -170,9 +172,9 @@ def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:
     if found.empty and not settings.allow_empty_classes:
         named = [f"{name} ({content})" for name, content in found.empty.items()]
         raise UserError(
-            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}; "
-            "bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
-            "images.allow_empty_classes=true: each is then a class with a number of its own"
+            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}",
+            remedy="bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
+            "images.allow_empty_classes=true: each is then a class with a number of its own",
         )
 
 
@@ -185,8 +187,8 @@ def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
         )
     if settings.held_out_share and not held_out:
         raise UserError(
-            f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}; "
-            "raise it, or bring more images"
+            f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}",
+            remedy="raise it, or bring more images",
         )
     if held_out == images:
         raise UserError(f"all {images} images of {settings.source!r} are held out, none is left to train on")

@@ -66,7 +66,8 @@ class DecodedImages:
         if found > self.settings.max_rejected * total or found == total:
             raise UserError(
                 f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
-                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason}); mend them or raise images.max_rejected"
+                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason})",
+                remedy="mend them or raise images.max_rejected",
             )
 
 
@@ -86,6 +87,6 @@ def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
         if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
-            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
-            "finished is kept"
+            f"images.source {settings.source!r} can't be read ({row.key}: {error})",
+            remedy="when it answers again run the same command: what is finished is kept",
         ) from error

@@ -1,4 +1,4 @@
-"""The one exception that a person's mistake ends in, that of one image, and what is behind an error that came through Ray."""
+"""The exception for a user's mistake, the exception for one image, and the causes of an error that Ray wrapped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,14 +7,17 @@ WRAPPERS = ("SystemException", "RaySystemError", "ControllerError", "UserCodeExc
 
 
 class UserError(Exception):
-    """Names the thing, the value found, the value expected, and what to do next. Shown without a traceback, exit status 2."""
+    """A mistake of the user, or a damaged file: shown without a traceback, exit status 2.
 
-    def __init__(self, text: str) -> None:
+    `text` names the thing, the value found and the value expected; `remedy` says what to do next. `str()` shows both.
+    """
+
+    def __init__(self, text: str, remedy: str = "") -> None:
         super().__init__(text)
-        self.text = text
+        self.text, self.remedy = text, remedy
 
-    def __str__(self) -> str:
-        return self.text  # and not `args`, to which Ray Data adds advice of its own
+    def __str__(self) -> str:  # not `args`, to which Ray Data appends advice of its own
+        return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
 class DamagedFileError(UserError, ValueError):

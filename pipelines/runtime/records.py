@@ -17,7 +17,7 @@ LONGEST_VALUE = 40  # characters shown of a value of the wrong type
 def damaged(path: str, found: object, remedy: str = REMEDY) -> DamagedFileError:
     """The error for a file of which `found` is wrong."""
     text = f"{path} is damaged: {' '.join(str(found).split()) or 'it cannot be read'}"
-    return DamagedFileError(f"{text}; {remedy}" if remedy else text)
+    return DamagedFileError(text, remedy)
 
 
 def parsed(data: bytes, path: str, shape: Any = Any, remedy: str = REMEDY) -> Any:

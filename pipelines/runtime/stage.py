@@ -200,8 +200,8 @@ def _refuse_other_identity(path: str, found: dict[str, Any], expected: dict[str,
     ]
     if differing:
         raise UserError(
-            f"{path} holds an output made with another configuration; different: {'; '.join(differing)}. "
-            f"Give another path, set these back, or delete that directory (what it was made with is in {storage.join(path, IDENTITY)})"
+            f"{path} holds an output made with another configuration; different: {'; '.join(differing)}",
+            remedy=f"give another path, set these back, or delete that directory (its settings are in {storage.join(path, IDENTITY)})",
         )
 
 
@@ -256,7 +256,7 @@ def _alone_in(path: str) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             raise UserError(
-                f"{path} is in use by another run (process {lock.read().strip() or 'unknown'}); wait for it, or give another path"
+                f"{path} is in use by another run (process {lock.read().strip() or 'unknown'})", remedy="wait for it, or give another path"
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))

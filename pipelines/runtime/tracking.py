@@ -198,7 +198,7 @@ def _as_user_error(uri: str) -> Iterator[None]:
             else "expected a writable sqlite:///folder/file.db or the http:// address of an MLflow server"
         )
         # `from None`: the cause's own text may hold the password
-        raise UserError(f"tracking.uri {without_password(uri)!r} can't be used: {_without_secrets(error, uri)}; {remedy}") from None
+        raise UserError(f"tracking.uri {without_password(uri)!r} can't be used: {_without_secrets(error, uri)}", remedy) from None
 
 
 @contextmanager
@@ -229,7 +229,9 @@ def _client(settings: TrackingSettings) -> Any:
     if file and not file.exists():
         _create_store(file)
     elif file and file.stat().st_size == 0:  # MLflow would make its tables in it, and all earlier runs would be gone without a word
-        raise UserError(f"{file} (tracking.uri) is damaged: the file is empty; restore it from a copy, or delete it to begin a new store")
+        raise UserError(
+            f"{file} (tracking.uri) is damaged: the file is empty", remedy="restore it from a copy, or delete it to begin a new store"
+        )
     return MlflowClient(settings.uri)
 
 
@@ -258,11 +260,14 @@ def _experiment(client: Any, settings: TrackingSettings) -> str:
     if found is None:
         return str(client.create_experiment(settings.experiment, artifact_location=root))
     if found.lifecycle_stage == "deleted":
-        raise UserError(f"tracking.experiment {settings.experiment!r} was deleted in MLflow; restore it there or choose another name")
+        raise UserError(
+            f"tracking.experiment {settings.experiment!r} was deleted in MLflow", remedy="restore it there or choose another name"
+        )
     if settings.artifacts and root and found.artifact_location.rstrip("/") != root.rstrip("/"):
         raise UserError(
             f"tracking.artifacts is {settings.artifacts!r}, but the experiment {settings.experiment!r} keeps its artefacts at "
-            f"{found.artifact_location!r}, which MLflow can't change; leave tracking.artifacts empty or choose another tracking.experiment"
+            f"{found.artifact_location!r}, which MLflow can't change",
+            remedy="leave tracking.artifacts empty or choose another tracking.experiment",
         )
     return str(found.experiment_id)
 

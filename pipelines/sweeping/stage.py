@@ -61,7 +61,7 @@ def sweep(
     if sweep.over == "generate":
         checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
         if checkpoint is None:
-            raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
+            raise UserError(f"train.path {train.path!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
         generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile
     sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
     trials = grid(sections, sweep)
@@ -94,7 +94,7 @@ def sweep(
     best = best_of(ordered, sweep.mode)
     if best is None:
         reasons = "; ".join(f"{row['trial']}: {row['error']}" for row in ordered)
-        raise UserError(f"every trial of {sweep.path} failed ({reasons}); mend the cause, then run the sweep again")
+        raise UserError(f"every trial of {sweep.path} failed ({reasons})", remedy="mend the cause, then run the sweep again")
     write_table(sweep.path, ordered)
     storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
     if storage.is_local(sweep.path):

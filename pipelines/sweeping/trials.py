@@ -83,7 +83,7 @@ def grid(sections: Sections, sweep: SweepSettings) -> list[Trial]:
         name = ",".join(f"{shown[one]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', str(value))}" for one, value in parameters.items())
         if name in trials:
             first, second = (", ".join(map(repr, one.values())) for one in (trials[name].parameters, parameters))
-            raise UserError(f"sweep.parameters makes the trial {name} twice, for {first} and {second}; give other values")
+            raise UserError(f"sweep.parameters makes the trial {name} twice, for {first} and {second}", remedy="give other values")
         path = storage.join(sweep.path, "trials", name)
         own_paths = {"evaluate.path": storage.join(path, "evaluation"), "generate.path": storage.join(path, "samples")}
         if sweep.over == "train":

@@ -43,7 +43,7 @@ def run_trial(
     except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
         storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
         mistake, origin = mistake_of(error), origin_of(error)
-        outcome["error"] = mistake.text if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
+        outcome["error"] = str(mistake) if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
     return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
 
 

@@ -14,7 +14,9 @@ def tokenizer_digest(path: str) -> str:
     Raises UserError where there is no `config.json`."""
     config, weights = storage.join(path, "config.json"), storage.join(path, "tokenizer.safetensors")
     if not storage.exists(config):
-        raise UserError(f"{path!r} holds no tokenizer: {config} is missing; run `mar tokenize`, or name a tokenizer in tokenizer.path")
+        raise UserError(
+            f"{path!r} holds no tokenizer: {config} is missing", remedy="run `mar tokenize`, or name a tokenizer in tokenizer.path"
+        )
     return storage.digest(storage.read_bytes(config) + (storage.read_bytes(weights) if storage.exists(weights) else b""))
 
 

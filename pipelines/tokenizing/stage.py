@@ -43,7 +43,7 @@ def check_tokenizer_files(path: str) -> None:
     try:
         load_tokenizer(storage.local_directory(path))
     except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{error}; {ANOTHER_TOKENIZER}") from error
+        raise DamagedFileError(str(error), ANOTHER_TOKENIZER) from error
 
 
 def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     path = tokenizer.path
     if storage.exists(storage.join(path, "config.json")) and not storage.exists(storage.join(path, "identity.json")):
         raise UserError(
-            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite; "
-            "go on with `mar cache`, or give another tokenizer.path"
+            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite",
+            remedy="go on with `mar cache`, or give another tokenizer.path",
         )
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
     listing = list_images(images) if tokenizer.kind == "kl" else None

@@ -136,8 +136,8 @@ class LatentDataset:
         if cache.local is not None and cache.local.capacity < needed:
             raise UserError(
                 f"cache.local_gb is {cache.local.limit / 1e9:g}, room for {cache.local.capacity} of the {len(shard_rows)} shards of "
-                f"{cache.path!r}, but train.shuffle_window={window} reads from {needed} at a time; raise cache.local_gb, or set a "
-                f"train.shuffle_window from 1 to {cache.local.capacity - 1}"
+                f"{cache.path!r}, but train.shuffle_window={window} reads from {needed} at a time",
+                remedy=f"raise cache.local_gb, or set a train.shuffle_window from 1 to {cache.local.capacity - 1}",
             )
 
     def read(self, start: int, stop: int, flipped: np.ndarray) -> tuple[Tensor, Tensor]:

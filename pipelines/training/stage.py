@@ -206,7 +206,9 @@ def fit(
         say(f"ended with {checkpoint}; the same command goes on from there" if checkpoint else "ended before the first checkpoint")
         raise interruption
     if checkpoint is None:
-        raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
+        raise UserError(
+            f"{train.path}/checkpoints holds no checkpoint that verifies, although one was just written", remedy="check that disk"
+        )
     state = read_checkpoint(checkpoint, TrainingState)
     steps = int(state["images_seen"]) // train.batch
     return {
@@ -251,7 +253,8 @@ def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
     if micro_batches < train.workers:
         raise UserError(
             f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
-            f"{train.micro_batch}: expected at least one a worker; lower train.workers or train.micro_batch"
+            f"{train.micro_batch}: expected at least one a worker",
+            remedy="lower train.workers or train.micro_batch",
         )
     decays = [train.ema_decay, *train.ema_decays]
     if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):

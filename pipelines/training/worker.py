@@ -214,8 +214,9 @@ class Training:
         if self.workers > 1:
             torch.distributed.barrier()  # the others' error would end the group while the first worker still writes
         raise UserError(
-            f"{text}, which is train.nonfinite_limit; the checkpoint at {sound:,} images is from before. Lower train.learning_rate in a "
-            "run of another train.path that begins with train.init_from there, or set train.precision=float32"
+            f"{text}, which is train.nonfinite_limit; the checkpoint at {sound:,} images is from before",
+            remedy="start a run with another train.path from that checkpoint (train.init_from), with a lower train.learning_rate or "
+            "train.precision=float32",
         )
 
     def _log(self) -> None:

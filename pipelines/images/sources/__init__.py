@@ -76,8 +76,8 @@ def find_source(source: str, form: str = "auto") -> Source:
         )
     if source.endswith(FILES) and storage.is_directory(source):
         raise UserError(
-            f"images.source {source!r} is a folder with the name of a file; name what is in it with a pattern, such as "
-            f"{source}/part-{{00000..00007}}.parquet, or rename it"
+            f"images.source {source!r} is a folder with the name of a file",
+            remedy=f"name what is in it with a pattern, such as {source}/part-{{00000..00007}}.parquet, or rename it",
         )
     root = root_of(source)
     files = list_files(source) if "{" not in source and storage.is_directory(source) else _sized(source, root)
@@ -148,7 +148,9 @@ def _form(root: str, files: Files) -> str:
     tars = [name for name in names if name.endswith(".tar")]
     if any(name.endswith(".parquet") for name in names):
         if tars:
-            raise UserError(f"images.source {root!r} holds both Parquet files and tars; set images.format to parquet or webdataset")
+            raise UserError(
+                f"images.source {root!r} holds both Parquet files and tars", remedy="set images.format to parquet or webdataset"
+            )
         return "parquet"
     if not tars:
         return "imagefolder"  # an empty one, which the listing says

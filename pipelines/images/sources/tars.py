@@ -68,7 +68,9 @@ def members(path: str, read_at: ReadAt, start: int = 0, stop: int | None = None)
         block = read_at(offset, READ)
         header = block[:BLOCK]
         if len(header) < BLOCK:
-            raise UserError(f"{path} is cut off: it ends before byte {offset + BLOCK:,}, without a tar's end mark; bring the file anew")
+            raise UserError(
+                f"{path} is cut off: it ends before byte {offset + BLOCK:,}, without a tar's end mark", remedy="bring the file anew"
+            )
         if not header.strip(b"\0"):
             return
         _check(path, offset, header)
@@ -103,7 +105,7 @@ def _check(path: str, offset: int, header: bytes) -> None:
     except ValueError:
         right = False
     if not right:
-        raise UserError(f"{path} is no tar, or damaged: no valid header at byte {offset:,}; bring the file anew")
+        raise UserError(f"{path} is no tar, or damaged: no valid header at byte {offset:,}", remedy="bring the file anew")
 
 
 def _number(field: bytes) -> int:

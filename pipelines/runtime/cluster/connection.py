@@ -101,7 +101,8 @@ def _join(address: str) -> None:
     except Exception as error:
         raise UserError(
             f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected a running Ray head "
-            "(`ray status --address …` shows one); leave it empty to use a Ray of this machine's own"
+            "(`ray status --address …` shows one)",
+            remedy="leave it empty to use a Ray of this machine's own",
         ) from error
 
 
@@ -119,8 +120,9 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"cluster.address {address!r} doesn't answer ({error.strerror or error}); expected a running Ray head: start one with "
-            "`ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a Ray of this machine's own"
+            f"cluster.address {address!r} doesn't answer ({error.strerror or error})",
+            remedy="expected a running Ray head: start one with "
+            "`ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a Ray of this machine's own",
         ) from error
 
 

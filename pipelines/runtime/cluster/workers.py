@@ -44,8 +44,9 @@ def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_ea
         described = " and ".join(f"{key} {number}" for key, number in wanted.items())
         raise UserError(
             f"{described}: {workers} workers, each with {cpus_each} CPU and {cluster.gpus_per_worker:g} GPU (cluster.gpus_per_worker), but "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs; lower {' or '.join(wanted)}, join a larger cluster with cluster.address, or "
-            "set cluster.autoscaling=true where it grows when asked"
+            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs",
+            remedy=f"lower {' or '.join(wanted)}, join a larger cluster with cluster.address, or "
+            "set cluster.autoscaling=true where it grows when asked",
         )
 
 
