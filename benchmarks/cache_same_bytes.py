@@ -26,6 +26,7 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST, SHARDS
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import s3, storage
 from pipelines.runtime.cluster.connection import connected
@@ -110,7 +111,7 @@ def faults(options: argparse.Namespace) -> None:
         def run(source: str, path: str) -> float:
             settings = CacheSettings(path=path, shard_images=32, batch=BATCH)
             began = time.perf_counter()
-            cache(ImageSettings(source=source, size=64), tokenizer, settings, Stage("cache", cluster))
+            cache(Images(ImageSettings(source=source, size=64)), tokenizer.path, settings, Stage("cache", cluster))
             return time.perf_counter() - began
 
         def same(path: str) -> bool:
@@ -179,7 +180,7 @@ def forms(options: argparse.Namespace) -> None:
         found: dict[str, tuple[np.ndarray, ...]] = {}
         for form, source in sources.items():
             settings = CacheSettings(path=str(folder / f"cache-{form}"), shard_images=32, batch=BATCH)
-            cache(ImageSettings(source=source), tokenizer, settings, Stage("cache", cluster))
+            cache(Images(ImageSettings(source=source)), tokenizer.path, settings, Stage("cache", cluster))
             latents = LatentCache(settings.path)
             rows = np.arange(len(latents))
             moments, labels = latents.take(rows, np.zeros(len(rows), bool))

@@ -27,8 +27,7 @@ from pipelines.generation.worker import LoadedModel
 from pipelines.images.listing import list_images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
+from pipelines.runtime.stage import Stage
 
 BATCH = 100
 ANNEALED = {"diffusion_steps_end": 5}
@@ -56,8 +55,8 @@ def main() -> None:
     record = json.loads((run / "evaluation" / "evaluation.json").read_text())
     settings = GenerateSettings(**{name: value for name, value in record["generation"].items() if name in known})
     settings = replace(settings, precision=options.precision)
-    tokenizer, train = TokenizerSettings(path=str(run / "tokenizer")), TrainSettings(path=str(run / "train"))
-    drawing = plan_drawing(str(run), [], tokenizer, train, settings, record["seed"], ClusterSettings(), files=False)
+    stage = Stage("generate", ClusterSettings(), seed=record["seed"])
+    drawing = plan_drawing(str(run), str(run / "tokenizer"), str(run / "train"), settings, stage)
     models = {mode: LoadedModel(replace(drawing, settings=replace(settings, **changes))) for mode, changes in MODES.items()}
 
     labels = drawing.labels_of(range(options.images))

@@ -39,7 +39,7 @@ from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import use_threads
 from pipelines.training.data import GlobalBatch, MicroBatches, share_of
 from pipelines.training.job import TrainingJob
-from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.metrics.log import MetricsLog
 from pipelines.training.stage import model_config, train
 from pipelines.training.worker import Normalisation
 
@@ -88,7 +88,7 @@ def stage_rows(
         stage = Recorded(ClusterSettings())
         settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers, batch=batch)
         settings = replace(settings, images=batch * (steps + line_steps), log_images=batch * line_steps)
-        train(TOKENIZER, CacheSettings(path=cache.path), MODEL, settings, 0, stage)
+        train(TOKENIZER.path, CacheSettings(path=cache.path), MODEL, settings, stage)
     return stage.rows[1 : 1 + steps // line_steps]  # after these comes the summary
 
 

@@ -175,9 +175,7 @@ def quickstart(
         from jobs.config.load import load
         from jobs.quickstart.stage import quickstart as run_all
 
-        located = loaded.located()
-        sections = {name: getattr(located, name) for name in type(loaded).model_fields}
-        return run_all(**sections, configuration=loaded.recorded(), digits=loaded.images.source == load("demo").images.source)
+        return run_all(loaded, digits=loaded.images.source == load("demo").images.source)
 
     _print_summary("quickstart", guarded("quickstart", run_directory(loaded.located()), work))
     _print_next_steps(run_directory(loaded), loaded.tracking.uri)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StageCommand:
-    """One stage. `function` is `module:name`; it takes `sections` of the configuration, each under its own name, and `stage`."""
+    """One stage. `function` is `module:name`; it takes the `arguments` (see `jobs.stages`) by name, and `stage`."""
 
     function: str
-    sections: tuple[str, ...]
+    arguments: tuple[str, ...]
     reads: tuple[str, ...]
     writes: str
     help: str
@@ -18,7 +18,7 @@ class StageCommand:
 STAGES = {
     "tokenize": StageCommand(
         "pipelines.tokenizing.stage:tokenize",
-        ("images", "tokenizer", "seed"),
+        ("images", "tokenizer"),
         ("images.source",),
         "tokenizer.path",
         "Train the tokenizer, a KL autoencoder, on images.",
@@ -26,7 +26,7 @@ STAGES = {
     ),
     "cache": StageCommand(
         "pipelines.caching.stage:cache",
-        ("images", "tokenizer", "cache"),
+        ("images", "tokenizer_path", "cache"),
         ("images.source", "tokenizer.path"),
         "cache.path",
         "Encode every image once: the latent cache.",
@@ -34,7 +34,7 @@ STAGES = {
     ),
     "train": StageCommand(
         "jobs.training:train",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed"),
+        ("images", "tokenizer_path", "cache", "model", "train", "generate", "evaluate"),
         ("cache.path", "tokenizer.path"),
         "train.path",
         "Train a MAR model on the cache, or go on with it.",
@@ -42,7 +42,7 @@ STAGES = {
     ),
     "generate": StageCommand(
         "pipelines.generation.stage:generate",
-        ("tokenizer", "train", "generate", "seed"),
+        ("tokenizer_path", "train_path", "generate"),
         ("train.path", "tokenizer.path"),
         "generate.path",
         "Draw images of given classes from a checkpoint.",
@@ -50,7 +50,7 @@ STAGES = {
     ),
     "evaluate": StageCommand(
         "pipelines.evaluation.stage:evaluate",
-        ("images", "tokenizer", "train", "generate", "evaluate", "seed"),
+        ("images", "tokenizer_path", "train_path", "generate", "evaluate"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",
         "Measure samples against a reference: FID and more.",
@@ -58,7 +58,7 @@ STAGES = {
     ),
     "sweep": StageCommand(
         "pipelines.sweeping.stage:sweep",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed"),
+        ("sections", "sweep"),
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
         "Compare settings of training or of generation.",

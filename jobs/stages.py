@@ -10,6 +10,7 @@ from pipelines.runtime.errors import UserError, in_one_line, mistake_of, origin_
 
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
+    from pipelines.sweeping.trials import Sections
 
 T = TypeVar("T")
 
@@ -33,12 +34,32 @@ def run_stage(name: str, config: "RunConfig", **options: bool) -> dict[str, Any]
 
         module, _, function = command.function.partition(":")
         do = getattr(importlib.import_module(module), function)
-        sections = {section: getattr(located, section) for section in command.sections}
-        with open_stage(name, path, config.recorded(), config.cluster, config.tracking) as stage:
-            summary: dict[str, Any] = do(**sections, stage=stage, **options)
+        arguments = {one: _argument(one, located) for one in command.arguments}
+        with open_stage(name, path, config.recorded(), config.cluster, config.tracking, seed=config.seed) as stage:
+            summary: dict[str, Any] = do(**arguments, stage=stage, **options)
         return summary
 
     return guarded(name, path, work)
+
+
+def sections_of(config: "RunConfig") -> "Sections":
+    """The sections that trainings and evaluations share."""
+    from pipelines.images.listing import Images
+    from pipelines.images.source_changes import LISTING
+    from pipelines.runtime import storage
+    from pipelines.sweeping.trials import Sections
+
+    images = Images(config.images, kept=storage.join(config.cache.path, LISTING))
+    return Sections(images, config.tokenizer.path, config.cache, config.model, config.train, config.generate, config.evaluate)
+
+
+def _argument(name: str, config: "RunConfig") -> Any:
+    """The value of one argument of a stage's function: a section, a path such as `train_path`, the images, or the sections of a sweep."""
+    if name == "sections":
+        return sections_of(config)
+    if name == "images":
+        return sections_of(config).images
+    return value_at(config, name.replace("_", "."))
 
 
 def guarded(name: str, path: str, work: Callable[[], T]) -> T:

@@ -15,7 +15,7 @@ from pipelines.runtime.plots import loss_curve, training_curves, training_panels
 from pipelines.runtime.progress import console
 from pipelines.runtime.stage import Configuration
 from pipelines.runtime.tracking import without_password
-from pipelines.training.divergence import diverged, skipped_steps
+from pipelines.training.metrics.divergence import diverged, skipped_steps
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # as the work flows

@@ -11,7 +11,7 @@ from pipelines.runtime.errors import DamagedFileError
 from pipelines.runtime.records import damaged
 from pipelines.runtime.stage import Summary
 from pipelines.sweeping.table import Row
-from pipelines.training.metrics_log import read_metrics
+from pipelines.training.metrics.log import read_metrics
 
 RUN_AGAIN = "run the command of that stage again: what it has made is kept"
 

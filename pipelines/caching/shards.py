@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 
 from pipelines.caching.latent_format import SHARDS, shard_name
-from pipelines.caching.worker import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record, read, read_image_digests
+from pipelines.caching.worker import (
+    CALLS_AT_ONCE,
+    EncodingJob,
+    Seconds,
+    ShardEncoder,
+    ShardProgress,
+    finished_record,
+    read,
+    read_image_digests,
+)
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.workers import cluster_resources
 
 CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
@@ -140,11 +149,11 @@ def make(
 
     if not shards:
         return
-    channel = MetricsChannel()
+    channel = MessageChannel()
     in_work, finished = dict[int, int](), set[int]()
 
-    def listen(message: dict[str, Any]) -> None:
-        in_work[message["shard"]] = message["images"]
+    def listen(message: ShardProgress) -> None:
+        in_work[message.shard] = message.images
         begun(sum(images for index, images in list(in_work.items()) if index not in finished))
 
     work = [{"index": one.index, "start": one.start, "stop": one.stop} for _, one in sorted(shards.items())]

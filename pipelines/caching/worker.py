@@ -20,7 +20,7 @@ from pipelines.images.reading import read_bytes
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow, ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import default_device, use_threads
@@ -44,6 +44,14 @@ class EncodingJob:
     precision: str
     decoders: int  # threads
     cluster: ClusterSettings
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """From an encoder to the driver: so many images of the shard are encoded."""
+
+    shard: int
+    images: int
 
 
 class Decoded(NamedTuple):
@@ -223,7 +231,7 @@ class ShardEncoder:
     """Makes shards, as an actor of Ray Data. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded
     ahead and the shard before is written."""
 
-    def __init__(self, job: EncodingJob, rows: Any, channel: MetricsChannel | None = None) -> None:
+    def __init__(self, job: EncodingJob, rows: Any, channel: MessageChannel | None = None) -> None:
         """`rows`: ImageRows, or a reference to them. `channel` is told how far the shards in work are."""
         import ray
 
@@ -245,7 +253,7 @@ class ShardEncoder:
     def _say(self, index: int, images: int) -> None:
         if self.channel is not None and time.monotonic() - self.said > SAY_SECONDS:
             self.said = time.monotonic()
-            self.channel.send({"shard": index, "images": images})
+            self.channel.send(ShardProgress(index, images))
 
     def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
         """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""

@@ -9,44 +9,43 @@ from pipelines.evaluation.image_sets import CachedLatents, ImageSource, RealImag
 from pipelines.evaluation.scoring import Judges, scored
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.tokenizing.stage import check_tokenizer_files
 
 
-def find_reference(
-    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, digest: str
-) -> FeatureStatistics | ImageSource:
+def find_reference(images: Images, tokenizer_path: str, evaluate: EvaluateSettings, digest: str) -> FeatureStatistics | ImageSource:
     """What `evaluate.reference` names: a statistics file, a latent cache (of the same tokenizer), an image source (all of it), or the
     held-out part of `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
     reference = evaluate.reference
     if not reference:
-        held_out = list_images(images).held_out()
+        held_out = images.listing.held_out()
         if not held_out:
             raise UserError(
-                f"evaluate.reference is empty and nothing of images.source {images.source!r} is held out",
+                f"evaluate.reference is empty and nothing of images.source {images.settings.source!r} is held out",
                 remedy="set images.held_out_share or images.held_out_folder, or name statistics, a latent cache or an image source",
             )
-        return RealImages(images, held_out)
+        return RealImages(images.settings, held_out)
     if reference.endswith(".npz"):
         return _checked(FeatureStatistics.load(reference), evaluate, digest)
     if storage.exists(storage.join(reference, MANIFEST)):
-        found, expected = tokenizer_digest(tokenizer.path), LatentCache(reference).manifest.tokenizer["digest"]
+        found, expected = tokenizer_digest(tokenizer_path), LatentCache(reference).manifest.tokenizer["digest"]
         if found != expected:
-            check_tokenizer_files(tokenizer.path)  # the files may be damaged
+            check_tokenizer_files(tokenizer_path)  # the files may be damaged
             raise UserError(
                 f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
-                f"{tokenizer.path!r} holds {found[:12]}…",
+                f"{tokenizer_path!r} holds {found[:12]}…",
                 remedy="name that tokenizer, or another reference",
             )
-        return CachedLatents(reference, tokenizer.path)
-    whole = ImageSettings(source=reference, size=images.size, exif=images.exif, allow_empty_classes=True)  # classes play no part
+        return CachedLatents(reference, tokenizer_path)
+    whole = ImageSettings(
+        source=reference, size=images.settings.size, exif=images.settings.exif, allow_empty_classes=True
+    )  # classes play no part
     return RealImages(whole, list_images(whole).rows)
 
 

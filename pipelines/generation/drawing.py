@@ -1,7 +1,7 @@
 """Which samples are drawn, from which checkpoint and tokenizer."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from mar_model.checkpoints.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
 from mar_model.tokenizers import kl_config
-from pipelines.checkpoints.directory import in_terminal, newest_checkpoint, read_checkpoint
+from pipelines.checkpoints.directory import newest_checkpoint, read_checkpoint
 from pipelines.checkpoints.released import checkpoint_directory, with_tokenizer
 from pipelines.generation import samples
 from pipelines.generation.completion import Completion
@@ -18,10 +18,9 @@ from pipelines.generation.settings import GenerateSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.tokenizing.stage import check_tokenizer_files, tokenizer_config
-from pipelines.training.settings import TrainSettings
 
 IMAGES, PICTURE, GIVEN, FILM = "images", "samples.png", "given.png", "film.webp"
 
@@ -100,17 +99,23 @@ class Drawing:
 
 
 def plan_drawing(
-    path: str, labels: Sequence[int | str], tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int,
-    cluster: ClusterSettings, files: bool, say: Callable[[str], None] = in_terminal,
-) -> Drawing:  # fmt: skip
-    """Find the checkpoint and check it against labels (empty: every class in turn) and tokenizer. `say` is called with a line for each
-    damaged checkpoint that is newer than the one it finds.
+    path: str,
+    tokenizer: str,
+    train_path: str,
+    generate: GenerateSettings,
+    stage: Stage,
+    labels: Sequence[int | str] = (),
+    files: bool = False,
+) -> Drawing:
+    """Find the checkpoint (`generate.checkpoint`, or the newest in `train_path`) and check it against the labels (none: every class in
+    turn) and the tokenizer in directory `tokenizer`. Damaged checkpoints that are newer are named by `stage.say`. Samples are written to
+    `path`, with `files` as PNG files too.
 
     Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
     """
-    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, say)
+    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train_path, stage.say)
     if checkpoint is None:
-        raise UserError(f"train.path {train.path!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
+        raise UserError(f"train.path {train_path!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
     try:
         state = read_checkpoint(checkpoint)
         weights_file(state, generate.ema, generate.ema_decay)
@@ -118,18 +123,18 @@ def plan_drawing(
         raise UserError(
             f"generate.checkpoint {checkpoint!r}: {error}", remedy="name a checkpoint, or none for the newest of train.path"
         ) from error
-    state = with_tokenizer(state, tokenizer.path)
-    found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
+    state = with_tokenizer(state, tokenizer)
+    found, expected = tokenizer_digest(tokenizer), state["tokenizer"]["digest"]
     if found != expected:
-        check_tokenizer_files(tokenizer.path)  # the files may be damaged
+        check_tokenizer_files(tokenizer)  # the files may be damaged
         raise UserError(
-            f"tokenizer.path {tokenizer.path!r} has the digest {found[:12]}…, checkpoint {checkpoint} was trained with {expected[:12]}… "
+            f"tokenizer.path {tokenizer!r} has the digest {found[:12]}…, checkpoint {checkpoint} was trained with {expected[:12]}… "
             f"(then at {state['tokenizer']['path']!r})",
             remedy="name that tokenizer",
         )
     classes = state["model"]["classes"]
     found_labels = [_label(label, state.get("class_names") or [], classes) for label in labels]
-    drawing = Drawing(path, checkpoint, state, tokenizer.path, generate, found_labels or list(range(classes)), seed, cluster, files)
+    drawing = Drawing(path, checkpoint, state, tokenizer, generate, found_labels or list(range(classes)), stage.seed, stage.cluster, files)
     if drawing.unconditional and generate.guidance != 1.0:
         raise UserError(
             f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1): there is no "

@@ -16,8 +16,6 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import worker_resources
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -46,14 +44,14 @@ def draw(drawing: Drawing, images: int) -> "Dataset":
     )
 
 
-def generate(tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int, stage: Stage) -> dict[str, Any]:
+def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, stage: Stage) -> dict[str, Any]:
     """Draw `generate.images` images, or those of `generate.samples`, into `generate.path`: `shards/`, `images/CLASS/….png`, `samples.png`.
 
     With `generate.image` and `generate.mask` each sample is that image with what the mask hides drawn anew (`given.png` shows what was
     kept); with `generate.film` there is `film.webp` too. Returns the summary. Goes on where shards are missing. Raises UserError as
     `plan_drawing` and `read_completion` do, before any work.
     """
-    drawing = plan_drawing(generate.path, generate.labels, tokenizer, train, generate, seed, stage.cluster, files=True, say=stage.say)
+    drawing = plan_drawing(generate.path, tokenizer_path, train_path, generate, stage, generate.labels, files=True)
     if generate.image or generate.mask:
         completion = read_completion(generate.image, generate.mask, generate.keep_pixels, drawing.state["image_size"])
         drawing = replace(drawing, completion=completion)

@@ -64,6 +64,24 @@ def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
     return f"{len(rows)} images, sha256 {digest.hexdigest()}"
 
 
+class Images:
+    """An image source that the stages of a run share; it is listed once, when `listing` is first read.
+
+    `kept`: a listing that was kept on disk (see `keep_listing`), which saves reading unchanged tars and Parquet files again.
+    """
+
+    def __init__(self, settings: ImageSettings, kept: str = "") -> None:
+        self.settings, self._kept = settings, kept
+
+    @cached_property
+    def listing(self) -> ImageListing:
+        """All images of the source. Raises UserError as `list_images` does."""
+        return list_images(self.settings, self._kept)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"settings": self.settings, "_kept": self._kept}  # a listing of a million rows travels only where it is asked for
+
+
 def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     """List the source, sorted by key, and split it.
 

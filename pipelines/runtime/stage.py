@@ -51,7 +51,7 @@ class Stage:
     """One execution of one stage.
 
     `start_tracking` opens its MLflow run, when there is work to do and not before; without it nothing is tracked (inside a sweep's
-    trial, in tests). `configuration` is kept beside the output.
+    trial, in tests). `configuration` is kept beside the output. Every random stream of the stage is named by `seed` and its purpose.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class Stage:
         cluster: ClusterSettings,
         configuration: dict[str, Any] | None = None,
         start_tracking: Callable[[], Tracker] | None = None,
+        seed: int = 0,
     ) -> None:
-        self.name, self.cluster, self.configuration = name, cluster, configuration or {}
+        self.name, self.cluster, self.configuration, self.seed = name, cluster, configuration or {}, seed
         self.tracker: Tracker | None = None
         self._start_tracking = start_tracking
         self._began = time.monotonic()
@@ -213,6 +214,7 @@ def open_stage(
     cluster: ClusterSettings,
     tracking: TrackingSettings,
     parent: Tracker | None = None,
+    seed: int = 0,
 ) -> Iterator[Stage]:
     """A stage with Ray connected; Ray and the stage's MLflow run are closed again, whatever happens.
 
@@ -226,7 +228,7 @@ def open_stage(
             tracking, name, configuration, path, parent, say=lambda text: console().print(text, markup=False, soft_wrap=True)
         )
 
-    stage = Stage(name, cluster, configuration, start_tracking)
+    stage = Stage(name, cluster, configuration, start_tracking, seed)
     status = "FAILED"
     try:
         with _alone_in(path), connected(cluster, log, stage.say):

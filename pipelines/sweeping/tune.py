@@ -4,7 +4,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,9 @@ from pipelines.runtime.stage import Stage
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.trials import Trial, _is_scored
 from pipelines.training import stage as training
-from pipelines.training.divergence import diverged
+from pipelines.training.metrics.divergence import diverged
+
+Ended = Callable[[Trial, dict[str, Any]], None]  # called with what a trial returned
 
 LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
 
@@ -33,13 +35,13 @@ def run_trial(
     began = time.monotonic()
     outcome: dict[str, Any] = {"metrics": {}, "error": None}
     try:
-        stage = Stage(trial.name, cluster)
+        stage = Stage(trial.name, cluster, seed=seed)
         one = trial.sections
         if sweep.over == "train":
-            outcome["metrics"] |= training.train(one.tokenizer, one.cache, one.model, one.train, seed, stage)
+            outcome["metrics"] |= training.train(one.tokenizer_path, one.cache, one.model, one.train, stage)
             outcome["error"] = diverged(outcome["metrics"]) or None
         if _is_scored(sweep) and outcome["error"] is None:
-            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer, one.train, one.generate, one.evaluate, seed, stage)
+            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer_path, one.train.path, one.generate, one.evaluate, stage)
     except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
         storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
         mistake, origin = mistake_of(error), origin_of(error)
@@ -47,13 +49,13 @@ def run_trial(
     return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
 
 
-def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings, concurrent: int, ended: Any) -> None:
+def run_trials(left: list[Trial], sweep: SweepSettings, stage: Stage, concurrent: int, ended: Ended) -> None:
     """Give the trials to Tune; `ended(trial, outcome)` is called in this process as each one ends."""
     from ray import tune
 
     by_name = {trial.name: trial for trial in left}
 
-    class Ended(tune.Callback):  # type: ignore[misc]
+    class OnEnd(tune.Callback):  # type: ignore[misc]
         def __init__(self, call: Any) -> None:
             self.call = call
 
@@ -69,10 +71,10 @@ def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSet
 
     storage_path = storage.join(sweep.path, "ray")
     storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
-    run_trials = partial(run_trial, trials=by_name, sweep=sweep, seed=seed, cluster=cluster)
+    run = partial(run_trial, trials=by_name, sweep=sweep, seed=stage.seed, cluster=stage.cluster)
     with _tune_environment():
         tune.Tuner(
-            tune.with_resources(run_trials, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
+            tune.with_resources(run, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
             param_space={"trial": tune.grid_search(list(by_name))},
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=concurrent, reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id
@@ -81,7 +83,7 @@ def _run(left: list[Trial], sweep: SweepSettings, seed: int, cluster: ClusterSet
                 name=uuid.uuid4().hex[:8],
                 storage_path=os.path.abspath(storage_path) if storage.is_local(storage_path) else storage_path,
                 failure_config=tune.FailureConfig(max_failures=LOST_ACTORS),
-                callbacks=[Ended(lambda name, outcome: ended(by_name[name], outcome))],
+                callbacks=[OnEnd(lambda name, outcome: ended(by_name[name], outcome))],
                 verbose=0,
             ),
         ).fit()

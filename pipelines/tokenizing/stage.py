@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mar_model.tokenizers import kl_config, load_tokenizer
-from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.workers import require_workers
+from pipelines.runtime.cluster.workers import require_workers, scaling
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.progress import Bar
 from pipelines.runtime.records import damaged
@@ -46,7 +46,7 @@ def check_tokenizer_files(path: str) -> None:
         raise DamagedFileError(str(error), ANOTHER_TOKENIZER) from error
 
 
-def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
+def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict[str, Any]:
     """Train the tokenizer at `tokenizer.path` on the train part of `images`, going on from where a killed run was.
 
     Returns the summary: psnr_held_out in dB (psnr_train where nothing is held out), loss, images_per_second, loss_curve as
@@ -56,7 +56,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     from pipelines.tokenizing.result import RESULT
     from pipelines.tokenizing.worker import PROGRESS, Result, read_progress
 
-    _check(images, tokenizer)
+    _check(images.settings, tokenizer)
     path = tokenizer.path
     if storage.exists(storage.join(path, "config.json")) and not storage.exists(storage.join(path, "identity.json")):
         raise UserError(
@@ -64,12 +64,14 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             remedy="go on with `mar cache`, or give another tokenizer.path",
         )
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
-    listing = list_images(images) if tokenizer.kind == "kl" else None
+    listing = images.listing if tokenizer.kind == "kl" else None
     for note in listing.notes if listing else ():
         stage.say(note)
-    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
+    identity = identity_of(images=images.settings, tokenizer=tokenizer, seed=stage.seed) | (
+        {"images.listing": listing.digest} if listing else {}
+    )
     if listing is not None:
-        check_source(path, "tokenizer.path", images.source, listing, identity, stage)
+        check_source(path, "tokenizer.path", images.settings.source, listing, identity, stage)
     summary = stage.begin(path, identity)
     if summary is not None:
         check_tokenizer_files(path)
@@ -87,7 +89,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             if first:
                 stage.say(f"going on from {first:,} images seen")
             with stage.progress(tokenizer.images, done=first) as bar:
-                _fit(images, tokenizer, listing, seed, stage, bar)
+                _fit(images.settings, tokenizer, listing, stage, bar)
         result = storage.read_json(storage.join(path, RESULT), Result, "delete it, and the tokenizer is trained to its end again")
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
@@ -100,7 +102,7 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     return summary
 
 
-def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, seed: int, stage: Stage, bar: Bar) -> None:
+def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, stage: Stage, bar: Bar) -> None:
     """The Ray Train run."""
     import ray
     import ray.train
@@ -116,20 +118,18 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     if storage.is_local(images.source):
         images = replace(images, source=str(Path(images.source).resolve()))
 
-    def on_metrics(row: dict[str, Any]) -> None:
-        bar.update(row["images_seen"], loss=row["loss"])
-        stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+    def on_metrics(metrics: Metrics) -> None:
+        bar.update(metrics.images_seen, loss=metrics.values["loss"])
+        stage.log({name: value for name, value in metrics.values.items() if name != "images_seen"}, step=metrics.images_seen)
 
-    channel = MetricsChannel()
-    job = TokenizerJob(images, tokenizer, ray.put(listing), seed, stage.cluster, channel)
+    channel = MessageChannel()
+    job = TokenizerJob(images, tokenizer, ray.put(listing), stage.seed, stage.cluster, channel)
     gpus = stage.cluster.gpus_per_worker
     trainer = Trainer(
         tokenize_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=tokenizer.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
-        ),
+        scaling_config=scaling(tokenizer.workers, gpus),
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],  # a name seen before would make Ray restore from what a killed run left half-written
             storage_path=storage.join(tokenizer.path, "ray"),

@@ -20,6 +20,7 @@ from mar_model.training.sample_order import SampleOrder
 from pipelines.images.pixels import to_model
 from pipelines.images.reading import DecodedImages
 from pipelines.runtime import storage
+from pipelines.runtime.cluster.channel import Metrics
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.records import damaged
@@ -113,7 +114,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
             speed = (images_seen - first) / (time.perf_counter() - began)
             row = {"loss": loss, "squared_error": error, "kl": kl, "learning_rate": rate, "images_per_second": speed}
             if worker == 0:
-                job.channel.send({"images_seen": images_seen, **row})
+                job.channel.send(Metrics({"images_seen": images_seen, **row}))
             sums, steps = torch.zeros(3, device=device), 0
         if worker == 0 and (ended or _crosses(images_seen, settings.batch, settings.checkpoint_images)):
             save_progress(settings.path, tokenizer, optimizer, images_seen, curve)

@@ -22,19 +22,21 @@ from pipelines.caching.latent_format import Manifest
 from pipelines.checkpoints.directory import TrainingState, images_of, last_validated, newest_checkpoint
 from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
 from pipelines.runtime import storage
+from pipelines.runtime.cluster.channel import Metrics
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import nan_for_null, null_for_nan
 from pipelines.training.data import GlobalBatch, MicroBatch, MicroBatches, owner_of
-from pipelines.training.intervals import Interval
 from pipelines.training.job import TrainingJob
-from pipelines.training.metrics_log import CHECKPOINTED
-from pipelines.training.prometheus import run_label
+from pipelines.training.metrics.intervals import Interval
+from pipelines.training.metrics.log import CHECKPOINTED
+from pipelines.training.metrics.prometheus import run_label
+from pipelines.training.metrics.telemetry import Telemetry
 from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import PREEMPTED, RESIZED
+from pipelines.training.supervision.messages import PassedOver, Started
 from pipelines.training.supervision.watchdog import PATIENCE, Watchdog
-from pipelines.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig
@@ -57,7 +59,7 @@ class Training:
     def __init__(self, job: TrainingJob, worker: int, workers: int, node: tuple[int, int]) -> None:
         """`node`: this worker's number among those of its node, and how many these are."""
         self.job, self.train, self.worker, self.workers = job, job.train, worker, workers
-        self.began = {"began": time.time()}
+        self.began = time.time()
         train, config, seed = job.train, job.model, job.seed
         device = self.device = default_device()
         self.normalise = Normalisation(job.cache.manifest, device)
@@ -80,7 +82,7 @@ class Training:
         if newest is not None:
             self.resume(newest)
         self.resumed_at, self.validated = self.images_seen, last_validated(train.path, self.images_seen)
-        self.began["resumed"] = time.time()
+        self.resumed = time.time()
 
         self.micro_batches = MicroBatches(
             job.cache, config, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=seed, worker=worker, workers=workers,
@@ -101,7 +103,7 @@ class Training:
         from ray.train import collective
 
         channel = self.job.channel
-        found = newest_checkpoint(self.train.path, lambda text: channel.send({"passed over": text})) if self.worker == 0 else None
+        found = newest_checkpoint(self.train.path, lambda text: channel.send(PassedOver(text))) if self.worker == 0 else None
         newest: str | None = collective.broadcast_from_rank_zero(found)
         return newest
 
@@ -129,7 +131,7 @@ class Training:
                     self._warm_up(share)
                 self._step(share)
                 if first and self.worker == 0:
-                    self.job.channel.send({"started": self.images_seen, "workers": self.workers, **self.began, "stepped": time.time()})
+                    self.job.channel.send(Started(self.images_seen, self.workers, self.began, self.resumed, time.time()))
                 first = False
                 ended = self.images_seen >= train.images
                 if ended or _crosses(self.images_seen, train.batch, train.log_images):
@@ -226,7 +228,7 @@ class Training:
         if self.worker == 0:
             parameters = sum(one.numel() for one in self.model.parameters())
             self.intervals.append({**row, "images_seen": self.images_seen, "parameters": parameters})
-            self.job.channel.send(self.intervals[-1])
+            self.job.channel.send(Metrics(self.intervals[-1]))
 
     def _checkpoint(self) -> None:
         """Begin to write a checkpoint; the writer waits for the one before. While steps are skipped there is nothing new to keep."""

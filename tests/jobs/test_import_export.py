@@ -21,8 +21,7 @@ from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.pixels import to_uint8
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
+from pipelines.runtime.stage import Stage
 
 SHAPES = Path(__file__).parent.parent / "data" / "published_state_dicts.json"
 MODEL = MARConfig(
@@ -53,7 +52,7 @@ def drawn(checkpoint: str, tokenizer: str, **settings: object) -> np.ndarray:
     wanted = GenerateSettings(
         checkpoint=checkpoint, images=2, labels=[0, 2], ar_steps=2, diffusion_steps=3, guidance=2.0, precision="float32", **settings
     )  # type: ignore[arg-type]
-    drawing = plan_drawing("unused", [0, 2], TokenizerSettings(path=tokenizer), TrainSettings(), wanted, 5, load().cluster, files=False)
+    drawing = plan_drawing("unused", tokenizer, "", wanted, Stage("generate", load().cluster, seed=5), [0, 2])
     return LoadedModel(drawing).images(np.array([0, 2]), range(2))[0]
 
 

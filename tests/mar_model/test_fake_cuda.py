@@ -24,7 +24,7 @@ from mar_model.training.ema import WeightAverage
 from mar_model.training.recipe import micro_batch_draws, parameter_groups
 from mar_model.training.step import OptimizerStep, Outcome, forward_backward
 from mar_model.training.strategies import Replicated, Strategy, strategy_of
-from pipelines.training.intervals import Interval
+from pipelines.training.metrics.intervals import Interval
 
 MASKED = 11
 NAMES = [name for name, _ in MAR(TINY).named_parameters()]

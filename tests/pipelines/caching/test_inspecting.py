@@ -18,6 +18,7 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
 from pipelines.caching.verifying import damages
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -40,7 +41,7 @@ def made(ray_local: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) -
     tokenizer = TokenizerSettings(path=str(folder / "tokenizer"))
     configuration = {"images": vars(images), "tokenizer": vars(tokenizer)}
     settings = CacheSettings(path=str(folder / "cache"), shard_images=8, batch=3)
-    cache(images, tokenizer, settings, Stage("cache", ray_local, configuration))
+    cache(Images(images), tokenizer.path, settings, Stage("cache", ray_local, configuration))
     return folder
 
 
@@ -109,7 +110,7 @@ def test_what_verify_finds_the_next_run_makes_anew(made: Path, ray_local: Cluste
     images = ImageSettings(source=str(made / "images"), size=16, max_rejected=0.2)
     before = (shards / "shard-00000.arrow").stat().st_mtime_ns
     settings = CacheSettings(path=str(copy), shard_images=8, batch=3)
-    cache(images, TokenizerSettings(path=str(made / "tokenizer")), settings, Stage("cache", ray_local))
+    cache(Images(images), str(made / "tokenizer"), settings, Stage("cache", ray_local))
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == whole
     assert (shards / "shard-00000.arrow").stat().st_mtime_ns == before
     verify_command(str(copy))
@@ -136,7 +137,7 @@ def test_precision_and_its_deviation_are_in_the_manifest(made: Path, ray_local: 
     assert 0 <= manifest.precision["deviation"]["means_max"] < 1e-4
     images = ImageSettings(source=str(made / "images"), size=16, max_rejected=0.2)
     settings = CacheSettings(path=str(tmp_path), shard_images=8, batch=3, precision="bf16")
-    cache(images, TokenizerSettings(path=str(made / "tokenizer")), settings, Stage("cache", ray_local))
+    cache(Images(images), str(made / "tokenizer"), settings, Stage("cache", ray_local))
     deviation = storage.read_json(str(tmp_path / "manifest.json"))["precision"]["deviation"]
     assert deviation["images"] == 3
     assert 1e-4 < deviation["means_rms"] < 0.1

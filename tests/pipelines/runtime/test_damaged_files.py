@@ -26,7 +26,7 @@ from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.stage import finished_rows
 from pipelines.sweeping.trials import Trial
 from pipelines.tokenizing.worker import PROGRESS, load_progress, read_progress, save_progress
-from pipelines.training.metrics_log import MetricsLog, read_metrics
+from pipelines.training.metrics.log import MetricsLog, read_metrics
 
 GARBAGE = b"\xff\xfe\x00no file of ours\x93\n" * 9
 IDENTITY = {"train.batch": 8, "seed": 1}
