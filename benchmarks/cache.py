@@ -32,8 +32,9 @@ from mar_model.tokenizers import KLConfig
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shards import make, shards_of
 from pipelines.caching.stage import cache
-from pipelines.caching.worker import Decoded, Encoder, EncodingJob, decode_row
+from pipelines.caching.worker import Encoder, EncodingJob
 from pipelines.images.listing import Images, list_images
+from pipelines.images.reading import Decoded, decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import progress
 from pipelines.runtime.cluster.connection import connected

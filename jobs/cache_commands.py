@@ -8,7 +8,7 @@ from jobs.path_options import path_given
 from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from pipelines.caching.inspecting import Inspection
+    from pipelines.caching.inspection.inspecting import Inspection
     from pipelines.images.settings import ImageSettings
 
 CLASSES_SHOWN = 10
@@ -32,7 +32,7 @@ def inspect_command(
     from jobs.stages import guarded
 
     def work() -> None:
-        from pipelines.caching.inspecting import inspect, write_wall
+        from pipelines.caching.inspection.inspecting import inspect, write_wall
         from pipelines.runtime import storage
 
         found = inspect(cache)
@@ -59,9 +59,9 @@ def verify_command(
     def work() -> bool:
         import torch
 
+        from pipelines.caching.inspection.verifying import damaged_records, damages, encode_again
         from pipelines.caching.latent_cache import LatentCache
         from pipelines.caching.shard_checks import absolve, condemn, condemned
-        from pipelines.caching.verifying import damaged_records, damages, encode_again
 
         opened = LatentCache(cache, condemned=True)
         found, records = list(damages(opened)), list(damaged_records(cache))
@@ -131,7 +131,7 @@ def _show(found: "Inspection") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.caching.inspecting import EDGES
+    from pipelines.caching.inspection.inspecting import EDGES
 
     manifest = found.cache.manifest
     table = Table(title=f"cache {found.cache.path}", show_header=False, title_justify="left")

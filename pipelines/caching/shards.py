@@ -13,16 +13,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.caching.latent_format import SHARDS, shard_name
-from pipelines.caching.worker import (
-    CALLS_AT_ONCE,
-    EncodingJob,
-    Seconds,
-    ShardEncoder,
-    ShardProgress,
-    finished_record,
-    read,
-    read_image_digests,
-)
+from pipelines.caching.records import finished_record, read_image_digests
+from pipelines.caching.worker import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, ShardProgress
+from pipelines.images.reading import read_with_digest
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
@@ -133,7 +126,7 @@ def _compare_images(images: ImageSettings, path: str, rows: ImageRows, index: in
     if not digests:
         return Compared(unknown=places)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = list(pool.map(lambda place: read(images, rows[place])[1], places))
+        found = list(pool.map(lambda place: read_with_digest(images, rows[place])[1], places))
     changed = [place for place, digest in zip(places, found, strict=True) if digest != digests[place - start]]
     return Compared(len(places) - len(changed), changed)
 

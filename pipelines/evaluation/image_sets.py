@@ -12,9 +12,8 @@ from mar_model.noise import stream
 from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.generation import samples
-from pipelines.images.listing import ImageError
-from pipelines.images.pixels import decode, to_uint8
-from pipelines.images.reading import read_image
+from pipelines.images.pixels import to_uint8
+from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import storage
@@ -55,12 +54,8 @@ class RealImages:
         return storage.digest(np.array([row.version for row in self.rows], "<i8").tobytes())
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        found = []
-        for row in self.rows[start:stop]:
-            try:
-                found.append(decode(read_image(self.images, row), self.images.size, self.images.exif))
-            except ImageError:
-                continue  # the stage cache names such images and limits their share; the count of the statistics tells
+        decoded = [decode_row(self.images, row).pixels for row in self.rows[start:stop]]
+        found = [pixels for pixels in decoded if pixels is not None]  # stage *cache* names the others; statistics have their count
         return np.stack(found) if found else np.empty((0, self.images.size, self.images.size, 3), np.uint8)
 
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from mar_model.config import MARConfig
 from mar_model.mar import TrainingDraws
 from mar_model.masking import draw_mask_ratio, masked_tokens
-from mar_model.noise import stream
+from mar_model.noise import stream, to_device
+from mar_model.tokenizers import sample_posterior
 from mar_model.training.recipe import micro_batch_draws
 from mar_model.training.sample_order import Order, SampleOrder, WindowedOrder
 from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.latent_format import Manifest
 from pipelines.runtime.errors import UserError
 
 AHEAD = 2  # batches prepared before they are asked for
@@ -187,3 +189,16 @@ class LatentDataset:
                 position = ready.position
                 upcoming.append(thread.submit(prepare, position + AHEAD * batch))
                 yield ready
+
+
+class Normalization:
+    """Moments (B, 2C, H, W) and noise → normalized latents (B, C, H, W) float32 on the training device."""
+
+    def __init__(self, manifest: Manifest, device: torch.device) -> None:
+        self.device = device
+        self.mean = torch.tensor(manifest.latent_mean, device=device)[None, :, None, None]
+        self.std = torch.tensor(manifest.latent_std, device=device)[None, :, None, None]
+
+    def __call__(self, moments: Tensor, noise: Tensor) -> Tensor:
+        latents = sample_posterior(to_device(moments, self.device).float(), to_device(noise, self.device))
+        return (latents - self.mean) / self.std

@@ -16,9 +16,10 @@ from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, wri
 from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.records import read_image_digests, read_record
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
-from pipelines.caching.worker import EncodingJob, ShardEncoder, read_image_digests, read_record
+from pipelines.caching.worker import EncodingJob, ShardEncoder
 from pipelines.images.listing import Images, list_images
 from pipelines.images.pixels import decode, to_model
 from pipelines.images.reading import read_image

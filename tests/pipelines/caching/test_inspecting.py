@@ -13,11 +13,11 @@ from PIL import Image
 from benchmarks.source_forms import encoded, write_tree
 from jobs.cache_commands import inspect_command, verify_command
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines.caching.inspecting import EDGES, inspect
+from pipelines.caching.inspection.inspecting import EDGES, inspect
+from pipelines.caching.inspection.verifying import damages
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
-from pipelines.caching.verifying import damages
 from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage

@@ -14,10 +14,9 @@ import pytest
 import webdataset
 
 from benchmarks.source_forms import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
-from pipelines.caching.worker import decode_row
 from pipelines.images import sources
 from pipelines.images.listing import ImageError, keep_listing, kept_listing, list_images
-from pipelines.images.reading import read_image
+from pipelines.images.reading import decode_row, read_image
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.tars import members, open_at
 from pipelines.runtime.errors import UserError

@@ -28,7 +28,7 @@ from pipelines.runtime.stage import Stage
 from pipelines.training.data import MicroBatches, share_of
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import model_config, newest_checkpoint, train
-from pipelines.training.worker import made_model
+from pipelines.training.state import initial_model
 
 ARCHITECTURE = Architecture(
     encoder_depth=1, encoder_width=32, encoder_heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, buffer_size=2,
@@ -155,7 +155,10 @@ def test_what_cannot_be_is_said_before_any_work(sections: tuple[str, CacheSettin
 
 def test_blocks_are_compiled_when_asked_for(sections: tuple[str, CacheSettings]) -> None:
     config = model_config(ARCHITECTURE, LatentCache(sections[1].path))
-    plain, compiled = made_model(config, RECIPE, 3), made_model(config, replace(RECIPE, compile=True, activation_checkpointing=True), 3)
+    plain, compiled = (
+        initial_model(config, RECIPE, 3),
+        initial_model(config, replace(RECIPE, compile=True, activation_checkpointing=True), 3),
+    )
     assert plain.encoder_blocks[0]._compiled_call_impl is None
     assert not plain.recompute
     for block in (compiled.encoder_blocks[0], compiled.decoder_blocks[0], compiled.diffloss.net.res_blocks[0]):

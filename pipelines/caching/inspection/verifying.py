@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.caching.inspecting import check_tokenizer, spread
+from pipelines.caching.inspection.inspecting import check_tokenizer, spread
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST, SHARDS, Manifest
+from pipelines.caching.records import read_record
 from pipelines.caching.stage import REJECTED, read_rejected
-from pipelines.caching.worker import Encoder, decode_row, read_record
+from pipelines.caching.worker import Encoder
 from pipelines.images.listing import kept_listing
+from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING
 from pipelines.runtime import storage
