@@ -57,7 +57,7 @@ command = partial(app.command, cls=Command)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from mar_model import __version__
+        from mar_model.version import __version__
 
         print(f"mar {__version__}")
         raise typer.Exit

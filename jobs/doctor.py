@@ -208,8 +208,7 @@ def tracking_check(uri: str) -> Check:
 
 def tokenizer_check(config: "RunConfig") -> Check:
     """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing.directory import tokenizer_digest
-    from pipelines.tokenizing.stage import check_tokenizer_files
+    from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_digest
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mar_model import __version__
 from mar_model.checkpoints.checkpoint import STATE
 from mar_model.checkpoints.released import (
     FILE,
@@ -20,11 +19,11 @@ from mar_model.checkpoints.released import (
     is_scaled_as_released,
 )
 from mar_model.tokenizers import kl_config, load_tokenizer
+from mar_model.version import __version__
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import tokenizer_config
+from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 CONFIG = "config.json"  # of a tokenizer directory
 SOURCE = "source.json"  # what an imported directory was made of

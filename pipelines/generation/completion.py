@@ -10,10 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mar_model.tokenizers import Tokenizer
-from pipelines.images.listing import ImageError
 from pipelines.images.pixels import decode, to_model
 from pipelines.runtime import storage
-from pipelines.runtime.errors import UserError
+from pipelines.runtime.errors import ImageError, UserError
 
 HIDING = 127  # a mask's pixels brighter than this are drawn anew
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mar_model.checkpoints.checkpoint import load_model
@@ -16,7 +17,8 @@ from mar_model.sampling.token_sampler import TokenSampler
 from mar_model.tokenizers import load_tokenizer
 from pipelines.generation import samples
 from pipelines.generation.drawing import Drawing
-from pipelines.images.grid import encoded
+from pipelines.generation.film import animation
+from pipelines.images.grid import encoded, grid
 from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import autocast
@@ -184,3 +186,16 @@ def share_at_bounds(latents: Tensor, low: Tensor, high: Tensor) -> Tensor:
     low, high = (bound.view(1, -1, 1, 1) for bound in (low, high))
     inside = (latents > low) & (latents < high)
     return 1.0 - inside.flatten(1).float().mean(dim=1)
+
+
+def draw_film(drawing: Drawing, count: int) -> bytes:
+    """Draw the first `count` samples: an animated WebP of their grid before the first and after each autoregressive step."""
+    numbers = drawing.numbers(0, count)
+    labels = drawing.labels_of(numbers)
+    frames: list[Image.Image] = []
+
+    def show(images: np.ndarray) -> None:
+        frames.append(Image.fromarray(grid(images, labels)))
+
+    LoadedModel(drawing).film(labels, numbers, show)
+    return animation(frames)

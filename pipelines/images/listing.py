@@ -15,7 +15,6 @@ from pipelines.images.sources.class_folders import counted, first
 from pipelines.images.sources.imagefolder import SUFFIXES
 from pipelines.images.sources.table import ImageRows, Listed
 from pipelines.runtime import storage
-from pipelines.runtime.errors import ImageError as ImageError
 from pipelines.runtime.errors import UserError
 
 MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mar_model.tokenizers import kl_config, load_tokenizer
 from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
@@ -13,37 +12,14 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.workers import require_workers, scaling
-from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
-from pipelines.runtime.records import damaged
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import _write_pixels
+from pipelines.tokenizing.directory import check_tokenizer_files, write_pixels
 from pipelines.tokenizing.settings import TokenizerSettings
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
-
-
-ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
-
-
-def tokenizer_config(path: str) -> dict[str, Any]:
-    """`config.json` of the tokenizer in directory `path`. Raises FileNotFoundError, and DamagedFileError."""
-    file = storage.join(path, "config.json")
-    config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
-    try:
-        kl_config(config)
-    except ValueError as error:
-        raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
-    return config
-
-
-def check_tokenizer_files(path: str) -> None:
-    """Load the tokenizer in directory `path`. Raises DamagedFileError where it can't be loaded, naming the file."""
-    try:
-        load_tokenizer(storage.local_directory(path))
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(str(error), ANOTHER_TOKENIZER) from error
 
 
 def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict[str, Any]:
@@ -77,7 +53,7 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict
         check_tokenizer_files(path)
     if listing is None:
         if summary is None:
-            _write_pixels(path)
+            write_pixels(path)
             summary = stage.complete(path, identity, {"images": 0})
         return summary
     if summary is None:

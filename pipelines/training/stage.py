@@ -10,6 +10,7 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import TrainingState, forget_lost_attempts, newest_checkpoint, once, read_checkpoint
 from pipelines.checkpoints.fine_tuning import Start, start_from
+from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.interruption import finish_when_asked
 from pipelines.runtime.cluster.precision import resolved
@@ -92,7 +93,7 @@ def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) 
     if not train.init_from:
         return None, {}
     try:
-        start = start_from(train.init_from, config, class_names)
+        start = start_from(checkpoint_directory(train.init_from), config, class_names)
     except UserError:
         known = storage.join(train.path, IDENTITY)
         digest = read_identity(train.path).get("train.init_from") if storage.exists(known) else None

@@ -16,7 +16,7 @@ from mar_model.checkpoints.checkpoint import load_model
 from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
 from mar_model.tokenizers import KLAutoencoder, KLConfig
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.pixels import to_uint8
