@@ -1,4 +1,4 @@
-"""The command `mar`: one command a stage, the whole demo, submission to a cluster, and the check before a long job."""
+"""The command `mar`: one subcommand per stage, plus quickstart, report, submit, doctor, plan, import, export, inspect and verify."""
 
 import signal
 import sys
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from jobs.config.load import ConfigurationFile
     from jobs.config.schema import RunConfig
 
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
+ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings that override the preset's")]
 Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="one setting; repeatable")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and stop")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and exit")]
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
+    """Ctrl-C. A separate type, because click exits silently on KeyboardInterrupt."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -65,13 +65,13 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")] = False,
 ) -> None:
     """Masked autoregressive image models (MAR) on Ray."""
 
 
 def main() -> None:
-    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Console script. Exit status: 0, 2 for a user error, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         with raised():
             guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
@@ -91,7 +91,7 @@ def _leave(text: str, status: int) -> None:
 
 
 def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
-    """The configuration; printed and done with --print-config, else named on stderr."""
+    """Load the configuration and print its sources to stderr; with --print-config print the configuration and exit."""
     from jobs.config.load import load
     from pipelines.runtime.tracking import without_password
 
@@ -143,14 +143,14 @@ for _name, _stage in STAGES.items():
 @command(epilog="Example:  mar report runs/demo")
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; else the one that holds train.path")
+        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; default: the parent of train.path")
     ] = "",
     config: ConfigFile = None,
     preset: Preset = None,
     assignments: Assignments = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Write RUN/report.html, one page of all results."""
+    """Write RUN/report.html, one page with all results."""
     given = {"--config": config, "--preset": preset, "--set": assignments, "--print-config": print_config}
     if unused := [option for option, value in given.items() if run and value]:
         raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given", remedy="give one of the two")
@@ -168,7 +168,7 @@ def report(
 def quickstart(
     config: ConfigFile = None, preset: Preset = "demo", assignments: Assignments = None, print_config: PrintConfig = False
 ) -> None:
-    """Run every stage, of the preset demo by default."""
+    """Run all stages, by default of the preset demo."""
     loaded = _load(config, preset, assignments, print_config)
 
     def work() -> dict[str, Any]:
@@ -187,9 +187,11 @@ def quickstart(
 )
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
-    address: Annotated[str, typer.Option(metavar="URL", callback=path_given, help="dashboard of the head node")] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave; the job goes on")] = False,
-    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment of the job; repeatable")] = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", callback=path_given, help="the head node's dashboard; or RAY_API_SERVER_ADDRESS")
+    ] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and exit; the job continues")] = False,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job; repeatable")] = None,
     config: ConfigFile = None,
     preset: Preset = None,
     assignments: Assignments = None,
@@ -209,7 +211,7 @@ def submit(
 
 @command(epilog="Example:  mar doctor --preset demo")
 def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-    """Check Ray, paths, MLflow, weights and disk before a long job."""
+    """Check Ray, paths, MLflow, weights and disk space before a long job."""
     loaded = _load(config, preset, assignments, print_config)
     from jobs.doctor import examine, show
 
@@ -218,32 +220,34 @@ def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assign
 
 @command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
 def plan(
-    gpus: Annotated[int, typer.Option(metavar="N", help="how many")] = 16,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, … (another name lists them all)")] = "h100",
-    epochs: Annotated[float, typer.Option(metavar="X", help="times through the images")] = 400,
-    images: Annotated[int, typer.Option(metavar="N", help="images; 0: the cache's, else ImageNet's")] = 0,
-    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU: share of the peak that is used")] = 0.23,
-    rate: Annotated[float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, in its place")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16, of another GPU")] = None,
-    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="of another GPU")] = None,
-    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+    gpus: Annotated[int, typer.Option(metavar="N", help="number of GPUs")] = 16,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, …; `list` lists them all")] = "h100",
+    epochs: Annotated[float, typer.Option(metavar="X", help="passes over the images")] = 400,
+    images: Annotated[int, typer.Option(metavar="N", help="number of images; 0: the cache's, or ImageNet's without a cache")] = 0,
+    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU, as a share of the peak")] = 0.23,
+    rate: Annotated[
+        float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, instead of --efficiency")
+    ] = None,
+    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16 peak, for a GPU that is not listed")] = None,
+    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="memory, for a GPU that is not listed")] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     config: ConfigFile = None,
     preset: Preset = None,
     assignments: Assignments = None,
     print_config: PrintConfig = False,
 ) -> None:
-    """Print what training takes: memory, time, disk, network."""
+    """Estimate memory, time, disk and network of a training."""
     loaded = _load(config, preset, assignments, print_config)
     from jobs import planning
 
-    there, classes = planning.images_and_classes(loaded)
+    cached, classes = planning.images_and_classes(loaded)
     kind = planning.gpu(gpu, peak_tflops, memory_gb)
-    given = planning.Assumptions(kind, gpus, epochs, images or there, classes, efficiency, rate)
+    given = planning.Assumptions(kind, gpus, epochs, images or cached, classes, efficiency, rate)
     print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
 
 
 @command("help", epilog="Example:  mar help train")
-def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="of which; else of mar itself")] = "") -> None:
+def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="command to explain; default: mar itself")] = "") -> None:
     """Show the help of a command."""
     typer.main.get_command(app)([*([command] if command else []), "--help"], prog_name="mar")
 
@@ -255,8 +259,8 @@ command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(ve
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one. A number that is not
-    finite is `nan`, and `none` where it was read from a file."""
+    """Print the summary's figures as a table on stdout, one row for each entry of a mapping. A number that is not finite is shown as `nan`,
+    or as `none` if it was read from a file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -276,8 +280,8 @@ def _print_next_steps(root: str, tracking_uri: str) -> None:
 
     print(f"report: {root}/report.html")
     served = tracking_uri.startswith(("http://", "https://"))
-    print(f"every number: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
-    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")
+    print(f"all metrics: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
+    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and all paths in it, then")
     print("                 mar quickstart --config mine.yaml")
 
 
