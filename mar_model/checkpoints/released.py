@@ -1,7 +1,7 @@
-"""Checkpoint files of the public release (LTH14/mar): `checkpoint-last.pth` of MAR and `kl16.ckpt` of its tokenizer, in and out.
+"""Import and export of the public release's files (LTH14/mar): `checkpoint-last.pth` of MAR and `kl16.ckpt` of its tokenizer.
 
-They are pickles, so they are read with `weights_only=True`: tensors, numbers and text, and argparse's Namespace, which the release
-keeps its arguments in, as the one further class.
+The files are pickles, so they are read with `weights_only=True`: tensors, numbers, text, and as the only additional class
+`argparse.Namespace`, which contains the release's arguments.
 """
 
 import argparse
@@ -21,20 +21,20 @@ from mar_model.config import MARConfig
 from mar_model.files import describe_misfit, read_tensors, shapes_of
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 
-RAW, EMA = "model", "model_ema"  # the keys that the release keeps its two sets of weights under
-FILE = "checkpoint-last.pth"  # the name that the release looks for in the folder that its --resume is given
-LATENT_SCALE = 0.2325  # latents are multiplied by it before the published models see them
+RAW, EMA = "model", "model_ema"  # the release's keys of its two sets of weights
+FILE = "checkpoint-last.pth"  # the file that the release loads from its --resume folder
+LATENT_SCALE = 0.2325  # factor on latents before the published models
 
 
 class ReleasedFile:
-    """One file of the release, memory-mapped: `weights` by the key they are under, `arguments` under the release's names, `epoch`."""
+    """One file of the release, memory-mapped: `weights` by key, `arguments` by the release's names, `epoch`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError for a file that is no PyTorch file, is damaged, needs code to be run, or holds no weights."""
+        """Raises ValueError if the file is not a PyTorch file, is damaged, would run code, or contains no weights."""
         content = _read(path)
         if not isinstance(content, dict) or not isinstance(content.get(RAW, content.get(EMA)), dict):
             found = sorted(str(key) for key in content)[:8] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}")
+            raise ValueError(f"{path} contains {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}")
         self.path = path
         self.weights = {key: _tensors(path, key, content[key]) for key in (RAW, EMA) if key in content}
         arguments = content.get("args")
@@ -43,54 +43,54 @@ class ReleasedFile:
 
     @property
     def is_tokenizer(self) -> bool:
-        """Whether this is an autoencoder, as its names tell, and no MAR model."""
+        """Whether the parameter names are those of an autoencoder, not of a MAR model."""
         names = self.weights.get(RAW, {})
         return any(name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")) for name in names)
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"{path} is no file, expected a {FILE} or kl16.ckpt of the release")
+        raise ValueError(f"{path} is not a file, expected a {FILE} or kl16.ckpt of the release")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a pickle or an archive can hold that it should not
+    except Exception as error:  # a damaged or malicious file can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise ValueError(f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are") from error
+            raise ValueError(f"{path} contains {refused[1]}; only tensors, numbers, text and argparse.Namespace are read") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no PyTorch file, or cut off or damaged: {reason[:200]}") from error
+        raise ValueError(f"{path} is not a PyTorch file, or is truncated or damaged: {reason[:200]}") from error
 
 
 def _tensors(path: Path, key: str, value: Any) -> dict[str, Tensor]:
     wrong = [str(name) for name, one in value.items() if not isinstance(one, Tensor)] if isinstance(value, dict) else [key]
     if wrong or not value:
-        raise ValueError(f"{path} holds no weights under {key!r}: {', '.join(wrong[:5]) or 'nothing'} there, expected named tensors")
+        raise ValueError(f"{path} contains no weights under {key!r} but {', '.join(wrong[:5]) or 'nothing'}, expected named tensors")
     odd = [
         f"{name} is {one.dtype}, {one.layout}, on {one.device}"
         for name, one in value.items()
         if not one.is_floating_point() or one.layout != torch.strided or one.device.type != "cpu"
     ]
     if odd:
-        raise ValueError(f"{path}: {key!r} has {'; '.join(odd[:5])}; expected floating-point weights, dense and with values")
+        raise ValueError(f"{path}: {key!r} has {'; '.join(odd[:5])}; expected dense floating-point weights with values")
     return {str(name): one for name, one in value.items()}
 
 
 def checked_config(file: ReleasedFile, ema: bool = True, **chosen: int | None) -> MARConfig:
-    """The configuration of a released MAR checkpoint, all of whose names and shapes fit it.
+    """The configuration of a released MAR checkpoint, which all its names and shapes fit.
 
-    Raises ValueError listing what is missing, unexpected and mis-shaped, or saying which weights are not there.
+    Raises ValueError with the missing, unexpected and mis-shaped tensors, or with the set of weights that does not exist.
     """
     key = EMA if ema else RAW
     if key not in file.weights:
         other, option = (RAW, "raw") if ema else (EMA, "ema")
-        raise ValueError(f"{file.path} has no {key!r}, only {other!r}: take those with --{option}")
+        raise ValueError(f"{file.path} has no {key!r}, only {other!r}: use --{option}")
     config = released_config(shapes_of(file.weights[key]), file.arguments, **chosen)
     expected = shapes_of(model_without_weights(config).state_dict())
-    for name in sorted(file.weights, key=lambda one: one != key):  # first those that the sizes are from
+    for name in sorted(file.weights, key=lambda one: one != key):  # first the weights that determine the sizes
         misfit = describe_misfit(expected, shapes_of(file.weights[name]))
         if misfit:
-            raise ValueError(f"{file.path}: {name!r} is no MAR model of the sizes that its tensors tell: {misfit}")
+            raise ValueError(f"{file.path}: {name!r} is not a MAR model of the sizes that its tensors have: {misfit}")
     return config
 
 
@@ -110,7 +110,7 @@ def import_checkpoint(
     parts = {WEIGHTS: raw, AVERAGE: EMA if ema else RAW}
     for key in set(parts.values()):
         _check_finite(file, key)
-        file = ReleasedFile(path)  # a new memory map: the pages that were just read no longer count as used
+        file = ReleasedFile(path)  # a new memory map, which releases the pages that were just read
     stride = chosen.get("stride") or int(file.arguments.get("vae_stride") or STRIDE)
     geometry = {
         "images_seen": None,  # the release counts epochs
@@ -130,7 +130,7 @@ def import_checkpoint(
 
 
 def import_tokenizer(path: Path, directory: Path) -> KLConfig:
-    """Write a released autoencoder as a tokenizer directory. Raises ValueError listing what does not fit, or is not finite."""
+    """Write a released autoencoder as a tokenizer directory. Raises ValueError with the tensors that do not fit or are not finite."""
     file = ReleasedFile(path)
     shapes = shapes_of(file.weights[RAW])
     config = released_kl_config(shapes)
@@ -138,7 +138,7 @@ def import_tokenizer(path: Path, directory: Path) -> KLConfig:
         tokenizer = KLAutoencoder(config)
     misfit = describe_misfit(shapes_of(tokenizer.state_dict()), shapes)
     if misfit:
-        raise ValueError(f"{path} is no KL autoencoder of the sizes that its tensors tell: {misfit}")
+        raise ValueError(f"{path} is not a KL autoencoder of the sizes that its tensors have: {misfit}")
     _check_finite(file, RAW)
     tokenizer.load_state_dict(_in_float32(file, RAW), assign=True)
     save_tokenizer(tokenizer, directory)
@@ -152,16 +152,16 @@ def _check_finite(file: ReleasedFile, key: str) -> None:
 
 
 def _in_float32(file: ReleasedFile, key: str) -> dict[str, Tensor]:
-    """The weights under `key`, nothing copied that is float32 already."""
+    """The weights under `key`; float32 tensors are not copied."""
     return {name: value.detach().float().contiguous() for name, value in file.weights[key].items()}
 
 
 def export_checkpoint(directory: Path, target: Path) -> None:
-    """Write a checkpoint directory as the file that the release resumes from: its raw and its averaged weights, float32.
+    """Write the raw and averaged float32 weights of a checkpoint directory to a file that the release can resume from.
 
-    No `args`: PyTorch refuses to load a Namespace by default since 2.6. How latents are normalised has no place in that file: the
-    release's code multiplies them by LATENT_SCALE, `is_scaled_as_released` tells whether this checkpoint does. Raises ValueError for a
-    damaged checkpoint.
+    The file has no `args`, because PyTorch refuses to load a Namespace by default since 2.6. It does not contain the normalisation of
+    latents: the release's code multiplies them by LATENT_SCALE (see `is_scaled_as_released`). Raises ValueError for a damaged
+    checkpoint.
     """
     state = read_state(directory)
     expected = shapes_of(model_without_weights(config_of(state)).state_dict())
@@ -175,6 +175,6 @@ def export_checkpoint(directory: Path, target: Path) -> None:
 
 
 def is_scaled_as_released(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's normalisation (its `state.json`) is the release's: latents times LATENT_SCALE, nothing subtracted."""
+    """Whether the normalisation in `state.json` is the release's: latents times LATENT_SCALE, without a shift."""
     scaled = all(abs(std * LATENT_SCALE - 1) < 1e-6 for std in state["latent_std"])
     return scaled and all(abs(mean) < 1e-6 for mean in state["latent_mean"])

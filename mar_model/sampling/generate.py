@@ -1,4 +1,4 @@
-"""Generation: tokens in random order, many at a time, each one drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
+"""Generation: tokens in random order, several per step, each drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
 
 import itertools
 import math
@@ -43,25 +43,25 @@ def generate(
     token_sampler: TokenSampler | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Normalised latents (B, C, H, W) float32 for `labels` (B,), all randomness from `noise`.
+    """Draw normalised latents (B, C, H, W) float32 for `labels` (B,), with all random numbers from `noise`.
 
-    labels: None draws unconditionally, as many images as `noise` has orders.
-    guidance: scale s of classifier-free guidance, noise = uncond + s·(cond − uncond); *linear* lets it grow from 1 to s as the
-        image fills.
+    labels: None draws unconditionally, one image per order of `noise`.
+    guidance: scale s of classifier-free guidance, noise = uncond + s·(cond − uncond). With the schedule *linear* it grows from 1 to s
+        as the image fills.
     sampler: *ancestral*, as published, or *ddim* with its `eta` (`Diffusion.ddim_step`).
-    x0_range: per-channel bounds, two (C,) tensors in normalised units, that each predicted clean token is kept in (None: as published).
-    orders: generation orders (B, L), a permutation a row, instead of those of `noise`.
-    known, fill: completion. Of the latents `known` (B, C, H, W) float32 the tokens where `fill`, (B, L) or (B, h, w) bool, is true are
-        drawn, as many in every image; the others are there from the start and come back bit for bit. The schedule of AR steps runs over
-        the tokens to fill: with all of them it is plain generation.
-    after_step(i, latents): sees the picture after AR step i, with zeros where nothing is drawn yet.
+    x0_range: bounds per channel, two (C,) tensors in normalised units, to which predicted clean tokens are clamped (None: as published).
+    orders: generation orders (B, L), one permutation per row, instead of those of `noise`.
+    known, fill: completion. Of the latents `known` (B, C, H, W) float32, the tokens where `fill`, (B, L) or (B, h, w) bool, is true are
+        drawn, equally many per image; all others are known from the start and returned bit for bit. The schedule of AR steps covers the
+        tokens to fill; filling all tokens is plain generation.
+    after_step(i, latents): called with the latents after AR step i, zero where nothing is drawn yet.
+    token_sampler: a sampler to reuse between calls, for captured graphs and weights in bf16.
 
-    Fast modes: `diffusion_steps_end` lets the diffusion steps fall linearly over the AR steps (`annealed_steps`), each token taking the
-    first numbers of its noise; `guidance_interval` guides in a part of the noise schedule only (`Sampling`); `reuse_steps` AR steps
-    after each complete one take features from before (`FeatureReuse`). token_sampler: one to be used again, for captured graphs and
-    weights in bf16.
+    Fast modes: with `diffusion_steps_end` the diffusion steps decrease linearly over the AR steps (`annealed_steps`), and each token uses
+    the first entries of its noise. `guidance_interval` guides only in a part of the noise schedule (`Sampling`). After each complete
+    AR step, `reuse_steps` AR steps reuse features (`FeatureReuse`).
 
-    Raises ValueError before any work for what can't be drawn, naming the argument, the value found and the one expected.
+    Raises ValueError before any work for invalid arguments, with the argument, the value found and the value expected.
     """
     config, device = model.config, model.fake_latent.device
     sampling = Sampling(sampler, eta, temperature, guidance_interval)
@@ -73,7 +73,7 @@ def generate(
     fill = _checked_fill(known, fill, model, batch)
     if reuse_steps < 0:
         raise ValueError(f"reuse_steps is {reuse_steps}, expected 0 or more")
-    respaced_timesteps(diffusion_steps)  # raises for a number of steps that is not possible
+    respaced_timesteps(diffusion_steps)  # raises for an invalid number of steps
     steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
 
     tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
@@ -91,14 +91,14 @@ def generate(
     if x0_range is not None:
         low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
         token_range = (low, high)
-    orders_there = to_device(orders, device)
+    orders_on_device = to_device(orders, device)
 
     with _evaluating(model):
         for step, (before, after) in enumerate(itertools.pairwise(lengths)):
-            if before == after:  # more steps than tokens: nothing leaves the mask
+            if before == after:  # more steps than tokens: this step draws nothing
                 continue
-            kept = orders_there[:, before:].sort(dim=1).values
-            positions = orders_there[:, after:before].sort(dim=1).values
+            kept = orders_on_device[:, before:].sort(dim=1).values
+            positions = orders_on_device[:, after:before].sort(dim=1).values
             if reuse is None:
                 z = _conditions(model, tokens, kept, positions, embedding)
             else:
@@ -133,26 +133,25 @@ def _embedding(model: MAR, labels: Tensor | None, batch: int, unconditional_half
 
 
 def _conditions(model: MAR, tokens: Tensor, kept: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:
-    """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) where there are 2B
-    embeddings."""
+    """z at `positions` (B, M), given the known tokens (B, L, D) at `kept` (B, K): (B, M, W), or (2B, M, W) for 2B embeddings."""
     copies = embedding.shape[0] // tokens.shape[0]
     kept, positions = kept.repeat(copies, 1), positions.repeat(copies, 1)
     return model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept, positions)
 
 
 def _scale(guidance: float, schedule: str, masked: int, tokens: int) -> float:
-    """The guidance scale of a step that leaves `masked` tokens masked (the last one counts as one)."""
+    """The guidance scale of a step that leaves `masked` tokens masked (the last step counts as leaving one)."""
     return guidance if schedule == "constant" else 1 + (guidance - 1) * (tokens - masked) / tokens
 
 
 def _checked_orders(orders: Tensor, tokens: int) -> Tensor:
-    """The orders on the CPU, int64."""
+    """The orders on the CPU, int64. Raises ValueError if they are not permutations."""
     if orders.ndim != 2 or orders.shape[1] != tokens or orders.is_floating_point() or orders.dtype == torch.bool:
         raise ValueError(f"orders have shape {tuple(orders.shape)} and dtype {orders.dtype}, expected (B, {tokens}) integers")
     orders = orders.to("cpu", torch.long)
     wrong = (orders.sort(dim=1).values != torch.arange(tokens)).any(dim=1).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(f"orders {wrong[:5]} are no permutations of 0 to {tokens - 1}")
+        raise ValueError(f"orders {wrong[:5]} are not permutations of 0 to {tokens - 1}")
     return orders
 
 
@@ -170,7 +169,7 @@ def _check_guidance(guidance: float, schedule: str, labels: Tensor | None) -> No
     if not math.isfinite(guidance):
         raise ValueError(f"guidance is {guidance}, expected a finite number")
     if labels is None and guidance != 1.0:
-        raise ValueError(f"guidance is {guidance} without labels, expected 1: there is no class to be guided to")
+        raise ValueError(f"guidance is {guidance} without labels, expected 1: guidance needs a class")
     if schedule not in SCHEDULES:
         raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
 
@@ -182,22 +181,22 @@ def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
     if shapes != [(channels,), (channels,)]:
         raise ValueError(f"x0_range has shapes {shapes}, expected two of ({channels},)")
     if not bool((x0_range[0] <= x0_range[1]).all()):  # false for NaN
-        raise ValueError(f"x0_range goes from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
+        raise ValueError(f"x0_range ranges from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
 
 
 def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: int) -> Tensor | None:
-    """`fill` on the CPU, (B, L), or None without a completion; raises ValueError where it and `known` are none."""
+    """`fill` on the CPU, (B, L), or None without a completion. Raises ValueError for an invalid `known` or `fill`."""
     config = model.config
     if known is None and fill is None:
         return None
     if known is None or fill is None:
-        raise ValueError(f"{'known' if known is None else 'fill'} is missing: a completion takes both, known latents and what to fill")
+        raise ValueError(f"{'known' if known is None else 'fill'} is missing: a completion needs both")
     shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
     if tuple(known.shape) != shape or known.dtype != torch.float32:
         raise ValueError(f"known has shape {tuple(known.shape)} and dtype {known.dtype}, expected {shape} and torch.float32")
     broken = int((~known.isfinite()).sum())
     if broken:
-        raise ValueError(f"known holds {broken} values that are NaN or infinite, expected none")
+        raise ValueError(f"known contains {broken} values that are NaN or infinite, expected none")
     side = config.latent_size // config.patch_size
     if tuple(fill.shape) not in ((batch, config.tokens), (batch, side, side)) or fill.dtype != torch.bool:
         expected = f"({batch}, {config.tokens}) or ({batch}, {side}, {side}) and torch.bool"
@@ -206,7 +205,7 @@ def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: 
     counts = fill.sum(dim=1)
     if batch and int(counts.min()) != int(counts.max()):
         found = f"between {int(counts.min())} and {int(counts.max())} tokens to fill"
-        raise ValueError(f"fill leaves {found}, expected as many in every image; draw the others in batches of their own")
+        raise ValueError(f"fill leaves {found}, expected equally many in every image; draw the others in separate batches")
     if batch and int(counts[0]) == 0:
-        raise ValueError("fill has no token to fill, expected one or more: nothing would be drawn")
+        raise ValueError("fill selects no token, expected at least one")
     return fill

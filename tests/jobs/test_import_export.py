@@ -107,7 +107,7 @@ def test_a_released_file_is_taken_where_a_checkpoint_is(mar: Mar, folder: Path, 
     with pytest.raises(UserError, match="has 5 latent channels, the checkpoint's model 4"):
         drawn(str(imported), str(other))
     result = mar("import", str(folder / "mine.pth"), "--out", str(tmp_path / "no"), "--tokenizer", str(other))
-    assert (result.status, "name patch size and tokenizer" in result.err) == (2, True)
+    assert (result.status, "give the patch size and the tokenizer" in result.err) == (2, True)
     assert not (tmp_path / "no").exists()
 
 

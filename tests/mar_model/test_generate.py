@@ -149,7 +149,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"x0_range": (torch.ones(2), torch.zeros(2))}, "expected low ≤ high in every channel"),
     ({"orders": torch.zeros(2, TOKENS, dtype=torch.long)}, r"orders \[0, 1\] are no permutations of 0 to 15"),
     ({"orders": torch.arange(15).expand(2, 15)}, r"orders have shape \(2, 15\) .* expected \(B, 16\) integers"),
-    ({"known": latents(2), "fill": cells(images=2)}, "fill has no token to fill, expected one or more"),
+    ({"known": latents(2), "fill": cells(images=2)}, "fill selects no token, expected at least one"),
     ({"known": latents(2), "fill": torch.cat([cells(0), cells(1, 2)])}, "fill leaves between 1 and 2 tokens to fill, expected as many"),
     ({"known": latents(2)}, "fill is missing: a completion takes both"),
     ({"fill": cells(1, images=2)}, "known is missing: a completion takes both"),
