@@ -87,9 +87,9 @@ def test_what_shapes_do_not_tell() -> None:
     assert released_config(shapes, {}, **chosen) == replace(
         TINY, **chosen, latent_size=2, mlp_ratio=released_config(shapes, {}, **chosen).mlp_ratio, label_drop=0.1, diffusion_repeats=4
     )
-    with pytest.raises(ValueError, match="encoder width is 32: name the heads"):
+    with pytest.raises(ValueError, match="unknown for encoder width 32: give the heads"):
         released_config(shapes, {})
-    with pytest.raises(ValueError, match="8 values, which 16 latent channels"):
+    with pytest.raises(ValueError, match="8 values, but 16 latent channels"):
         released_config(shapes, {}, encoder_heads=4, decoder_heads=6)
     with pytest.raises(ValueError, match="patch_size is 'two', expected a whole number"):
         released_config(shapes, {"patch_size": "two"})
@@ -130,9 +130,9 @@ def test_raw_weights_and_files_with_one_set(released: Path, tmp_path: Path) -> N
     import_checkpoint(write_released(released, model=None), tmp_path / "ema", {})
     for ema in (True, False):
         assert torch.equal(load_model(tmp_path / "ema", ema)[0].mask_token, weights(2)["mask_token"])
-    with pytest.raises(ValueError, match="has no 'model', only 'model_ema': take those with --ema"):
+    with pytest.raises(ValueError, match="has no 'model', only 'model_ema': use --ema"):
         import_checkpoint(released, tmp_path / "none", {}, ema=False)
-    with pytest.raises(ValueError, match="take those with --raw"):
+    with pytest.raises(ValueError, match="use --raw"):
         import_checkpoint(write_released(released, model_ema=None), tmp_path / "none", {})
     assert not (tmp_path / "none").exists()
 
