@@ -150,7 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"orders": torch.zeros(2, TOKENS, dtype=torch.long)}, r"orders \[0, 1\] are not permutations of 0 to 15"),
     ({"orders": torch.arange(15).expand(2, 15)}, r"orders have shape \(2, 15\) .* expected \(B, 16\) integers"),
     ({"known": latents(2), "fill": cells(images=2)}, "fill selects no token, expected at least one"),
-    ({"known": latents(2), "fill": torch.cat([cells(0), cells(1, 2)])}, "fill leaves between 1 and 2 tokens to fill, expected equally many"),
+    ({"known": latents(2), "fill": torch.cat([cells(0), cells(1, 2)])}, "between 1 and 2 tokens to fill, expected equally many"),
     ({"known": latents(2)}, "fill is missing: a completion takes both"),
     ({"fill": cells(1, images=2)}, "known is missing: a completion takes both"),
     ({"known": latents(2).double(), "fill": cells(1, images=2)}, "dtype torch.float64, expected .* torch.float32"),
