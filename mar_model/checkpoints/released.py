@@ -99,10 +99,9 @@ def import_checkpoint(
 ) -> MARConfig:
     """Write a released MAR checkpoint as a checkpoint directory, in the memory of one copy of the weights.
 
-    With `ema` the file's two sets of weights keep their places: `load_model` gives the average, with `ema=False` the raw ones (where
-    the file has no raw weights the average stands in both places). Without it the raw weights stand in both places.
-    `chosen` is what the shapes can't tell, as in `released_config`; `state` goes into `state.json` beside the geometry.
-    Raises ValueError as `checked_config` does, and for weights that are not finite, before anything is written.
+    With `ema` the averaged weights go to `ema.safetensors` and the raw ones to `model.safetensors` (or the average, if the file has no raw
+    weights). Without it the raw weights go to both. `chosen`: sizes that the shapes do not determine, as in `released_config`. `state` is
+    added to `state.json`. Raises ValueError as `checked_config` does, and for non-finite weights, before anything is written.
     """
     file = ReleasedFile(path)
     config = checked_config(file, ema, **chosen)

@@ -142,7 +142,7 @@ class TokenSampler:
         return self._loops[key](z, noise, guidance, x0_range)
 
     def schedule(self, steps: int, device: torch.device) -> Diffusion:
-        """The schedule of so many steps, on the device. Made beforehand, no call has to bring it there. Raises ValueError as
+        """The schedule of `steps` steps on the device. Calling this in advance avoids a copy during sampling. Raises ValueError as
         `respaced_timesteps` does."""
         if (steps, device) not in self._schedules:
             self._schedules[steps, device] = Diffusion(respaced_timesteps(steps)).to(device)
