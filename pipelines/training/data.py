@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
 from typing import NamedTuple
@@ -55,27 +56,24 @@ def owner_of(micro_batch: int, workers: int, micro_batches: int) -> int:
     return next(worker for worker in range(workers) if micro_batch in share_of(worker, workers, micro_batches))
 
 
+@dataclass
 class MicroBatches:
     """Global batches from `images_seen` on, without end. What they hold depends on (seed, images seen) alone, never on who asks."""
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        config: MARConfig,
-        *,
-        batch: int,
-        micro_batch: int,
-        flip: bool,
-        seed: int,
-        worker: int,
-        workers: int,
-        shuffle_window: int = 0,
-        checks: tuple[int, int] | None = None,
-    ) -> None:
-        """`checks`: see LatentDataset; None: all workers share the comparison of the shards."""
-        self.config, self.batch, self.micro_batch, self.flip, self.seed = config, batch, micro_batch, flip, seed
-        self.share = share_of(worker, workers, batch // micro_batch)
-        self.latents = LatentDataset(cache, seed, shuffle_window, checks or (worker, workers))
+    cache: LatentCache
+    config: MARConfig
+    batch: int
+    micro_batch: int
+    flip: bool
+    seed: int
+    worker: int
+    workers: int
+    shuffle_window: int = 0
+    checks: tuple[int, int] | None = None  # see LatentDataset; None: all workers share the comparison of the shards
+
+    def __post_init__(self) -> None:
+        self.share = share_of(self.worker, self.workers, self.batch // self.micro_batch)
+        self.latents = LatentDataset(self.cache, self.seed, self.shuffle_window, self.checks or (self.worker, self.workers))
         self.seconds_waited = 0.0
 
     def from_images(self, images_seen: int) -> Iterator[GlobalBatch]:
