@@ -11,7 +11,7 @@ from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.workers import require_workers, scaling
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
 from pipelines.runtime.settings import identity_of
@@ -85,7 +85,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     from ray.train.torch import TorchConfig
 
     from pipelines.runtime.cluster.interruption import finish_when_asked
-    from pipelines.runtime.cluster.ray_internals import Trainer
+    from pipelines.runtime.cluster.trainer import Trainer, scaling
     from pipelines.tokenizing.job import TokenizerJob
     from pipelines.tokenizing.worker import tokenize_worker
 
@@ -115,7 +115,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     try:
         with channel.listening(on_metrics):
             finish_when_asked(trainer.fit)
-    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+    except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):
                 raise failure from error

@@ -14,9 +14,8 @@ from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.interruption import finish_when_asked
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.ray_internals import Trainer
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.cluster.workers import require_workers, scaling
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import IDENTITY, Stage, read_identity
@@ -133,7 +132,7 @@ def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None
     import ray.train
     from ray.train import ControllerError
 
-    from pipelines.runtime.cluster.process_group import ProcessGroupConfig
+    from pipelines.runtime.cluster.trainer import ProcessGroupConfig, Trainer, scaling
 
     train = job.train
     forget_lost_attempts(train.path)
