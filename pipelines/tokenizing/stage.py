@@ -14,7 +14,7 @@ from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import check_tokenizer_files, write_pixels
 from pipelines.tokenizing.settings import TokenizerSettings
@@ -123,17 +123,10 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    check(images=images, tokenizer=tokenizer)
     try:
         tokenizer.network()
     except ValueError as error:
         raise UserError(f"section tokenizer: {error}") from error
-    if images.size % tokenizer.stride:
-        raise UserError(
-            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
-            "tokenizer.multipliers"
-        )
-    for name in ("images", "batch", "workers", "checkpoint_images"):
-        if getattr(tokenizer, name) < 1:
-            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
-    if tokenizer.batch % tokenizer.workers:
-        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
+    if misfit := tokenizer.misfit_of(images.size):
+        raise UserError(misfit)
