@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from mar_model.checkpoints.released import (
 )
 from mar_model.tokenizers import kl_config, load_tokenizer
 from mar_model.version import __version__
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState, newest_checkpoint
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
@@ -159,6 +160,15 @@ def checkpoint_directory(named: str) -> str:
         return named
     import_released(named, named + IMPORTED, renew=True)
     return named + IMPORTED
+
+
+def chosen_checkpoint(checkpoint: str, train_path: str, say: Callable[[str], None]) -> str:
+    """The directory of `generate.checkpoint` (a directory, or a released `.pth`), or if it is empty of the newest checkpoint in
+    `train_path`; damaged ones that are newer are named by `say`. Raises UserError where there is none."""
+    found = checkpoint_directory(checkpoint) or newest_checkpoint(train_path, say)
+    if found is None:
+        raise UserError(f"train.path {train_path!r} holds no checkpoint", "run `mar train`, or name one in generate.checkpoint")
+    return found
 
 
 def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:

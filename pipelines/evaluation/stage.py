@@ -103,8 +103,7 @@ def evaluate(
     }
     storage.write_json(storage.join(evaluate.path, RECORD), record)
     for file in (RECORD, PICTURE):
-        if storage.is_local(evaluate.path):
-            stage.artifact(storage.join(evaluate.path, file))
+        stage.artifact(storage.join(evaluate.path, file))
     return stage.complete(
         evaluate.path,
         identity,

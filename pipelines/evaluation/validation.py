@@ -105,8 +105,7 @@ class Validation:
         stage.say(f"validation at {found.images_seen:,} images: {shown} ({effort})")
         stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found.images_seen)
         gauges.of_validation(metrics)
-        if storage.is_local(found.picture):
-            stage.artifact(found.picture)
+        stage.artifact(found.picture)
 
 
 def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:

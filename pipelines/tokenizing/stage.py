@@ -70,8 +70,7 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
         stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
-        if storage.is_local(path):
-            stage.artifact(storage.join(path, "pairs.png"))
+        stage.artifact(storage.join(path, "pairs.png"))
         summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
     for leftover in (PROGRESS, "ray"):
         storage.delete(storage.join(path, leftover))

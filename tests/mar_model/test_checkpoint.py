@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import save_checkpoint
 from released_files import TINY, weights
 from safetensors.torch import load_file, save_file
 
 from mar_model import MAR, TrainingDraws
-from mar_model.checkpoints.checkpoint import load_model, load_optimizer, save_checkpoint, write_state
+from mar_model.checkpoints.checkpoint import load_model, load_optimizer, write_state
 from mar_model.files import describe_misfit
 from mar_model.training.recipe import micro_batch_draws
 
