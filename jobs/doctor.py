@@ -19,7 +19,7 @@ from jobs.estimate import cache_bytes, checkpoint_bytes, sample_bytes
 from jobs.stage_commands import STAGES
 from jobs.stages import value_at
 from pipelines.runtime import s3, storage
-from pipelines.runtime.cluster.head import unreachable
+from pipelines.runtime.cluster.connection import unreachable
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password
 

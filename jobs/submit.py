@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from jobs.shortcuts import SHORTCUTS, as_assignments
 from jobs.stage_commands import STAGES
 from jobs.stages import value_at
-from pipelines.runtime.cluster.head import auth_token, unreachable
+from pipelines.runtime.cluster.connection import auth_token, unreachable
 from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password

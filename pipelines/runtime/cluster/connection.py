@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.runtime.cluster import loopback
-from pipelines.runtime.cluster.head import auth_token, unreachable
 from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.cluster.interruption import held_back, raised
 from pipelines.runtime.cluster.orphans import DRIVER, end_orphans, identity_of, mark
@@ -21,6 +21,7 @@ from pipelines.runtime.progress import output_in
 
 START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
 STOP_SECONDS = 15.0
+CONNECT_SECONDS = 10.0
 OWN = {  # of a Ray of our own: the environment variables that spare work that nobody has a use for, and keep others out
     "RAY_task_events_report_interval_ms": "0",  # what only a dashboard would show
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
@@ -104,6 +105,23 @@ def _check_listening(address: str) -> None:
             f"cluster.address {address!r} doesn't answer ({reason}), expected a running Ray head",
             remedy="start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a local Ray instance",
         )
+
+
+def unreachable(host: str, port: int) -> str:
+    """Why nothing listens at host:port, empty where something does. Ray itself would try for minutes."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def auth_token() -> str:
+    """The token in the places where Ray looks, in its order; empty if there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", ""):
+        return token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return file.read_text().strip() if file.is_file() else ""
 
 
 def _start(cluster: ClusterSettings) -> None:
