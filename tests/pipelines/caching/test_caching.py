@@ -315,9 +315,9 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dtype": "float64"}, "cache.dtype is 'float64', expected float16 or float32"),
-        ({"precision": "auto"}, "cache.precision is 'auto', expected float32 or tf32 or bf16"),
-        ({"batch": 0}, "cache.batch is 0, expected 1 or more"),
+        ({"dtype": "float64"}, "cache.dtype is 'float64', expected one of float16, float32"),
+        ({"precision": "auto"}, "cache.precision is 'auto', expected one of float32, tf32, bf16"),
+        ({"batch": 0}, "cache.batch is 0, expected a number above 0"),
     ],
 )
 def test_settings_that_make_no_cache(
