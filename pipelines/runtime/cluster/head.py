@@ -1,4 +1,4 @@
-"""The head node of a Ray cluster: whether it answers, and the token that it asks for."""
+"""The head node of a Ray cluster: whether it answers, and its authentication token."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ CONNECT_SECONDS = 10.0
 
 
 def unreachable(host: str, port: int) -> str:
-    """Why nothing listens at host:port, empty where something does. Ray itself would try for minutes."""
+    """Why a connection to host:port fails; empty if it succeeds. Ray itself would retry for minutes."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -17,7 +17,7 @@ def unreachable(host: str, port: int) -> str:
 
 
 def auth_token() -> str:
-    """The token in the places where Ray looks, in its order; empty if there is none."""
+    """The token, from the same sources and in the same order as Ray reads it; empty if none is set."""
     if token := os.environ.get("RAY_AUTH_TOKEN", ""):
         return token.strip()
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
