@@ -211,7 +211,7 @@ def test_the_output_of_another_stage_is_left_as_it_is(
     for name in ("identity.json", "summary.json"):
         storage.write_json(str(tmp_path / name), {"train.batch": 2048})
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds an output made with another configuration"):
+    with pytest.raises(UserError, match="holds an output of another configuration"):
         cache(Images(images), tokenizer.path, CacheSettings(path=str(tmp_path)), stage)
     assert storage.read_json(str(tmp_path / "summary.json")) == {"train.batch": 2048}
 
@@ -267,7 +267,7 @@ def test_another_identity_is_refused_by_name(
 ) -> None:
     changed = {"images": images, "cache": built}
     changed[section] = replace(changed[section], **{field: value})  # type: ignore[type-var]
-    with pytest.raises(UserError, match=rf"{section}\.{field} \(there: .*, asked for: {value!r}\)"):
+    with pytest.raises(UserError, match=rf"{section}\.{field} \(found .*, expected {value!r}\)"):
         cache(Images(changed["images"]), tokenizer.path, changed["cache"], stage)  # type: ignore[arg-type]
 
 

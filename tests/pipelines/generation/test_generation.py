@@ -105,7 +105,7 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
     assert files(settings.path) == whole
     assert again["tflops_per_actor"] == pytest.approx(again["gflop_per_image"] / again["seconds_per_image"] / 1000)
 
-    with pytest.raises(UserError, match=r"seed \(there: 7, asked for: 8\)"):
+    with pytest.raises(UserError, match=r"seed \(found 7, expected 8\)"):
         generate(tokenizer.path, "", settings, Stage("generate", stage.cluster, seed=8))
 
 
