@@ -9,7 +9,7 @@ import numpy as np
 
 from mar_model.checkpoints.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
-from mar_model.tokenizers import kl_config
+from mar_model.tokenizers import network_config
 from pipelines.checkpoints.directory import newest_checkpoint, read_checkpoint
 from pipelines.checkpoints.released import checkpoint_directory, with_tokenizer
 from pipelines.generation import samples
@@ -82,7 +82,7 @@ class Drawing:
             diffusion_steps_end=settings.diffusion_steps_end or None, reuse_steps=settings.reuse_steps,
             guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]), filled=filled,
         )  # fmt: skip
-        tokenizer = kl_config(tokenizer_config(self.tokenizer))
+        tokenizer = network_config(tokenizer_config(self.tokenizer))
         return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
 
     def speed(self, drawn: int, seconds: float) -> dict[str, float]:

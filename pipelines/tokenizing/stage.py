@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mar_model.tokenizers import kl_config, load_tokenizer
+from mar_model.tokenizers import network_config, load_tokenizer
 from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
