@@ -21,7 +21,7 @@ from pipelines.evaluation.classifier import load_classifier
 from pipelines.evaluation.features import load_network
 from pipelines.evaluation.image_sets import RealImages
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.listing import list_images

@@ -3,7 +3,6 @@
 import base64
 import os
 import shutil
-import socket
 import sqlite3
 import tempfile
 import urllib.error
@@ -14,12 +13,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from jobs.estimate import cache_bytes, checkpoint_bytes, sample_bytes
 from jobs.stage_commands import STAGES
 from jobs.stages import value_at
-from pipelines.runtime import storage
+from pipelines.runtime import s3, storage
+from pipelines.runtime.cluster.connection import unreachable
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password
 
@@ -108,11 +108,9 @@ def _silent(address: str) -> str:
     """Why nothing listens at host:port or ray://host:port; Ray itself would try for minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        if parts.hostname and parts.port:
-            socket.create_connection((parts.hostname, parts.port), SERVER_SECONDS).close()
-    except (OSError, ValueError) as error:
+        return unreachable(parts.hostname, parts.port) if parts.hostname and parts.port else ""
+    except ValueError as error:  # no number of a port
         return str(error)
-    return ""
 
 
 def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
@@ -208,8 +206,7 @@ def tracking_check(uri: str) -> Check:
 
 def tokenizer_check(config: "RunConfig") -> Check:
     """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing.directory import tokenizer_digest
-    from pipelines.tokenizing.stage import check_tokenizer_files
+    from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_digest
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))
@@ -270,12 +267,8 @@ def _bucket_refuses(path: str) -> tuple[str, str] | None:
     from botocore.exceptions import BotoCoreError, ClientError
 
     parts = urlsplit(path)
-    options = parse_qs(parts.query)
-    endpoint = options.get("endpoint_override", [""])[0]
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{options.get('scheme', ['https'])[0]}://{endpoint}"
     try:
-        boto3.client("s3", endpoint_url=endpoint or None).head_bucket(Bucket=parts.hostname or "")
+        boto3.client("s3", endpoint_url=s3.endpoint_url(dict(parse_qsl(parts.query)))).head_bucket(Bucket=parts.hostname or "")
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if status == 404:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.path_options import path_given
+from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 
@@ -66,7 +67,7 @@ def _heads(text: str) -> tuple[int | None, int | None]:
 
 def _beside(out: str) -> str:
     """Where the traceback of a failure goes: nothing is written into an output that did not come about."""
-    return out.rstrip("/").rpartition("/")[0] or "."
+    return storage.parent(out)
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -90,7 +90,9 @@ def value_at(config: "RunConfig", key: str) -> Any:
 
 def run_directory(config: "RunConfig") -> str:
     """The folder that holds train.path, and with it the whole run."""
-    return config.train.path.rstrip("/").rpartition("/")[0] or "."
+    from pipelines.runtime import storage
+
+    return storage.parent(config.train.path)
 
 
 def _log(name: str, path: str, error: BaseException) -> str:

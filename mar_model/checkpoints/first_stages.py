@@ -77,7 +77,8 @@ def released_network_config(shapes: Shapes) -> KLConfig | VQConfig:
 
 def _level_width(shapes: Shapes, level: int, width: int) -> int:
     prefix = f"encoder.down.{level}.block.0"
-    return _most_frequent(shapes, [(f"{prefix}.conv1.weight", 4, 0, 1), (f"{prefix}.norm2.weight", 1, 0, 1)], width)
+    tellers = [(f"{prefix}.conv1.weight", 4, 0, 1), (f"{prefix}.norm2.weight", 1, 0, 1), (f"{prefix}.conv2.bias", 1, 0, 1)]
+    return _most_frequent(shapes, tellers, width)
 
 
 def _most_frequent(shapes: Shapes, tellers: list[tuple[str, int, int, int]], default: int) -> int:

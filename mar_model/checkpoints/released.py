@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mar_model.checkpoints.checkpoint import AVERAGE, WEIGHTS, config_of, model_without_weights, read_state, write_state
-from mar_model.checkpoints.released_file import EMA, FILE, RAW, ReleasedFile, check_finite, in_float32
+from mar_model.checkpoints.released_file import EMA, RAW, ReleasedFile, check_finite, in_float32
 from mar_model.checkpoints.released_sizes import STRIDE, released_config
 from mar_model.config import MARConfig
 from mar_model.files import describe_misfit, read_tensors, shapes_of

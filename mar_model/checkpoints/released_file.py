@@ -27,11 +27,11 @@ class ReleasedFile:
     def __init__(self, path: Path) -> None:
         """Raises ValueError for a file that is not a PyTorch file, is damaged, needs code to be run, or holds no weights."""
         content = _read(path)
-        if isinstance(content, dict) and RAW not in content and isinstance(content.get(LIGHTNING), dict):
+        if isinstance(content, dict) and RAW not in content and _of_autoencoder(content.get(LIGHTNING)):
             content = {RAW: {name: value for name, value in content[LIGHTNING].items() if not str(name).startswith(LOSS)}}
         if not isinstance(content, dict) or not isinstance(content.get(RAW, content.get(EMA)), dict):
             found = sorted(str(key) for key in content)[:8] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path} holds {found}, expected a dictionary with weights under {RAW!r}, {EMA!r} or {LIGHTNING!r}")
+            raise ValueError(f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}, or a Lightning checkpoint of an autoencoder")
         self.path = path
         self.weights = {key: _tensors(path, key, content[key]) for key in (RAW, EMA) if key in content}
         arguments = content.get("args")
@@ -41,8 +41,12 @@ class ReleasedFile:
     @property
     def is_tokenizer(self) -> bool:
         """Whether its names are those of an autoencoder and not of a MAR model."""
-        names = self.weights.get(RAW, {})
-        return any(name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")) for name in names)
+        return _of_autoencoder(self.weights.get(RAW))
+
+
+def _of_autoencoder(weights: Any) -> bool:
+    names = weights if isinstance(weights, dict) else ()
+    return any(str(name).startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")) for name in names)
 
 
 def _read(path: Path) -> Any:
@@ -54,7 +58,9 @@ def _read(path: Path) -> Any:
     except Exception as error:  # whatever a pickle or an archive can hold that it should not
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise ValueError(f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are read") from error
+            raise ValueError(
+                f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a PyTorch file, or cut off or damaged: {reason[:200]}") from error
 

@@ -102,4 +102,5 @@ class Decoder(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """The weight at which the adversarial term's adaptive weight compares gradients."""
-        return self.conv_out.weight
+        weight: nn.Parameter = self.conv_out.weight  # type: ignore[assignment]
+        return weight

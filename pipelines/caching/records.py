@@ -1,7 +1,11 @@
-"""The record beside each shard: what the shard holds, its checksum, statistics and rejected images."""
+"""The record beside each shard (what the shard holds, its checksum, statistics and rejected images) and `rejected.parquet`, which lists
+the rejected images of the whole cache."""
 
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
 
 from pipelines.caching.latent_format import FORMAT_VERSION, SHARDS, LatentStatistics, shard_name
 from pipelines.images.reading import read_with_digest
@@ -9,7 +13,10 @@ from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError
+from pipelines.runtime.records import damaged
 
+REJECTED = "rejected.parquet"
+REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
 IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of every row, also of rejected ones
 
 
@@ -76,3 +83,23 @@ def _read_record(path: str) -> dict[str, Any] | None:
     except (FileNotFoundError, DamagedFileError):
         return None
     return record if record["format_version"] == FORMAT_VERSION else None
+
+
+def read_rejected(path: str) -> list[dict[str, str]]:
+    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
+    file = storage.join(path, REJECTED)
+    data = storage.read_bytes(file)
+    try:
+        rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
+    return rows
+
+
+def write_rejected(path: str, records: list[dict[str, Any]]) -> None:
+    """Write `rejected.parquet` of the cache at `path` from the records of its shards."""
+    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
+    table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
+    sink = pa.BufferOutputStream()
+    pa.parquet.write_table(table, sink)
+    storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))

@@ -10,13 +10,11 @@ import math
 from functools import reduce
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from mar_model.tokenizers import load_tokenizer
 from pipelines.caching.cached_images import TRAIN_LISTING, settle_identity
 from pipelines.caching.latent_cache import read_manifest
 from pipelines.caching.latent_format import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest
+from pipelines.caching.records import REJECTED, read_rejected, write_rejected
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shard_checks import absolve, condemned
 from pipelines.caching.shards import Shard, are_whole, finished, make, shards_of
@@ -28,14 +26,9 @@ from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import cluster_resources
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import tokenizer_config
-
-REJECTED = "rejected.parquet"
-REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
+from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 
 def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
@@ -72,7 +65,7 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
     records, rate, seconds = _make(images.settings, tokenizer_path, cache, rows, shards, stage)
     ordered = [records[index] for index in sorted(records)]
     rejected = sum(len(record["rejected"]) for record in ordered)
-    _write_rejected(cache.path, ordered)
+    write_rejected(cache.path, ordered)
     _check_rejected(images.settings, cache.path, ordered, len(rows))
 
     statistics = reduce(LatentStatistics.merged, [LatentStatistics(**one["statistics"]) for one in ordered if one["rows"]])
@@ -157,12 +150,7 @@ def _make(
 
 def _check(images: ImageSettings, tokenizer: str, cache: CacheSettings) -> tuple[int, int]:
     """Latent channels and latents per side; raises UserError where the settings don't fit the tokenizer."""
-    for name, allowed in (("dtype", ("float16", "float32")), ("precision", ("float32", "tf32", "bf16"))):
-        if getattr(cache, name) not in allowed:
-            raise UserError(f"cache.{name} is {getattr(cache, name)!r}, expected {' or '.join(allowed)}")
-    for name, least in (("shard_images", 1), ("batch", 1), ("encoders", 1), ("decoders", 0)):
-        if getattr(cache, name) < least:
-            raise UserError(f"cache.{name} is {getattr(cache, name)}, expected {least} or more")
+    check(images=images, cache=cache)
     if not storage.exists(storage.join(tokenizer, "config.json")):
         raise UserError(f"tokenizer.path {tokenizer!r} holds no tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
     try:
@@ -190,25 +178,6 @@ def lost_file(path: str) -> str:
     except UserError as error:
         return str(error)
     return "" if are_whole(path, manifest.shards) else f"shards that {storage.join(path, MANIFEST)} names are missing, or of another length"
-
-
-def read_rejected(path: str) -> list[dict[str, str]]:
-    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
-    file = storage.join(path, REJECTED)
-    data = storage.read_bytes(file)
-    try:
-        rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
-    except (pa.ArrowException, OSError, LookupError) as error:
-        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
-    return rows
-
-
-def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
-    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
-    table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pa.parquet.write_table(table, sink)
-    storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))
 
 
 def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, Any]], total: int) -> None:

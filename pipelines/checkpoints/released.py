@@ -3,22 +3,22 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mar_model import __version__
 from mar_model.checkpoints.checkpoint import STATE
 from mar_model.checkpoints.first_stages import import_tokenizer
 from mar_model.checkpoints.released import LATENT_SCALE, export_checkpoint, import_checkpoint, is_scaled_as_released
 from mar_model.checkpoints.released_file import FILE, ReleasedFile
-from mar_model.tokenizers import network_config, load_tokenizer
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
+from mar_model.tokenizers import load_tokenizer, network_config
+from mar_model.version import __version__
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState, newest_checkpoint
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import tokenizer_config
+from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 CONFIG = "config.json"  # of a tokenizer directory
 SOURCE = "source.json"  # what an imported directory was made of
@@ -154,6 +154,15 @@ def checkpoint_directory(named: str) -> str:
         return named
     import_released(named, named + IMPORTED, renew=True)
     return named + IMPORTED
+
+
+def chosen_checkpoint(checkpoint: str, train_path: str, say: Callable[[str], None]) -> str:
+    """The directory of `generate.checkpoint` (a directory, or a released `.pth`), or if it is empty of the newest checkpoint in
+    `train_path`; damaged ones that are newer are named by `say`. Raises UserError where there is none."""
+    found = checkpoint_directory(checkpoint) or newest_checkpoint(train_path, say)
+    if found is None:
+        raise UserError(f"train.path {train_path!r} holds no checkpoint", "run `mar train`, or name one in generate.checkpoint")
+    return found
 
 
 def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:

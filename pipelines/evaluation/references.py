@@ -15,8 +15,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import check_tokenizer_files
+from pipelines.tokenizing.directory import require_tokenizer
 
 
 def find_reference(images: Images, tokenizer_path: str, evaluate: EvaluateSettings, digest: str) -> FeatureStatistics | ImageSource:
@@ -34,14 +33,7 @@ def find_reference(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
     if reference.endswith(".npz"):
         return _checked(FeatureStatistics.load(reference), evaluate, digest)
     if storage.exists(storage.join(reference, MANIFEST)):
-        found, expected = tokenizer_digest(tokenizer_path), LatentCache(reference).manifest.tokenizer["digest"]
-        if found != expected:
-            check_tokenizer_files(tokenizer_path)  # the files may be damaged
-            raise UserError(
-                f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
-                f"{tokenizer_path!r} holds {found[:12]}…",
-                remedy="name that tokenizer, or another reference",
-            )
+        require_tokenizer(tokenizer_path, LatentCache(reference).manifest.tokenizer["digest"], f"evaluate.reference {reference!r}")
         return CachedLatents(reference, tokenizer_path)
     whole = ImageSettings(
         source=reference, size=images.settings.size, exif=images.settings.exif, allow_empty_classes=True

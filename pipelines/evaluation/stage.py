@@ -17,9 +17,10 @@ from pipelines.evaluation.scoring import Judges, scored
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation import samples
-from pipelines.generation.drawing import Drawing, plan_drawing, range_warning
+from pipelines.generation.dataset import draw
+from pipelines.generation.drawing import Drawing, range_warning
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
-from pipelines.generation.stage import draw
 from pipelines.images.grid import grid_samples, write_grid
 from pipelines.images.listing import Images
 from pipelines.runtime import storage
@@ -102,8 +103,7 @@ def evaluate(
     }
     storage.write_json(storage.join(evaluate.path, RECORD), record)
     for file in (RECORD, PICTURE):
-        if storage.is_local(evaluate.path):
-            stage.artifact(storage.join(evaluate.path, file))
+        stage.artifact(storage.join(evaluate.path, file))
     return stage.complete(
         evaluate.path,
         identity,

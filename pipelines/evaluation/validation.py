@@ -16,7 +16,7 @@ from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references import find_reference, source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.grid import grid_samples, write_grid
@@ -105,8 +105,7 @@ class Validation:
         stage.say(f"validation at {found.images_seen:,} images: {shown} ({effort})")
         stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found.images_seen)
         gauges.of_validation(metrics)
-        if storage.is_local(found.picture):
-            stage.artifact(found.picture)
+        stage.artifact(found.picture)
 
 
 def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from pipelines.images import sources
 from pipelines.images.pixels import decode
 from pipelines.images.settings import ImageSettings
+from pipelines.images.sources import places
 from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import s3, storage
 from pipelines.runtime.errors import ImageError, UserError
@@ -113,7 +113,7 @@ def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
 def _read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
     """As `read_image`, also of an image that the listing rejects."""
     try:
-        return sources.read(settings.source, row)
+        return places.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
         if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
             raise ImageError(f"can't be read: {type(error).__name__}") from error

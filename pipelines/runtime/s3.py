@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -148,6 +149,12 @@ def _filesystem(bucket: str, options: Options, environment: Options) -> fs.S3Fil
     )
 
 
+def endpoint_url(options: Mapping[str, str]) -> str | None:
+    """The server that the options of an `s3://` path name, for boto3; None for the one that the environment names, or AWS."""
+    endpoint = options.get("endpoint_override")
+    return f"{options.get('scheme', 'https')}://{endpoint}" if endpoint and "://" not in endpoint else endpoint
+
+
 @lru_cache(maxsize=16)
 def _client(options: Options, environment: Options, reading: bool = False) -> Any:
     """`reading`: without credentials the requests are not signed, as Arrow's are not: a public bucket answers them."""
@@ -156,9 +163,6 @@ def _client(options: Options, environment: Options, reading: bool = False) -> An
     from botocore.config import Config
 
     chosen = dict(options)
-    endpoint = chosen.get("endpoint_override")
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{chosen.get('scheme', 'https')}://{endpoint}"
     session = boto3.session.Session()
     config = Config(
         retries={"mode": "standard", "max_attempts": ATTEMPTS},
@@ -166,4 +170,4 @@ def _client(options: Options, environment: Options, reading: bool = False) -> An
         read_timeout=WRITE_SECONDS,
         signature_version=UNSIGNED if reading and session.get_credentials() is None else None,
     )
-    return session.client("s3", endpoint_url=endpoint, region_name=chosen.get("region"), config=config)
+    return session.client("s3", endpoint_url=endpoint_url(chosen), region_name=chosen.get("region"), config=config)

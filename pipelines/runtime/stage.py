@@ -81,8 +81,8 @@ class Stage:
             self.tracker.log(metrics, step)
 
     def artifact(self, path: str) -> None:
-        """A local file, to MLflow."""
-        if self.tracker is not None:
+        """Log a file to MLflow if it is local: one on S3 stays where it is."""
+        if self.tracker is not None and storage.is_local(path):
             self.tracker.artifact(path)
 
     def begin(

@@ -48,6 +48,11 @@ def join(path: str, *parts: str) -> str:
     return posixpath.join(str(path), *parts)
 
 
+def parent(path: str) -> str:
+    """The folder that holds `path`."""
+    return path.rstrip("/").rpartition("/")[0] or "."
+
+
 def is_local(path: str) -> bool:
     return "://" not in path or path.startswith("file://")
 

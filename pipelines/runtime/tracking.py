@@ -10,12 +10,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipelines.runtime import storage
+from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.settings import operational
 
@@ -201,18 +202,9 @@ def _as_user_error(uri: str) -> Iterator[None]:
         raise UserError(f"tracking.uri {without_password(uri)!r} can't be used: {_without_secrets(error, uri)}", remedy) from None
 
 
-@contextmanager
-def _short_waits() -> Iterator[None]:
-    """MLflow's own patience (minutes of retries) would stall a stage; these two variables are how it is told."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update({key: value for key, value in wanted.items() if before[key] is None})
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
+def _short_waits() -> AbstractContextManager[None]:
+    """MLflow's own patience (minutes of retries) would stall a stage; it reads both settings from the environment."""
+    return environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"})
 
 
 def _sqlite_file(uri: str) -> Path | None:

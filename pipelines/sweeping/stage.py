@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE, weights_file
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights
+from pipelines.checkpoints.released import chosen_checkpoint
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.record import check_count, metric_name
@@ -42,10 +42,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
     if _is_scored(sweep):
         check_count("sweep.images", sweep.images)
     if sweep.over == "generate":
-        generate, trained = sections.generate, sections.train.path
-        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(trained, stage.say)
-        if checkpoint is None:
-            raise UserError(f"train.path {trained!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
+        generate = sections.generate
+        checkpoint = chosen_checkpoint(generate.checkpoint, sections.train.path, stage.say)
         # one checkpoint for all trials, also while a training writes more
         sections = replace(sections, generate=replace(generate, checkpoint=checkpoint))
     trials = grid(sections, sweep)
@@ -82,9 +80,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
         raise UserError(f"every trial of {sweep.path} failed ({reasons})", remedy="mend the cause, then run the sweep again")
     write_table(sweep.path, ordered)
     storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
-    if storage.is_local(sweep.path):
-        stage.artifact(storage.join(sweep.path, "table.csv"))
-        stage.artifact(storage.join(sweep.path, "sweep.png"))
+    stage.artifact(storage.join(sweep.path, "table.csv"))
+    stage.artifact(storage.join(sweep.path, "sweep.png"))
     stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
     if caution := best.get("caution"):
         stage.say(caution)

@@ -4,8 +4,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipelines.evaluation import stage as evaluation
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import set_up_ray_data
+from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import in_one_line, mistake_of, origin_of
 from pipelines.runtime.stage import Stage
 from pipelines.sweeping.settings import SweepSettings
@@ -22,6 +22,13 @@ from pipelines.training.metrics.divergence import diverged
 
 Ended = Callable[[Trial, dict[str, Any]], None]  # called with what a trial returned
 
+TUNE_ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths may be relative
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled by the stage
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no log files of its own
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints its headings even with verbose=0
+}
 LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
 
 
@@ -72,7 +79,7 @@ def run_trials(left: list[Trial], sweep: SweepSettings, stage: Stage, concurrent
     storage_path = storage.join(sweep.path, "ray")
     storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
     run = partial(run_trial, trials=by_name, sweep=sweep, seed=stage.seed, cluster=stage.cluster)
-    with _tune_environment():
+    with environment(TUNE_ENVIRONMENT, override=True):
         tune.Tuner(
             tune.with_resources(run, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request
             param_space={"trial": tune.grid_search(list(by_name))},
@@ -88,25 +95,3 @@ def run_trials(left: list[Trial], sweep: SweepSettings, stage: Stage, concurrent
             ),
         ).fit()
     storage.delete(storage_path)
-
-
-@contextmanager
-def _tune_environment() -> Iterator[None]:
-    """Variables tell Tune to keep the working directory (paths may be relative), leave Ctrl-C alone and write no logs of its own."""
-    wanted = {
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-        "RAY_AIR_NEW_OUTPUT": "0",  # the newer output prints its headings even with verbose=0
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

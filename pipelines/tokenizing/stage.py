@@ -5,45 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mar_model.tokenizers import network_config, load_tokenizer
 from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.workers import require_workers, scaling
-from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.cluster.workers import require_workers
+from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
-from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import _write_pixels
+from pipelines.tokenizing.directory import check_tokenizer_files, write_pixels
 from pipelines.tokenizing.settings import TokenizerSettings
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
-
-
-ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
-
-
-def tokenizer_config(path: str) -> dict[str, Any]:
-    """`config.json` of the tokenizer in directory `path`. Raises FileNotFoundError, and DamagedFileError."""
-    file = storage.join(path, "config.json")
-    config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
-    try:
-        kl_config(config)
-    except ValueError as error:
-        raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
-    return config
-
-
-def check_tokenizer_files(path: str) -> None:
-    """Load the tokenizer in directory `path`. Raises DamagedFileError where it can't be loaded, naming the file."""
-    try:
-        load_tokenizer(storage.local_directory(path))
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(str(error), ANOTHER_TOKENIZER) from error
 
 
 def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict[str, Any]:
@@ -77,7 +53,7 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict
         check_tokenizer_files(path)
     if listing is None:
         if summary is None:
-            _write_pixels(path)
+            write_pixels(path)
             summary = stage.complete(path, identity, {"images": 0})
         return summary
     if summary is None:
@@ -94,8 +70,7 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
         stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
-        if storage.is_local(path):
-            stage.artifact(storage.join(path, "pairs.png"))
+        stage.artifact(storage.join(path, "pairs.png"))
         summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
     for leftover in (PROGRESS, "ray"):
         storage.delete(storage.join(path, leftover))
@@ -109,7 +84,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     from ray.train.torch import TorchConfig
 
     from pipelines.runtime.cluster.interruption import finish_when_asked
-    from pipelines.runtime.cluster.ray_internals import Trainer
+    from pipelines.runtime.cluster.trainer import Trainer, scaling
     from pipelines.tokenizing.job import TokenizerJob
     from pipelines.tokenizing.worker import tokenize_worker
 
@@ -139,7 +114,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     try:
         with channel.listening(on_metrics):
             finish_when_asked(trainer.fit)
-    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+    except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):
                 raise failure from error
@@ -147,17 +122,10 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    check(images=images, tokenizer=tokenizer)
     try:
         tokenizer.network()
     except ValueError as error:
         raise UserError(f"section tokenizer: {error}") from error
-    if images.size % tokenizer.stride:
-        raise UserError(
-            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
-            "tokenizer.multipliers"
-        )
-    for name in ("images", "batch", "workers", "checkpoint_images"):
-        if getattr(tokenizer, name) < 1:
-            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
-    if tokenizer.batch % tokenizer.workers:
-        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
+    if misfit := tokenizer.misfit_of(images.size):
+        raise UserError(misfit)

@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.caching.inspection.inspecting import check_tokenizer, spread
+from pipelines.caching.inspection.inspecting import spread
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST, SHARDS, Manifest
-from pipelines.caching.records import read_record
-from pipelines.caching.stage import REJECTED, read_rejected
+from pipelines.caching.records import REJECTED, read_record, read_rejected
 from pipelines.caching.worker import Encoder
 from pipelines.images.listing import kept_listing
 from pipelines.images.reading import decode_row
@@ -25,6 +24,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.records import damaged
 from pipelines.runtime.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summary
+from pipelines.tokenizing.directory import require_tokenizer
 
 CHECKS_AT_ONCE = 4
 # How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
@@ -95,7 +95,7 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
 
     Raises UserError where the source or the tokenizer is another one, or an image can't be used any more.
     """
-    check_tokenizer(cache, tokenizer)
+    require_tokenizer(tokenizer, cache.manifest.tokenizer["digest"], f"cache {cache.path!r}")
     manifest = cache.manifest
     rows = spread(len(cache), count)
     listing = kept_listing(storage.join(cache.path, LISTING))

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipelines.runtime.cluster.interruption import held_back, raised
 from pipelines.runtime.cluster.orphans import DRIVER, end_orphans, identity_of, mark
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import set_up_ray_data
+from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import output_in
 
@@ -59,21 +60,9 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
 
 
 @contextmanager
-def environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These environment variables for the body; those that the person has set stay as they are."""
-    ours = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in ours})
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-@contextmanager
 def _signals_left_to_us() -> Iterator[None]:
     """`ray.init` in the body puts no handler of its own in the place of ours: it would exit with status 15 from wherever it is."""
-    from ray._private import utils
+    from pipelines.runtime.cluster.ray_internals import utils
 
     before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
     try:
@@ -83,7 +72,7 @@ def _signals_left_to_us() -> Iterator[None]:
 
 
 def _join(address: str) -> None:
-    if _has_token():  # Ray looks for a token of its own accord only when it starts a cluster
+    if auth_token():  # Ray looks for a token of its own accord only when it starts a cluster
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     _check_listening(address)
     import ray
@@ -102,32 +91,43 @@ def _join(address: str) -> None:
         raise UserError(
             f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected a running Ray head "
             "(`ray status --address …` shows one)",
-            remedy="leave it empty to use a Ray of this machine's own",
+            remedy="leave it empty to use a local Ray instance",
         ) from error
-
-
-def _has_token() -> bool:
-    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _check_listening(address: str) -> None:
-    """Raise UserError when nothing listens at host:port: Ray itself would try for minutes."""
+    """Raise UserError when nothing listens at host:port."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):  # "auto", and whatever else Ray resolves itself
         return
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
+    if reason := unreachable(host, int(port)):
         raise UserError(
-            f"cluster.address {address!r} doesn't answer ({error.strerror or error})",
-            remedy="expected a running Ray head: start one with "
-            "`ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a Ray of this machine's own",
-        ) from error
+            f"cluster.address {address!r} doesn't answer ({reason}), expected a running Ray head",
+            remedy="start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS empty to use a local Ray instance",
+        )
+
+
+def unreachable(host: str, port: int) -> str:
+    """Why nothing listens at host:port, empty where something does. Ray itself would try for minutes."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def auth_token() -> str:
+    """The token in the places where Ray looks, in its order; empty if there is none."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", ""):
+        return token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    return file.read_text().strip() if file.is_file() else ""
 
 
 def _start(cluster: ClusterSettings) -> None:
     import ray
+
+    from pipelines.runtime.cluster.ray_internals import worker
 
     end_orphans()
     os.environ |= ENVIRONMENT
@@ -141,7 +141,7 @@ def _start(cluster: ClusterSettings) -> None:
                     log_to_driver=False,
                     configure_logging=False,
                 )
-            node = ray._private.worker._global_node
+            node = worker._global_node
             mark(node.get_session_dir_path())
             for idle in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # no logs here, no nodes to add, no pages
                 idle(check_alive=False)
@@ -150,7 +150,7 @@ def _start(cluster: ClusterSettings) -> None:
             logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
-                raise UserError(f"a Ray of this machine's own did not start: {error}") from error
+                raise UserError(f"a local Ray instance did not start: {error}") from error
             time.sleep(2.0 * (attempt + 1))
 
 

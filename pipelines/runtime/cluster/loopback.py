@@ -17,7 +17,7 @@ ENVIRONMENT = {  # of all these processes
 def address_of_this_node() -> Iterator[None]:
     """For the `ray.init` in the body: this node's address is 127.0.0.1 where `ENVIRONMENT` is set. (Ray reads the variable when it is
     imported, and replaces a loopback address that `ray.init` is given.)"""
-    from ray._private import ray_constants
+    from pipelines.runtime.cluster.ray_internals import ray_constants
 
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(NO_CLUSTER) != "0"

@@ -9,7 +9,6 @@ from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from ray.train import ScalingConfig
 
 
 def set_up_ray_data() -> None:
@@ -33,14 +32,6 @@ def cluster_resources() -> tuple[float, float]:
 def worker_resources(cluster: ClusterSettings) -> dict[str, float]:
     """What one actor that holds a model takes."""
     return {"num_cpus": 1, "num_gpus": cluster.gpus_per_worker}
-
-
-def scaling(workers: int | tuple[int, int], gpus: float) -> "ScalingConfig":
-    """Ray Train's workers (their number, or the fewest and the most), each with one CPU and `gpus` GPUs."""
-    from ray.train import ScalingConfig
-
-    each = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
-    return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=each)
 
 
 def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_each: int = 1) -> None:

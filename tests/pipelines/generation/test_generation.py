@@ -15,7 +15,7 @@ from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 from mar_model import MAR
 from pipelines.generation import samples
 from pipelines.generation.completion import read_completion
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.stage import generate
 from pipelines.generation.worker import LoadedModel, share_at_bounds, share_out_of_range

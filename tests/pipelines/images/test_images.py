@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.images.listing import ImageError, list_images
+from pipelines.images.listing import list_images
 from pipelines.images.pixels import decode, to_model, to_uint8
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
-from pipelines.runtime.errors import UserError
+from pipelines.runtime.errors import ImageError, UserError
 
 
 def encoded(width: int, height: int, seed: int = 0, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -223,7 +223,7 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
         def read(*_: object) -> bytes:
             raise error
 
-        monkeypatch.setattr("pipelines.images.sources.read", read)
+        monkeypatch.setattr("pipelines.images.sources.places.read", read)
 
     for error in (OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK")):
         failing(error)

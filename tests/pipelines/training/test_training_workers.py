@@ -18,11 +18,12 @@ import psutil
 import pytest
 import ray
 import torch
+from checkpoint_files import save_checkpoint
 from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
+from mar_model.checkpoints.checkpoint import load_model
 from mar_model.mar import MAR
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
