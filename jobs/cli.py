@@ -183,7 +183,7 @@ def submit(
 def doctor(given: ConfigOptions) -> None:
     """Check Ray, paths, MLflow, weights and disk before a long job."""
     loaded = given.load()
-    from jobs.doctor import examine, show
+    from jobs.doctor.examine import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
 
