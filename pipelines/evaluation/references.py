@@ -79,7 +79,7 @@ def source_statistics(sources: list[ImageSource], evaluate: EvaluateSettings, di
                 bar.update(sum(one.count for one in sums))
         for (path, source), one in zip(missing.items(), sums, strict=True):
             _check_used(source, one.count, stage)
-            one.statistics(evaluate.features, digest).save(path)
+            FeatureStatistics.of(one, evaluate.features, digest).save(path)
     return [FeatureStatistics.load(path) for path in paths]
 
 

@@ -70,12 +70,12 @@ def evaluate(
 
     name = metric_name(evaluate.features)
     result = _score(drawing, evaluate, stage, min(evaluate.images, real.count or evaluate.images))
-    samples_statistics = result.sums.statistics(evaluate.features, digest)
+    samples_statistics = FeatureStatistics.of(result.sums, evaluate.features, digest)
     samples_statistics.save(storage.join(evaluate.path, STATISTICS))
     metrics = {name: distance(samples_statistics, real)}
     if evaluate.classifier:
         metrics["label_agreement"] = result.agreeing / evaluate.images
-    first = result.first.statistics(evaluate.features, digest)
+    first = FeatureStatistics.of(result.first, evaluate.features, digest)
     first.save(statistics_path(evaluate, DrawnSamples(evaluate.path, first.count or 0, identity), digest))
     _write_picture(drawing, evaluate, stage)
     if result.out_of_range:
