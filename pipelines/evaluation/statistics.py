@@ -1,12 +1,10 @@
 """Mean and covariance of image features as a file, and the Fréchet distance between two of them; all in float64."""
 
-import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 
+from pipelines.evaluation import npz
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
@@ -40,9 +38,7 @@ class FeatureStatistics:
         """Write `path` (.npz) atomically. Raises ValueError when count, network or digest is unknown."""
         if self.count is None or self.network is None or self.digest is None:
             raise ValueError("statistics of unknown count or network are only read, never written")
-        buffer = io.BytesIO()
-        np.savez(buffer, mu=self.mu, sigma=self.sigma, count=self.count, network=self.network, digest=self.digest)
-        storage.write_bytes(path, buffer.getvalue())
+        npz.save(path, {"mu": self.mu, "sigma": self.sigma, "count": self.count, "network": self.network, "digest": self.digest})
 
     @classmethod
     def load(cls, path: str) -> "FeatureStatistics":
@@ -50,12 +46,11 @@ class FeatureStatistics:
         DamagedFileError when it holds no `mu` and `sigma` that fit, or values that are not finite."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
+        entries = npz.read(path, ("mu", "sigma", "count", "network", "digest"), REMEDY)
         try:
-            with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
-                entries = {name: file[name] for name in file.files if name in ("mu", "sigma", "count", "network", "digest")}
             count = int(entries["count"]) if "count" in entries else None
-        except (ValueError, TypeError, AttributeError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged(path, f"it can't be read as .npz: {error}", REMEDY) from error
+        except (ValueError, TypeError) as error:
+            raise damaged(path, f"its count is no number: {error}", REMEDY) from error
         shapes = {name: entries[name].shape for name in ("mu", "sigma") if name in entries}
         if len(shapes) < 2 or len(shapes["mu"]) != 1 or shapes["sigma"] != shapes["mu"] * 2:
             raise damaged(path, f"it holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)", REMEDY)

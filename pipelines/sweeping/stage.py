@@ -71,7 +71,7 @@ def sweep(
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
-        shared = replace(evaluate, path=storage.join(sweep.path, "reference"))
+        shared = replace(evaluate, path=storage.join(sweep.path, "reference"), metrics=sorted({"fid", *evaluate.metrics}))
         trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
     rows = finished_rows(trials, sweep, stage)
     left = [trial for trial in trials if trial.name not in rows]

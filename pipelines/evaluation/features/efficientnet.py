@@ -14,13 +14,13 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
 
-SPATIAL_BLOCK = 10  # the last of the blocks whose maps are 14×14
+SPATIAL_BLOCK = 11  # the first whose maps are 7×7: few values, for the few images of a small machine
 
 
 class EfficientNetLite0:
     """EfficientNet-Lite0, trained on ImageNet; for machines without Inception.
 
-    pooled: the 1,280 values before the classifier. spatial: the first 7 channels of block 10, 14×14×7. logits: the classifier's 1,000,
+    pooled: the 1,280 values before the classifier. spatial: the first 7 channels of block 11, 7×7×7. logits: the classifier's 1,000,
     without its bias. Images are scaled to 224×224 (bicubic, antialiased where that shrinks) and normalised as (x − 127) / 128.
     Arithmetic is float32; the batch norms are folded into the convolutions, which changes features by about 1e-6 of their size.
     """

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 DIMENSIONS = {"inception": 2048, "efficientnet-lite0": 1280}  # pooled features
-SPATIAL = {"inception": 17 * 17 * 7, "efficientnet-lite0": 14 * 14 * 7}
+SPATIAL = {"inception": 17 * 17 * 7, "efficientnet-lite0": 7 * 7 * 7}
 LOGITS = {"inception": 1008, "efficientnet-lite0": 1000}
 SPATIAL_CHANNELS = 7
 CPU_CHUNK = 8  # images a pass on a CPU: larger activations leave the cache and cost a third more

@@ -1,5 +1,6 @@
 """Fréchet distance of two sets of features, from their means and covariances, all in float64."""
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -61,17 +62,50 @@ class FrechetReference:
         """The distance to a Gaussian, at full accuracy."""
         return self._distance(mu, sigma, float(scipy.linalg.svdvals(_factor(sigma).T @ self.factor).sum()))
 
-    def approximate_distance(self, mu: np.ndarray, sigma: np.ndarray) -> float:
-        """The same in a third of the time, with an error of about 1e-6 relative: tr (Σ₁Σ₂)^½ = tr (F₂ᵀΣ₁F₂)^½.
+    def project(self, sums: FeatureSums) -> "ProjectedSums":
+        """What many distances of unions of blocks need of one block."""
+        squares = float(np.trace(sums.outer))
+        return ProjectedSums(sums.count, sums.total, squares, sums.total @ self.factor, self.factor.T @ sums.outer @ self.factor)
 
-        For standard errors and extrapolations, which need many distances.
-        """
-        eigenvalues = scipy.linalg.eigvalsh(self.factor.T @ sigma @ self.factor)
-        return self._distance(mu, sigma, float(np.sqrt(eigenvalues.clip(0)).sum()))
+    def approximate_distance(self, sums: "ProjectedSums") -> float:
+        """The distance to what the sums are of, in a fraction of the time, with an error of about 1e-6 relative: tr (Σ₁Σ₂)^½ is
+        tr (F₂ᵀΣ₁F₂)^½. For standard errors and extrapolations."""
+        mu, projected = sums.total / sums.count, sums.projected_total / sums.count
+        sigma = (sums.projected_outer - sums.count * np.outer(projected, projected)) / (sums.count - 1)
+        trace = (sums.squares - sums.count * float(mu @ mu)) / (sums.count - 1)
+        shift = mu - self.mu
+        cross = float(np.sqrt(scipy.linalg.eigvalsh(sigma).clip(0)).sum())
+        return float(shift @ shift + trace + np.trace(self.sigma) - 2.0 * cross)
 
     def _distance(self, mu: np.ndarray, sigma: np.ndarray, cross: float) -> float:
         shift = np.asarray(mu, np.float64) - self.mu
         return float(shift @ shift + np.trace(sigma) + np.trace(self.sigma) - 2.0 * cross)
+
+
+@dataclass(frozen=True)
+class ProjectedSums:
+    """Sums of features in the coordinates of a reference's factor F (D, R); they add up as the features' own do."""
+
+    count: int
+    total: np.ndarray  # (D,)
+    squares: float  # trace of the sum of outer products
+    projected_total: np.ndarray  # (R,)
+    projected_outer: np.ndarray  # (R, R)
+
+    def __add__(self, other: "ProjectedSums") -> "ProjectedSums":
+        return self._with(other, 1)
+
+    def __sub__(self, other: "ProjectedSums") -> "ProjectedSums":
+        return self._with(other, -1)
+
+    def _with(self, other: "ProjectedSums", sign: int) -> "ProjectedSums":
+        return ProjectedSums(
+            self.count + sign * other.count,
+            self.total + sign * other.total,
+            self.squares + sign * other.squares,
+            self.projected_total + sign * other.projected_total,
+            self.projected_outer + sign * other.projected_outer,
+        )
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:

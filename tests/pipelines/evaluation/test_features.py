@@ -50,7 +50,7 @@ def test_efficientnet_is_the_packages_own_network(efficientnet: EfficientNetLite
     np.testing.assert_allclose(features, expected, atol=2e-5 * float(expected.max()))
     assert int(label) == MILITARY_UNIFORM
     found = efficientnet.features(photograph[None].repeat(9, axis=0))
-    assert [one.shape for one in found] == [(9, 1280), (9, 14 * 14 * 7), (9, 1000)]
+    assert [one.shape for one in found] == [(9, 1280), (9, 7 * 7 * 7), (9, 1000)]
     np.testing.assert_allclose(
         found.logits[8] + network._fc.bias.detach().numpy(), network._fc(torch.from_numpy(found.pooled[8])).detach(), atol=1e-4
     )

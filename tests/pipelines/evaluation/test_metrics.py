@@ -136,13 +136,15 @@ def test_scores_merge_and_leave_groups_out() -> None:
     np.testing.assert_allclose(sums.scores_without(), whole, rtol=1e-12)
 
 
-def test_kernel_distance_is_torch_fidelitys() -> None:
+def test_kernel_distance_is_torch_fidelitys(monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = features(90, 24, seed=1) / 9, features(70, 24, seed=2) / 9 + 0.1
     about = {"kid_subsets": 12, "kid_subset_size": 50, "rng_seed": 2020, "verbose": False}
     expected = kid_features_to_metric(torch.from_numpy(one).double(), torch.from_numpy(two).double(), **about)
     mean, std = kid.kernel_distance(one, two, 12, 50)
     assert mean == pytest.approx(expected["kernel_inception_distance_mean"], abs=1e-6)
     assert std == pytest.approx(expected["kernel_inception_distance_std"], abs=1e-6)
+    monkeypatch.setattr(kid, "FEW", 10)
+    assert kid.kernel_distance(one, two, 12, 50) == pytest.approx((mean, std), rel=1e-9)
     with pytest.raises(ValueError, match="subsets of 80 images, of sets of 90 and 70"):
         kid.kernel_distance(one, two, 12, 80)
 
@@ -165,8 +167,12 @@ def test_precision_and_recall_are_torch_fidelitys_in_any_tiles(tile: int, monkey
 def test_the_quick_distance_is_the_exact_one() -> None:
     one, two = features(50, 32, seed=1).astype(np.float64), features(20, 32, seed=2).astype(np.float64)
     reference = FrechetReference(two.mean(0), np.cov(two, rowvar=False))
-    moments = one.mean(0), np.cov(one, rowvar=False)
-    assert reference.approximate_distance(*moments) == pytest.approx(reference.distance(*moments), rel=1e-6)
+    blocks = [reference.project(FeatureSums.of(part)) for part in np.split(one, 5)]
+    exact = reference.distance(one.mean(0), np.cov(one, rowvar=False))
+    assert reference.approximate_distance(sum(blocks[1:], blocks[0])) == pytest.approx(exact, rel=1e-6)
+    left = np.concatenate([one[:10], one[20:]])
+    without = sum(blocks[1:], blocks[0]) - blocks[1]
+    assert reference.approximate_distance(without) == pytest.approx(reference.distance(left.mean(0), np.cov(left, rowvar=False)), rel=1e-6)
 
 
 def test_blocks_hold_equal_numbers_of_every_class() -> None:
