@@ -32,8 +32,9 @@ from mar_model.tokenizers import KLConfig
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shards import make, shards_of
 from pipelines.caching.stage import cache
-from pipelines.caching.worker import Decoded, Encoder, EncodingJob, decode_row
-from pipelines.images.listing import list_images
+from pipelines.caching.worker import Encoder, EncodingJob
+from pipelines.images.listing import Images, list_images
+from pipelines.images.reading import Decoded, decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import progress
 from pipelines.runtime.cluster.connection import connected
@@ -41,7 +42,6 @@ from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import use_threads
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
 
 SHARD = 256
 
@@ -202,7 +202,7 @@ def run_stage(options: argparse.Namespace) -> None:
     images = ImageSettings(source=options.source, size=64)
     settings = CacheSettings(path=options.path, shard_images=options.shard, batch=BATCH, encoders=options.encoders)
     with peak_memory() as peak, connected(cluster, Path(options.path + ".log")):
-        summary = cache(images, TokenizerSettings(path=options.tokenizer), settings, Stage("cache", cluster))
+        summary = cache(Images(images), options.tokenizer, settings, Stage("cache", cluster))
     print(json.dumps({"peak_mb": peak[0], "images": summary["images"], "seconds": summary["seconds"]}))
 
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST, SHARDS
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import s3, storage
 from pipelines.runtime.cluster.connection import connected
@@ -93,6 +95,17 @@ def kills(options: argparse.Namespace) -> None:
     row("  images encoded twice, of a kill at most", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
 
 
+def _uploaded(source: str, url: str) -> Any:
+    """A client of the server at `url`, with the images of `source` in a new bucket."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = url
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="data")
+    for path in Path(source).rglob("*.jpg"):
+        client.put_object(Bucket="data", Key=f"images/{path.relative_to(source)}", Body=path.read_bytes())
+    return client
+
+
 def faults(options: argparse.Namespace) -> None:
     """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on one that says 503 for good."""
     with tempfile.TemporaryDirectory() as temporary, FaultyS3() as server:
@@ -100,17 +113,12 @@ def faults(options: argparse.Namespace) -> None:
         tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", SMALL))
         source = write_photographs(folder / "images", options.images, size=(160, 120))
         server.stall = s3.WRITE_SECONDS + 5  # longer than a client waits
-        os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ["AWS_ENDPOINT_URL"] = server.url
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="data")
-        for path in Path(source).rglob("*.jpg"):
-            client.put_object(Bucket="data", Key=f"images/{path.relative_to(source)}", Body=path.read_bytes())
+        client = _uploaded(source, server.url)
 
         def run(source: str, path: str) -> float:
             settings = CacheSettings(path=path, shard_images=32, batch=BATCH)
             began = time.perf_counter()
-            cache(ImageSettings(source=source, size=64), tokenizer, settings, Stage("cache", cluster))
+            cache(Images(ImageSettings(source=source, size=64)), tokenizer.path, settings, Stage("cache", cluster))
             return time.perf_counter() - began
 
         def same(path: str) -> bool:
@@ -179,7 +187,7 @@ def forms(options: argparse.Namespace) -> None:
         found: dict[str, tuple[np.ndarray, ...]] = {}
         for form, source in sources.items():
             settings = CacheSettings(path=str(folder / f"cache-{form}"), shard_images=32, batch=BATCH)
-            cache(ImageSettings(source=source), tokenizer, settings, Stage("cache", cluster))
+            cache(Images(ImageSettings(source=source)), tokenizer.path, settings, Stage("cache", cluster))
             latents = LatentCache(settings.path)
             rows = np.arange(len(latents))
             moments, labels = latents.take(rows, np.zeros(len(rows), bool))

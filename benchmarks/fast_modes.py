@@ -21,14 +21,13 @@ from pipelines.evaluation.classifier import load_classifier
 from pipelines.evaluation.features import load_network
 from pipelines.evaluation.image_sets import RealImages
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.listing import list_images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
+from pipelines.runtime.stage import Stage
 
 BATCH = 100
 ANNEALED = {"diffusion_steps_end": 5}
@@ -56,8 +55,8 @@ def main() -> None:
     record = json.loads((run / "evaluation" / "evaluation.json").read_text())
     settings = GenerateSettings(**{name: value for name, value in record["generation"].items() if name in known})
     settings = replace(settings, precision=options.precision)
-    tokenizer, train = TokenizerSettings(path=str(run / "tokenizer")), TrainSettings(path=str(run / "train"))
-    drawing = plan_drawing(str(run), [], tokenizer, train, settings, record["seed"], ClusterSettings(), files=False)
+    stage = Stage("generate", ClusterSettings(), seed=record["seed"])
+    drawing = plan_drawing(str(run), str(run / "tokenizer"), str(run / "train"), settings, stage)
     models = {mode: LoadedModel(replace(drawing, settings=replace(settings, **changes))) for mode, changes in MODES.items()}
 
     labels = drawing.labels_of(range(options.images))

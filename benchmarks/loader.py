@@ -25,8 +25,7 @@ from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import FORMAT_VERSION, MANIFEST, SHARDS, Manifest, shard_bytes, shard_name
 from pipelines.runtime import storage
-from pipelines.training.data import LatentDataset
-from pipelines.training.worker import Normalisation
+from pipelines.training.data import LatentDataset, Normalization
 
 SHAPE = (32, 16, 16)
 SHARD = 1024
@@ -119,12 +118,12 @@ def posterior(records: int, batch: int, runs: int) -> None:
     moments = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
     with tempfile.TemporaryDirectory() as folder:
         dataset = LatentDataset(write_cache(folder, moments, min(records, 8 * SHARD)), seed=0)
-        normalise = Normalisation(dataset.cache.manifest, torch.device("cpu"))
+        normalize = Normalization(dataset.cache.manifest, torch.device("cpu"))
         channels, side = SHAPE[0] // 2, SHAPE[1]
 
         def samples(start: int, stop: int) -> torch.Tensor:
             read, _ = dataset.read(start, stop, np.zeros(stop - start, bool))
-            return normalise(read, torch.randn(stop - start, channels, side, side, generator=stream(0, start, "posterior")))
+            return normalize(read, torch.randn(stop - start, channels, side, side, generator=stream(0, start, "posterior")))
 
         speeds = [records_a_second(samples, len(dataset.cache), batch) for _ in range(runs + 1)][1:]
     value = statistics.median(speeds)

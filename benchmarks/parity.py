@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors
-from mar_model import TrainingDraws, generate
+from mar_model import GenerationOptions, TrainingDraws, generate
 from mar_model.checkpoints.checkpoint import model_without_weights
 from mar_model.checkpoints.released_sizes import released_config, released_kl_config
 from mar_model.files import describe_misfit, shapes_of
 from mar_model.head.diffusion import Diffusion, TokenLoss, respaced_timesteps
 from mar_model.masking import masked_tokens
-from mar_model.sampling.generate import sample_tokens
+from mar_model.sampling.token_sampler import sample_tokens
 from mar_model.tokenizers import KLAutoencoder
 
 UP_TO_LOSS, SAMPLED = 1e-4, 1e-3
@@ -265,11 +265,13 @@ class MARQuantities:
             self.model,
             self.record["train.labels"].long(),
             RecordedNoise(self.record),
-            ar_steps=int(self.record.number("num_iter")),
-            diffusion_steps=self.diffusion_steps(),
-            guidance=self.record.number("cfg_scale", 1.0),
-            guidance_schedule=self.record.arguments.get("cfg_schedule", "linear"),
-            temperature=self.record.number("temperature", 1.0),
+            GenerationOptions(
+                ar_steps=int(self.record.number("num_iter")),
+                diffusion_steps=self.diffusion_steps(),
+                guidance=self.record.number("cfg_scale", 1.0),
+                guidance_schedule=self.record.arguments.get("cfg_schedule", "linear"),
+                temperature=self.record.number("temperature", 1.0),
+            ),
         )
 
 

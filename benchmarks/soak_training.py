@@ -45,7 +45,7 @@ def run(folder: Path, name: str, images: int) -> None:
         settings = replace(
             RECIPE, path=str(folder / name), workers=2, images=images, log_images=320, checkpoint_images=640, failures=99, hang_seconds=8
         )
-        train(TOKENIZER, CacheSettings(path=str(folder / "cache")), SMALL, settings, 0, stage)
+        train(TOKENIZER.path, CacheSettings(path=str(folder / "cache")), SMALL, settings, stage)
 
 
 def start(folder: Path, name: str, images: int) -> subprocess.Popen[bytes]:

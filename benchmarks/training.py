@@ -37,11 +37,10 @@ from pipelines.checkpoints.writer import CheckpointWriter, HostMemory
 from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import use_threads
-from pipelines.training.data import GlobalBatch, MicroBatches, share_of
+from pipelines.training.data import GlobalBatch, MicroBatches, Normalization, share_of
 from pipelines.training.job import TrainingJob
-from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.metrics.log import MetricsLog
 from pipelines.training.stage import model_config, train
-from pipelines.training.worker import Normalisation
 
 SHARE = 128  # images of a global batch that each of two workers takes, as in the published recipe
 TURNS = 3  # of the runs that are compared: a machine's speed drifts
@@ -57,7 +56,7 @@ class BareStep:
         self.model = MAR(self.config).train()
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=1e-3, fused=True)
         self.average = WeightAverage(self.model, 0.9999, True)
-        self.normalise = Normalisation(cache.manifest, torch.device("cpu"))
+        self.normalize = Normalization(cache.manifest, torch.device("cpu"))
         source = MicroBatches(
             cache, self.config, batch=batch, micro_batch=min(batch, RECIPE.micro_batch), flip=True, seed=0, worker=0, workers=1
         )
@@ -69,7 +68,7 @@ class BareStep:
         began = time.perf_counter()
         share = self.batches[self.steps % len(self.batches)]
         for one in share.micro_batches:
-            latents = self.normalise(one.moments, one.posterior_noise)
+            latents = self.normalize(one.moments, one.posterior_noise)
             loss, _ = self.model(latents, one.labels, share.masked, TrainingDraws(*one.draws))
             (loss.total.sum() / (self.batch * share.masked * self.config.diffusion_repeats)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 3.0)
@@ -88,7 +87,7 @@ def stage_rows(
         stage = Recorded(ClusterSettings())
         settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers, batch=batch)
         settings = replace(settings, images=batch * (steps + line_steps), log_images=batch * line_steps)
-        train(TOKENIZER, CacheSettings(path=cache.path), MODEL, settings, 0, stage)
+        train(TOKENIZER.path, CacheSettings(path=cache.path), MODEL, settings, stage)
     return stage.rows[1 : 1 + steps // line_steps]  # after these comes the summary
 
 

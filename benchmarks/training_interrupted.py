@@ -54,7 +54,7 @@ def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: 
     stage = Recorded(cluster)
     settings = replace(RECIPE, path=str(run), workers=2, images=1280, log_images=32, checkpoint_images=320)
     after(run, 640, happen)
-    train(TOKENIZER, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), 0, stage)
+    train(TOKENIZER.path, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), stage)
     noticed, cause = next((at, text) for at, text in stage.said if "starting again" in text)
     again = next(text for _, text in stage.said if "at work again" in text)
     later = float(again.split("(")[1].split(" s later")[0])
@@ -129,7 +129,7 @@ def resume(folder: Path, steps: int) -> dict[str, Any]:
         for name, parts in (("whole", (1280,)), ("parts", (480, 1280))):
             for images in parts:
                 run = replace(settings, path=str(folder / name), images=images)
-                train(TOKENIZER, CacheSettings(path=cache.path), SMALL, run, 0, Recorded(ClusterSettings()))
+                train(TOKENIZER.path, CacheSettings(path=cache.path), SMALL, run, Recorded(ClusterSettings()))
         interrupted(cache, folder / "killed", ClusterSettings(), lambda: (time.sleep(0.15), kill_worker()))  # a few steps later
     finally:
         ray.shutdown()

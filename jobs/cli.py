@@ -1,4 +1,4 @@
-"""The command `mar`: one command a stage, the whole demo, submission to a cluster, and the check before a long job."""
+"""The command `mar`: one subcommand per stage, plus quickstart, report, submit, doctor, plan, import, export, inspect and verify."""
 
 import signal
 import sys
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
+from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
 from jobs.leaving import last_line
 from jobs.path_options import Command, path_given
 from jobs.released import export_command, import_command
@@ -20,17 +21,11 @@ from pipelines.runtime.cluster.interruption import Terminated, raised
 from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.config.load import ConfigurationFile
     from jobs.config.schema import RunConfig
-
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")]
-Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="one setting; repeatable")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and stop")]
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
+    """Ctrl-C. A separate type, because click exits silently on KeyboardInterrupt."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -57,7 +52,7 @@ command = partial(app.command, cls=Command)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from mar_model import __version__
+        from mar_model.version import __version__
 
         print(f"mar {__version__}")
         raise typer.Exit
@@ -65,13 +60,13 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")] = False,
 ) -> None:
     """Masked autoregressive image models (MAR) on Ray."""
 
 
 def main() -> None:
-    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Console script. Exit status: 0, 2 for a user error, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         with raised():
             guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
@@ -90,24 +85,7 @@ def _leave(text: str, status: int) -> None:
     sys.exit(status)
 
 
-def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
-    """The configuration; printed and done with --print-config, else named on stderr."""
-    from jobs.config.load import load
-    from pipelines.runtime.tracking import without_password
-
-    loaded = load(preset, config, assignments or [])
-    file = config if isinstance(config, str | None) else config.name
-    sources = [f"preset {preset}" if preset else "defaults", *([file] if file else []), *(assignments or [])]
-    source = ", ".join(without_password(one) for one in sources)
-    if print_config:
-        print(f"# {source}\n{loaded.yaml()}", end="")
-        raise typer.Exit
-    print(f"configuration: {source}", file=sys.stderr)
-    return loaded
-
-
-def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool, **options: bool) -> None:
-    loaded = _load(config, preset, assignments, print_config)
+def _run(name: str, loaded: "RunConfig", **options: bool) -> None:
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
         print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
@@ -115,21 +93,16 @@ def _run(name: str, config: str | None, preset: str | None, assignments: list[st
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def run(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-        _run(name, config, preset, assignments, print_config)
+    def run(given: ConfigOptions) -> None:
+        _run(name, given.load())
 
     def run_generate(
-        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
-        config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
-    ) -> None:  # fmt: skip
-        short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
-        _run(name, config, preset, [*(assignments or []), *short], print_config)
+        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "", *, given: ConfigOptions
+    ) -> None:
+        _run(name, given.load(as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})))
 
-    def run_cache(
-        check: Check = False, config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None,
-        print_config: PrintConfig = False,
-    ) -> None:  # fmt: skip
-        _run(name, config, preset, assignments, print_config, check=check)
+    def run_cache(check: Check = False, *, given: ConfigOptions) -> None:
+        _run(name, given.load(), check=check)
 
     if name == "cache":
         return run_cache
@@ -137,24 +110,22 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 
 for _name, _stage in STAGES.items():
-    command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(_stage_command(_name))
+    command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(expanded(_stage_command(_name)))
 
 
 @command(epilog="Example:  mar report runs/demo")
+@expanded
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; else the one that holds train.path")
+        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; default: the parent of train.path")
     ] = "",
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
+    *,
+    given: ConfigOptions,
 ) -> None:
-    """Write RUN/report.html, one page of all results."""
-    given = {"--config": config, "--preset": preset, "--set": assignments, "--print-config": print_config}
-    if unused := [option for option, value in given.items() if run and value]:
-        raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given; give one of the two")
-    run = run or run_directory(_load(config, preset, assignments, print_config))
+    """Write RUN/report.html, one page with all results."""
+    if run and given.given():
+        raise UserError(f"report {run!r} uses no configuration, but {given.given()[0]} is given", remedy="give one of the two")
+    run = run or run_directory(given.load())
 
     def work() -> str:
         from jobs.report.page import report as write_report
@@ -165,19 +136,16 @@ def report(
 
 
 @command(epilog="Example:  mar quickstart --set train.workers=1")
-def quickstart(
-    config: ConfigFile = None, preset: Preset = "demo", assignments: Assignments = None, print_config: PrintConfig = False
-) -> None:
-    """Run every stage, of the preset demo by default."""
-    loaded = _load(config, preset, assignments, print_config)
+@expanded
+def quickstart(given: ConfigOptions = ConfigOptions(preset="demo")) -> None:  # noqa: B008  # read, not changed
+    """Run all stages, by default of the preset demo."""
+    loaded = given.load()
 
     def work() -> dict[str, Any]:
         from jobs.config.load import load
         from jobs.quickstart.stage import quickstart as run_all
 
-        located = loaded.located()
-        sections = {name: getattr(located, name) for name in type(loaded).model_fields}
-        return run_all(**sections, configuration=loaded.recorded(), digits=loaded.images.source == load("demo").images.source)
+        return run_all(loaded, digits=loaded.images.source == load("demo").images.source)
 
     _print_summary("quickstart", guarded("quickstart", run_directory(loaded.located()), work))
     _print_next_steps(run_directory(loaded), loaded.tracking.uri)
@@ -187,22 +155,23 @@ def quickstart(
     epilog="Example:  mar submit --address http://127.0.0.1:8265 -- doctor --preset demo",
     context_settings={"allow_interspersed_args": False},
 )
+@expanded
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
-    address: Annotated[str, typer.Option(metavar="URL", callback=path_given, help="dashboard of the head node")] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave; the job goes on")] = False,
-    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment of the job; repeatable")] = None,
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
+    address: Annotated[
+        str, typer.Option(metavar="URL", callback=path_given, help="the head node's dashboard; or RAY_API_SERVER_ADDRESS")
+    ] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and exit; the job continues")] = False,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job; repeatable")] = None,
+    *,
+    given: ConfigOptions,
 ) -> None:
     """Run a command on a Ray cluster and follow its log."""
     from jobs.submit import environment, job_command, outputs_lost_with_the_job, refuse_password, send
 
-    job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])
+    job = job_command(typer.main.get_command(app), command, given.config, given.preset, given.assignments or [])
     if job.configured:
-        loaded = _load(job.config, job.preset, job.assignments, print_config)
+        loaded = load(job.config, job.preset, job.assignments, given.print_config)
         refuse_password(loaded)
         for warning in outputs_lost_with_the_job(job, loaded):
             print(f"mar: warning: {warning}", file=sys.stderr)
@@ -210,42 +179,30 @@ def submit(
 
 
 @command(epilog="Example:  mar doctor --preset demo")
-def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-    """Check Ray, paths, MLflow, weights and disk before a long job."""
-    loaded = _load(config, preset, assignments, print_config)
+@expanded
+def doctor(given: ConfigOptions) -> None:
+    """Check Ray, paths, MLflow, weights and disk space before a long job."""
+    loaded = given.load()
     from jobs.doctor import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
 
 
 @command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
-def plan(
-    gpus: Annotated[int, typer.Option(metavar="N", help="how many")] = 16,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, … (another name lists them all)")] = "h100",
-    epochs: Annotated[float, typer.Option(metavar="X", help="times through the images")] = 400,
-    images: Annotated[int, typer.Option(metavar="N", help="images; 0: the cache's, else ImageNet's")] = 0,
-    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU: share of the peak that is used")] = 0.23,
-    rate: Annotated[float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, in its place")] = None,
-    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16, of another GPU")] = None,
-    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="of another GPU")] = None,
-    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
-) -> None:
-    """Print what training takes: memory, time, disk, network."""
-    loaded = _load(config, preset, assignments, print_config)
+@expanded
+def plan(options: PlanOptions, given: ConfigOptions) -> None:
+    """Estimate memory, time, disk and network of a training."""
+    loaded = given.load()
     from jobs import planning
 
     there, classes = planning.images_and_classes(loaded)
-    kind = planning.gpu(gpu, peak_tflops, memory_gb)
-    given = planning.Assumptions(kind, gpus, epochs, images or there, classes, efficiency, rate)
-    print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
+    kind = planning.gpu(options.gpu, options.peak_tflops, options.memory_gb)
+    assumed = planning.Assumptions(kind, options.gpus, options.epochs, options.images or there, classes, options.efficiency, options.rate)
+    print(dumps(planning.plain(loaded, assumed), indent=2) if options.json else planning.table(loaded, assumed))
 
 
 @command("help", epilog="Example:  mar help train")
-def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="of which; else of mar itself")] = "") -> None:
+def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="command to explain; default: mar itself")] = "") -> None:
     """Show the help of a command."""
     typer.main.get_command(app)([*([command] if command else []), "--help"], prog_name="mar")
 
@@ -257,8 +214,8 @@ command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(ve
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one. A number that is not
-    finite is `nan`, and `none` where it was read from a file."""
+    """Print the summary's figures as a table on stdout, one row for each entry of a mapping. A number that is not finite is shown as `nan`,
+    or as `none` if it was read from a file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -278,8 +235,8 @@ def _print_next_steps(root: str, tracking_uri: str) -> None:
 
     print(f"report: {root}/report.html")
     served = tracking_uri.startswith(("http://", "https://"))
-    print(f"every number: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
-    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")
+    print(f"all metrics: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
+    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and all paths in it, then")
     print("                 mar quickstart --config mine.yaml")
 
 

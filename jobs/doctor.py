@@ -1,9 +1,8 @@
-"""Before the long job: everything it will need, looked at now, each with a tick or the remedy."""
+"""Checks before a long job: everything that a configuration needs, each with a tick or a remedy."""
 
 import base64
 import os
 import shutil
-import socket
 import sqlite3
 import tempfile
 import urllib.error
@@ -14,12 +13,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from jobs.estimate import cache_bytes, checkpoint_bytes, sample_bytes
 from jobs.stage_commands import STAGES
 from jobs.stages import value_at
-from pipelines.runtime import storage
+from pipelines.runtime import s3, storage
+from pipelines.runtime.cluster.connection import unreachable
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SERVER_SECONDS = 5.0  # an MLflow server answers /health at once or is not well
-DIGITS = (4500, 10)  # images to train on and classes of the demo
-IMAGENET = (1_281_167, 1000)  # assumed while the source can't be read
+SERVER_SECONDS = 5.0  # timeout; a healthy MLflow server answers /health at once
+DIGITS = (4500, 10)  # training images and classes of the demo
+IMAGENET = (1_281_167, 1000)  # assumed if the source cannot be read
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, what was found, and what to do if it is not `ok`."""
+    """One row: what was checked, what was found, and the remedy if it is not `ok`."""
 
     name: str
     ok: bool
@@ -44,7 +44,7 @@ class Check:
 
 
 def examine(config: "RunConfig") -> Iterator[Check]:
-    """Every check of this configuration, one after the other; none raises for what it finds."""
+    """Run all checks of this configuration, one after the other. No check raises for what it finds."""
     yield from ray_checks(config)
     (images, classes), check = source_check(config)
     yield check
@@ -60,7 +60,7 @@ def examine(config: "RunConfig") -> Iterator[Check]:
 
 
 def show(checks: Iterator[Check]) -> bool:
-    """Print the table, row by row as it is known; whether all is well."""
+    """Print each row as soon as it is known. Returns whether all checks passed."""
     from rich.console import Console
     from rich.text import Text
 
@@ -71,65 +71,62 @@ def show(checks: Iterator[Check]) -> bool:
         if not check.ok:
             console.print(f"  {'':20} → {check.remedy}", markup=False)
         failed += not check.ok
-    console.print("all is well" if not failed else f"{failed} to mend")
+    console.print("all checks passed" if not failed else f"{failed} to fix")
     return not failed
 
 
 def ray_checks(config: "RunConfig") -> list[Check]:
-    """Ray answers, or can be started; and has the processors that the workers of the widest stage take."""
+    """Check that Ray answers or can be started, and has the CPUs and GPUs for the workers of the largest stage."""
     from pipelines.runtime.cluster.connection import connected
     from pipelines.runtime.cluster.workers import cluster_resources
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS", "")
-    where = f"cluster at {address}" if address else "a Ray of this machine's own"
+    where = f"cluster at {address}" if address else "a local Ray instance"
     if reason := _silent(address):
-        return [Check("ray", False, f"{where}: {reason}", "start that cluster's head, open the way to it, or correct cluster.address")]
+        return [Check("ray", False, f"{where}: {reason}", "start the head node, make it reachable, or correct cluster.address")]
     try:
         with tempfile.TemporaryDirectory() as folder, connected(config.cluster, Path(folder) / "ray.log"):
             cpus, gpus = cluster_resources()
     except UserError as error:
-        found, _, remedy = str(error).partition("; ")
-        return [Check("ray", False, found, remedy or "see cluster.address")]
+        return [Check("ray", False, error.text, error.remedy or "see cluster.address")]
     checks = [Check("ray", True, f"{where}: {cpus:.0f} CPUs, {gpus:g} GPUs")]
     each = config.cluster.gpus_per_worker
     groups = (("tokenizer.workers",), ("cache.encoders",), ("train.workers",), ("generate.actors",), ("evaluate.actors",))
-    together = (*groups[:-2], ("generate.actors", "evaluate.actors"))  # those that score take no CPU, but a GPU
-    for name, there, chosen, share in (("cpus", cpus, groups, 1.0), ("gpus", gpus, together, each)):
+    together = (*groups[:-2], ("generate.actors", "evaluate.actors"))  # scoring actors take a GPU, but no CPU
+    for name, available, chosen, share in (("cpus", cpus, groups, 1.0), ("gpus", gpus, together, each)):
         widest = max(chosen, key=lambda keys: sum(value_at(config, key) for key in keys))
         needed = share * sum(value_at(config, key) for key in widest)
         described = " and ".join(f"{key} {value_at(config, key)}" for key in widest)
-        text = f"{needed:g} wanted ({described}, {share:g} each), {there:g} there"
-        fits = needed <= there or config.cluster.autoscaling
-        remedy = f"lower {' or '.join(widest)}, or give cluster.address of a larger cluster"
+        text = f"{needed:g} needed ({described}, {share:g} each), {available:g} available"
+        fits = needed <= available or config.cluster.autoscaling
+        remedy = f"lower {' or '.join(widest)}, or set cluster.address to a larger cluster"
         checks.append(Check(name, fits, text, remedy))
     return checks
 
 
 def _silent(address: str) -> str:
-    """Why nothing listens at host:port or ray://host:port; Ray itself would try for minutes."""
+    """Why host:port or ray://host:port is unreachable; empty if it is reachable. Ray itself would try for minutes."""
     parts = urlsplit(address if "://" in address else f"//{address}")
     try:
-        if parts.hostname and parts.port:
-            socket.create_connection((parts.hostname, parts.port), SERVER_SECONDS).close()
-    except (OSError, ValueError) as error:
+        return unreachable(parts.hostname, parts.port) if parts.hostname and parts.port else ""
+    except ValueError as error:  # no number of a port
         return str(error)
-    return ""
 
 
 def source_check(config: "RunConfig") -> tuple[tuple[int, int], Check]:
-    """The image source, listed whole: (images to train on, classes), and the row."""
+    """List the image source. Returns (training images, classes) and the row."""
     from jobs.config.load import load
     from pipelines.images.listing import list_images
 
     source = config.images.source
     if source == load("demo").images.source and not storage.exists(source):
-        return DIGITS, Check("images.source", True, f"{source}: not there yet, `mar quickstart` writes it")
+        return DIGITS, Check("images.source", True, f"{source}: does not exist yet, `mar quickstart` writes it")
     try:
         listing = list_images(config.images)
     except (UserError, OSError) as error:
-        found, _, remedy = str(error).partition("; ")
+        found, remedy = (error.text, error.remedy) if isinstance(error, UserError) else (str(error), "")
         return IMAGENET, Check(
-            "images.source", False, found.removeprefix("images.source "), remedy or "give the folder of your images: --set images.source=…"
+            "images.source", False, found.removeprefix("images.source "), remedy or "set it to your images: --set images.source=…"
         )
     text = f"{source}: {len(listing.rows):,} images, {len(listing.held_out()):,} of them held out, {len(listing.class_names)} classes"
     text = "; ".join([text, *listing.remarks])
@@ -144,12 +141,12 @@ def input_check(key: str, path: str) -> Check:
     if there:
         _, reason = _attempt(lambda: _read_input(key, path))
     else:
-        reason = reason or ": not there"
-    return Check(key, not reason, f"{path}{reason}", f"correct {key}, or bring that file")
+        reason = reason or ": does not exist"
+    return Check(key, not reason, f"{path}{reason}", f"correct {key}, or restore that file")
 
 
 def _read_input(key: str, path: str) -> None:
-    """Raises UserError where what a stage reads first is damaged."""
+    """Raises UserError if the file that a stage reads first is damaged."""
     from mar_model.checkpoints.checkpoint import STATE
     from pipelines.caching.latent_cache import read_manifest
     from pipelines.caching.latent_format import MANIFEST
@@ -161,7 +158,7 @@ def _read_input(key: str, path: str) -> None:
         load_classifier(path)
     elif key == "generate.checkpoint" and storage.is_local(path) and not path.endswith(".pth"):
         read_checkpoint(path)
-    elif key == "generate.checkpoint" and not path.endswith(".pth"):  # its gigabytes of weights stay in the bucket
+    elif key == "generate.checkpoint" and not path.endswith(".pth"):  # without downloading the weights
         storage.read_json(storage.join(path, STATE), CheckpointState)
     elif path.endswith(".npz"):
         FeatureStatistics.load(path)
@@ -170,7 +167,7 @@ def _read_input(key: str, path: str) -> None:
 
 
 def output_check(key: str, path: str) -> Check:
-    """A folder that a stage writes: a file of ours goes in and out again (locally into the nearest folder that exists)."""
+    """A folder that a stage writes: write a file to it and read it back (locally in the nearest existing parent)."""
     if refused := _bucket_refuses(path):
         return Check(key, False, f"{path}: {refused[0]}", refused[1])
     place = str(_existing(path)) if storage.is_local(path) else path
@@ -186,11 +183,11 @@ def output_check(key: str, path: str) -> Check:
 
     written, reason = _attempt(write)
     remedy = f"make {place} writable for this user, or choose another {key}"
-    return Check(key, bool(written), f"{path}{'' if written else reason or ': read other bytes than written'}", remedy)
+    return Check(key, bool(written), f"{path}{'' if written else reason or ': other bytes were read than written'}", remedy)
 
 
 def tracking_check(uri: str) -> Check:
-    """The MLflow store: a SQLite file that can be written, or a server that says it is healthy."""
+    """The MLflow store: a writable SQLite file, or a healthy server."""
     shown = without_password(uri)
     if uri.startswith("sqlite:///"):
         file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
@@ -198,7 +195,7 @@ def tracking_check(uri: str) -> Check:
         if not check.ok or not file.exists():
             return Check("tracking.uri", check.ok, shown if check.ok else f"{shown}: {check.found}", check.remedy)
         _, reason = _attempt(lambda: _read_database(file))
-        return Check("tracking.uri", not reason, f"{shown}{reason}", "it is no MLflow database: choose another file")
+        return Check("tracking.uri", not reason, f"{shown}{reason}", "it is not an MLflow database: choose another file")
     if uri.startswith(("http://", "https://")):
         reason = _server_fault(uri)
         return Check(
@@ -208,16 +205,15 @@ def tracking_check(uri: str) -> Check:
 
 
 def tokenizer_check(config: "RunConfig") -> Check:
-    """The tokenizer's weights and their digest, if they are there already."""
-    from pipelines.tokenizing.directory import tokenizer_digest
-    from pipelines.tokenizing.stage import check_tokenizer_files
+    """The tokenizer's weights and their digest, if they exist already."""
+    from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_digest
 
     path = config.tokenizer.path
     there, reason = _attempt(lambda: storage.exists(storage.join(path, "config.json")))
     if reason:
         return Check("tokenizer weights", False, f"{path}{reason}", "correct tokenizer.path")
     if not there:
-        return Check("tokenizer weights", True, f"{path}: not there yet, `mar tokenize` writes them")
+        return Check("tokenizer weights", True, f"{path}: does not exist yet, `mar tokenize` writes it")
     _, reason = _attempt(lambda: check_tokenizer_files(path))
     digest, reason = (None, reason) if reason else _attempt(lambda: tokenizer_digest(path))
     return Check("tokenizer weights", bool(digest), f"{path}: {digest}" if digest else f"{path}{reason}", "run `mar tokenize` again")
@@ -236,7 +232,7 @@ def network_check(config: "RunConfig") -> Check:
 
 
 def disk_checks(config: "RunConfig", images: int, classes: int) -> Iterator[Check]:
-    """Free space of each local disk against what this configuration puts there."""
+    """Free space of each local disk, compared with what this configuration writes there."""
     wanted = {
         "cache.path": cache_bytes(config, images),
         "train.path": checkpoint_bytes(config, classes),
@@ -250,12 +246,12 @@ def disk_checks(config: "RunConfig", images: int, classes: int) -> Iterator[Chec
         free = shutil.disk_usage(_existing(value_at(config, keys[0]))).free
         total = sum(wanted[key] for key in keys)
         parts = ", ".join(f"{key} {_gigabytes(wanted[key])}" for key in keys)
-        remedy = f"free some space, lower train.checkpoints_kept, or put {keys[0]} elsewhere"
-        yield Check("disk space", total <= free, f"{_gigabytes(total)} wanted ({parts}), {_gigabytes(free)} free", remedy)
+        remedy = f"free disk space, lower train.checkpoints_kept, or put {keys[0]} elsewhere"
+        yield Check("disk space", total <= free, f"{_gigabytes(total)} needed ({parts}), {_gigabytes(free)} free", remedy)
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
-    """Its result, or why there is none, as `: reason`."""
+    """Return (result, "") or, if `work` raises, (None, ": reason")."""
     try:
         return work(), ""
     except (OSError, UserError, sqlite3.Error) as error:
@@ -264,27 +260,23 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def _bucket_refuses(path: str) -> tuple[str, str] | None:
-    """For s3://bucket/…: what is wrong with the bucket or the credentials, and what to do."""
+    """For s3://bucket/…: the problem with the bucket or the credentials, and the remedy; None if there is none."""
     if not path.startswith("s3://"):
         return None
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     parts = urlsplit(path)
-    options = parse_qs(parts.query)
-    endpoint = options.get("endpoint_override", [""])[0]
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{options.get('scheme', ['https'])[0]}://{endpoint}"
     try:
-        boto3.client("s3", endpoint_url=endpoint or None).head_bucket(Bucket=parts.hostname or "")
+        boto3.client("s3", endpoint_url=s3.endpoint_url(dict(parse_qsl(parts.query)))).head_bucket(Bucket=parts.hostname or "")
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         if status == 404:
-            return f"there is no bucket {parts.hostname}", "make the bucket, or correct its name"
-        return f"bucket {parts.hostname} refuses us ({status})", "give these credentials the right to list, read and write it"
+            return f"bucket {parts.hostname} does not exist", "create the bucket, or correct its name"
+        return f"bucket {parts.hostname} denies access ({status})", "allow these credentials to list, read and write it"
     except (BotoCoreError, ValueError) as error:
         return (
-            f"S3 can't be asked ({error})",
+            f"the request to S3 failed ({error})",
             "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the region",
         )
     return None
@@ -300,7 +292,7 @@ def _read_database(file: Path) -> None:
 
 
 def _server_fault(uri: str) -> str:
-    """Why the MLflow server at `uri` (which may hold user:password@) does not say that it is healthy."""
+    """Why the MLflow server at `uri` (which may contain user:password@) is not healthy; empty if it is."""
     user, _, password = (urlsplit(uri).netloc.rpartition("@")[0]).partition(":")
     request = urllib.request.Request(f"{without_password(uri).rstrip('/')}/health")
     if user:
@@ -313,7 +305,7 @@ def _server_fault(uri: str) -> str:
 
 
 def _existing(path: str) -> Path:
-    """The path itself, or the nearest one above it that exists."""
+    """The path itself, or its nearest existing parent."""
     place = Path(path.removeprefix("file://")).expanduser().absolute()
     while not place.exists():
         place = place.parent

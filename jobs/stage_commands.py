@@ -1,14 +1,14 @@
-"""The stages as commands: what each reads and writes, and the function that does its work."""
+"""The stages as commands: what each reads and writes, and the function that implements it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StageCommand:
-    """One stage. `function` is `module:name`; it takes `sections` of the configuration, each under its own name, and `stage`."""
+    """One stage. `function` is `module:name`; it takes the `arguments` (see `jobs.stages`) by name, and `stage`."""
 
     function: str
-    sections: tuple[str, ...]
+    arguments: tuple[str, ...]
     reads: tuple[str, ...]
     writes: str
     help: str
@@ -18,7 +18,7 @@ class StageCommand:
 STAGES = {
     "tokenize": StageCommand(
         "pipelines.tokenizing.stage:tokenize",
-        ("images", "tokenizer", "seed"),
+        ("images", "tokenizer"),
         ("images.source",),
         "tokenizer.path",
         "Train the tokenizer, a KL autoencoder, on images.",
@@ -26,42 +26,42 @@ STAGES = {
     ),
     "cache": StageCommand(
         "pipelines.caching.stage:cache",
-        ("images", "tokenizer", "cache"),
+        ("images", "tokenizer_path", "cache"),
         ("images.source", "tokenizer.path"),
         "cache.path",
-        "Encode every image once: the latent cache.",
+        "Encode every image once into the latent cache.",
         "mar cache --preset demo --set cache.encoders=2",
     ),
     "train": StageCommand(
         "jobs.training:train",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed"),
+        ("images", "tokenizer_path", "cache", "model", "train", "generate", "evaluate"),
         ("cache.path", "tokenizer.path"),
         "train.path",
-        "Train a MAR model on the cache, or go on with it.",
+        "Train a MAR model on the cache, or resume training.",
         "mar train --preset demo --set train.workers=1",
     ),
     "generate": StageCommand(
         "pipelines.generation.stage:generate",
-        ("tokenizer", "train", "generate", "seed"),
+        ("tokenizer_path", "train_path", "generate"),
         ("train.path", "tokenizer.path"),
         "generate.path",
-        "Draw images of given classes from a checkpoint.",
+        "Draw samples of given classes from a checkpoint.",
         "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
         "pipelines.evaluation.stage:evaluate",
-        ("images", "tokenizer", "train", "generate", "evaluate", "seed"),
+        ("images", "tokenizer_path", "train_path", "generate", "evaluate"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",
-        "Measure samples against a reference: FID and more.",
+        "Compare samples with a reference: FID and more.",
         "mar evaluate --preset demo --set evaluate.path=runs/evaluation",
     ),
     "sweep": StageCommand(
         "pipelines.sweeping.stage:sweep",
-        ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed"),
+        ("sections", "sweep"),
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
-        "Compare settings of training or of generation.",
+        "Compare settings of training or generation.",
         "mar sweep --preset demo --set sweep.path=runs/sweep",
     ),
 }  # fmt: skip

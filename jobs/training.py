@@ -1,4 +1,4 @@
-"""The stage *train* with the validations that the settings ask for."""
+"""The stage *train*, with validation if the settings ask for it."""
 
 from contextlib import closing
 from typing import Any
@@ -8,21 +8,25 @@ from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.validation import plan_validation
 from pipelines.generation.settings import GenerateSettings
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training import stage as training
-from pipelines.training.prometheus import Gauges, run_label
+from pipelines.training.metrics.prometheus import Gauges, run_label
 from pipelines.training.settings import TrainSettings
+from pipelines.training.supervision.messages import Validated
 
 
 def train(
-    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings,
-    generate: GenerateSettings, evaluate: EvaluateSettings, seed: int, stage: Stage,
+    images: Images, tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings,
+    generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage,
 ) -> dict[str, Any]:  # fmt: skip
-    """Stage *train* with the validations that `train.validation_images` asks for; else `training.train` alone."""
+    """Run `training.train`, with validation every `train.validation_images` if that is not 0."""
     if not train.validation_images:
-        return training.train(tokenizer, cache, model, train, seed, stage)
-    validation = plan_validation(images, tokenizer, train, generate, evaluate, seed, stage)
+        return training.train(tokenizer_path, cache, model, train, stage)
+    validation = plan_validation(images, tokenizer_path, train, generate, evaluate, stage)
     with closing(Gauges(run_label(train.path))) as gauges:
-        return training.train(tokenizer, cache, model, train, seed, stage, validation, lambda found: validation.tell(found, stage, gauges))
+
+        def report(found: Validated) -> None:
+            validation.report(found, stage, gauges)
+
+        return training.train(tokenizer_path, cache, model, train, stage, validation, report)

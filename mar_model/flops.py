@@ -9,10 +9,10 @@ from itertools import pairwise
 
 from mar_model.config import MARConfig
 from mar_model.head.denoiser import FREQUENCIES
-from mar_model.head.diffusion import TRAINING_STEPS, annealed_steps, respaced_timesteps
+from mar_model.head.diffusion import TRAINING_STEPS, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.sampling.feature_reuse import is_complete
-from mar_model.sampling.token_sampler import Sampling
+from mar_model.sampling.options import GenerationOptions
 from mar_model.tokenizers.kl import IMAGE_CHANNELS, KLConfig
 
 
@@ -36,26 +36,13 @@ def training_flops(config: MARConfig, images: int, masked: int) -> int:
     return 3 * forward - 2 * without_gradient
 
 
-def generation_flops(
-    config: MARConfig,
-    images: int,
-    *,
-    ar_steps: int,
-    diffusion_steps: int,
-    guided: bool,
-    diffusion_steps_end: int | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    reuse_steps: int = 0,
-    filled: int | None = None,
-) -> int:
-    """One generation of `images` images, without the tokenizer; arguments as in `generate`.
+def generation_flops(config: MARConfig, images: int, options: GenerationOptions, filled: int | None = None) -> int:
+    """One generation of `images` images with `options`, without the tokenizer.
 
-    guided: whether there is a guidance other than 1, which does everything twice. filled: the tokens to fill of each image in a
-    completion (None: all). Raises ValueError as `generate` does for numbers of steps and an interval that can't be.
+    A guidance other than 1 does everything twice. filled: the tokens to fill of each image in a completion (None: all).
     """
-    steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
-    sampling = Sampling(guidance_interval=guidance_interval)
-    guided_steps = {count: guided * sum(map(sampling.guides, respaced_timesteps(count))) for count in set(steps)}
+    steps, ar_steps, reuse_steps, guided = options.steps, options.ar_steps, options.reuse_steps, options.guidance != 1.0
+    guided_steps = {count: guided * sum(map(options.sampling.guides, respaced_timesteps(count))) for count in set(steps)}
     sequences = 2 * images if any(guided_steps.values()) else images
     flops, drawn_before = 0, 0
     for step, (before, after) in enumerate(pairwise(mask_schedule(config.tokens if filled is None else filled, ar_steps))):

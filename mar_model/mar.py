@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mar_model.blocks import NORM_EPS, run
 from mar_model.config import MARConfig
 from mar_model.head.denoiser import Denoiser
 from mar_model.head.diffusion import Diffusion, TokenLoss
 from mar_model.linear import Linear
-from mar_model.transformer import NORM_EPS, Block, run, take
+from mar_model.transformer import Block, take
 
 
 class TrainingDraws(NamedTuple):

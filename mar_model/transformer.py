@@ -3,25 +3,15 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from mar_model.blocks import NORM_EPS
 from mar_model.dropout import Dropout, dropout
 from mar_model.linear import Linear
-
-NORM_EPS = 1e-6
 
 
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """x (B, N, W) at positions (B, P): (B, P, W)."""
     return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
-
-
-def run(block: nn.Module, *inputs: Tensor | None, recompute: bool) -> Tensor:
-    """What the block gives; with `recompute` its activations are not kept for the backward pass but computed anew there, with the same
-    dropout: a third more arithmetic for a fraction of the memory."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-    return block(*inputs)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mar_model.blocks import NORM_EPS, run
 from mar_model.head.diffusion import TRAINING_STEPS
 from mar_model.linear import Linear
-from mar_model.transformer import NORM_EPS, run
 
 FREQUENCIES = 128  # sinusoids of each phase in the time embedding
 

@@ -36,6 +36,11 @@ def learning_rate(images_seen: int, peak: float, warmup_images: int, schedule: s
     return peak * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def crosses(images_seen: int, batch: int, every: int) -> bool:
+    """Whether the step of `batch` images that ended at `images_seen` reached or passed a multiple of `every`."""
+    return images_seen // every > (images_seen - batch) // every
+
+
 def initial_weights(seed: int) -> int:
     """The seed under which a model is made, so that every worker makes the same one."""
     return stream(seed, "weights").initial_seed()

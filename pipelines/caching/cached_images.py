@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from pipelines.caching.latent_format import MANIFEST, SHARDS
+from pipelines.caching.records import read_record
 from pipelines.caching.shards import Compared, Shard, compare_images
-from pipelines.caching.worker import read_record
 from pipelines.images.listing import ImageListing, keep_listing, kept_listing
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING, Changes, changes, refusal, touched

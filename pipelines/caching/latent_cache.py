@@ -77,7 +77,9 @@ class LatentCache:
         self.path = path
         self._arguments = (path, local, local_gb, condemned)
         if not storage.exists(storage.join(path, MANIFEST)):
-            raise UserError(f"{path!r} holds no finished latent cache ({MANIFEST} is missing); run `mar cache` with cache.path={path}")
+            raise UserError(
+                f"{path!r} holds no finished latent cache ({MANIFEST} is missing)", remedy=f"run `mar cache` with cache.path={path}"
+            )
         self.manifest, self.digest = read_manifest(path)
         if not condemned:
             refuse_condemned(path, len(self.manifest.shards))

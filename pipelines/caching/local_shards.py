@@ -61,8 +61,8 @@ class LocalShards:
         if found != entry["sha256"]:
             path.unlink(missing_ok=True)
             raise UserError(
-                f"the copy {path} is damaged (SHA-256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…): it was deleted; run the "
-                "same command again, which fetches it again"
+                f"the copy {path} is damaged (SHA-256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…): it was deleted",
+                remedy="run the same command again, which fetches it again",
             )
         self._compared.add(number)
 

@@ -64,8 +64,10 @@ def compare_data(path: str, entry: dict[str, Any], data: bytes | memoryview) -> 
     try:
         condemn(path, [entry["name"]])
     except (OSError, UserError) as error:
-        raise UserError(f"{text}; it can't be marked as damaged ({error}): run `mar verify` where it can, then {REPAIR}") from error
-    raise UserError(f"{text}: it is damaged; {REPAIR}, then this command again")
+        raise UserError(
+            f"{text}; the shard can't be marked as damaged ({error})", f"run `mar verify` where that is possible, then {REPAIR}"
+        ) from error
+    raise UserError(f"{text}: it is damaged", remedy=f"{REPAIR}, then this command again")
 
 
 def check_size(file: str, size: int) -> None:

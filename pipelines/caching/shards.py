@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from pipelines.caching.latent_format import SHARDS, shard_name
-from pipelines.caching.worker import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, finished_record, read, read_image_digests
+from pipelines.caching.records import finished_record, read_image_digests
+from pipelines.caching.worker import CALLS_AT_ONCE, EncodingJob, Seconds, ShardEncoder, ShardProgress
+from pipelines.images.reading import read_with_digest
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.workers import cluster_resources
 
 CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
@@ -124,7 +126,7 @@ def _compare_images(images: ImageSettings, path: str, rows: ImageRows, index: in
     if not digests:
         return Compared(unknown=places)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        found = list(pool.map(lambda place: read(images, rows[place])[1], places))
+        found = list(pool.map(lambda place: read_with_digest(images, rows[place])[1], places))
     changed = [place for place, digest in zip(places, found, strict=True) if digest != digests[place - start]]
     return Compared(len(places) - len(changed), changed)
 
@@ -140,11 +142,11 @@ def make(
 
     if not shards:
         return
-    channel = MetricsChannel()
+    channel = MessageChannel()
     in_work, finished = dict[int, int](), set[int]()
 
-    def listen(message: dict[str, Any]) -> None:
-        in_work[message["shard"]] = message["images"]
+    def listen(message: ShardProgress) -> None:
+        in_work[message.shard] = message.images
         begun(sum(images for index, images in list(in_work.items()) if index not in finished))
 
     work = [{"index": one.index, "start": one.start, "stop": one.stop} for _, one in sorted(shards.items())]

@@ -10,55 +10,47 @@ import math
 from functools import reduce
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet
-
 from mar_model.tokenizers import load_tokenizer
 from pipelines.caching.cached_images import TRAIN_LISTING, settle_identity
 from pipelines.caching.latent_cache import read_manifest
 from pipelines.caching.latent_format import FORMAT_VERSION, MANIFEST, LatentStatistics, Manifest
+from pipelines.caching.records import REJECTED, read_rejected, write_rejected
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.shard_checks import absolve, condemned
 from pipelines.caching.shards import Shard, are_whole, finished, make, shards_of
 from pipelines.caching.worker import EncodingJob, Seconds
-from pipelines.images.listing import keep_listing, kept_listing, list_images, listing_digest
+from pipelines.images.listing import Images, keep_listing, kept_listing, listing_digest
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import cluster_resources
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.tokenizing.stage import tokenizer_config
-
-REJECTED = "rejected.parquet"
-REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
+from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 
-def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
-    """Encode the train part of `images` into a latent cache at `cache.path`; returns the stage's summary. `check`: read every image
-    again that finished shards were made of, and compare its bytes with those.
+def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
+    """Encode the train part of `images` with the tokenizer in directory `tokenizer_path` into a latent cache at `cache.path`; returns the
+    stage's summary. `check`: read every image of finished shards again, and compare its bytes with those that were encoded.
 
     Raises UserError on settings that don't fit each other, on a cache made with others or of other images, and when more than
     `images.max_rejected` of the images can't be used (the finished shards are kept).
     """
-    channels, latent_size = _check(images, tokenizer, cache)
+    channels, latent_size = _check(images.settings, tokenizer_path, cache)
     kept = storage.join(cache.path, LISTING)
-    listing = list_images(images, kept)
+    listing = images.listing
     for remark in listing.remarks:
         stage.say(remark)
     rows = listing.train()
     identity = {
-        **identity_of(images=images, cache=cache),
+        **identity_of(images=images.settings, cache=cache),
         TRAIN_LISTING: listing_digest(listing, rows),
-        "tokenizer.digest": tokenizer_digest(tokenizer.path),
+        "tokenizer.digest": tokenizer_digest(tokenizer_path),
     }
     shards = shards_of(len(rows), cache.shard_images)
-    identity = settle_identity(images, cache.path, listing, shards, identity, stage, check)
+    identity = settle_identity(images.settings, cache.path, listing, shards, identity, stage, check)
     summary = stage.begin(cache.path, identity, enough=lambda _: not lost_file(cache.path))
     if summary is not None:
         return summary
@@ -70,11 +62,11 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         storage.delete(summary_path)
     storage.delete_partial(cache.path)
     keep_listing(kept, listing)
-    records, rate, seconds = _make(images, tokenizer, cache, rows, shards, stage)
+    records, rate, seconds = _make(images.settings, tokenizer_path, cache, rows, shards, stage)
     ordered = [records[index] for index in sorted(records)]
     rejected = sum(len(record["rejected"]) for record in ordered)
-    _write_rejected(cache.path, ordered)
-    _check_rejected(images, cache.path, ordered, len(rows))
+    write_rejected(cache.path, ordered)
+    _check_rejected(images.settings, cache.path, ordered, len(rows))
 
     statistics = reduce(LatentStatistics.merged, [LatentStatistics(**one["statistics"]) for one in ordered if one["rows"]])
     manifest = Manifest(
@@ -82,7 +74,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         rows=sum(record["rows"] for record in ordered),
         shards=[{name: record[name] for name in ("name", "rows", "sha256", "bytes")} for record in ordered],
         class_names=listing.class_names,
-        image_size=images.size,
+        image_size=images.settings.size,
         latent_size=latent_size,
         latent_channels=channels,
         dtype=cache.dtype,
@@ -92,12 +84,12 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
         latent_max=statistics.max,
         tokenizer={
             "digest": identity["tokenizer.digest"],
-            "config": tokenizer_config(tokenizer.path),
+            "config": tokenizer_config(tokenizer_path),
         },
         precision={"name": cache.precision, "deviation": ordered[0]["deviation"]},
         images={
-            "held_out_share": images.held_out_share,
-            "held_out_folder": images.held_out_folder,
+            "held_out_share": images.settings.held_out_share,
+            "held_out_folder": images.settings.held_out_folder,
             "held_out": len(listing.rows) - len(rows),
             "train_listing": identity[TRAIN_LISTING],
         },
@@ -120,7 +112,7 @@ def cache(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSetti
 
 
 def _make(
-    images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings, rows: ImageRows, shards: dict[int, Shard], stage: Stage
+    images: ImageSettings, tokenizer: str, cache: CacheSettings, rows: ImageRows, shards: dict[int, Shard], stage: Stage
 ) -> tuple[dict[int, dict[str, Any]], float, Seconds]:
     """Records of all shards, made where they are not there yet, until too many images are rejected; images a second, and where the
     encoders' time went."""
@@ -130,7 +122,7 @@ def _make(
     cpus, _ = cluster_resources()
     nodes = sum(1 for node in ray.nodes() if node["Alive"])
     job = EncodingJob(
-        images, tokenizer.path, cache.path, cache.batch, cache.dtype, cache.precision,
+        images, tokenizer, cache.path, cache.batch, cache.dtype, cache.precision,
         cache.decoders or max(1, int(cpus) // max(encoders, nodes)), stage.cluster,
     )  # fmt: skip
     shared = ray.put(rows)  # once, for all tasks and actors
@@ -156,22 +148,17 @@ def _make(
     return records, rate, seconds
 
 
-def _check(images: ImageSettings, tokenizer: TokenizerSettings, cache: CacheSettings) -> tuple[int, int]:
+def _check(images: ImageSettings, tokenizer: str, cache: CacheSettings) -> tuple[int, int]:
     """Latent channels and latents per side; raises UserError where the settings don't fit the tokenizer."""
-    for name, allowed in (("dtype", ("float16", "float32")), ("precision", ("float32", "tf32", "bf16"))):
-        if getattr(cache, name) not in allowed:
-            raise UserError(f"cache.{name} is {getattr(cache, name)!r}, expected {' or '.join(allowed)}")
-    for name, least in (("shard_images", 1), ("batch", 1), ("encoders", 1), ("decoders", 0)):
-        if getattr(cache, name) < least:
-            raise UserError(f"cache.{name} is {getattr(cache, name)}, expected {least} or more")
-    if not storage.exists(storage.join(tokenizer.path, "config.json")):
-        raise UserError(f"tokenizer.path {tokenizer.path!r} holds no tokenizer (config.json is missing); run `mar tokenize` first")
+    check(images=images, cache=cache)
+    if not storage.exists(storage.join(tokenizer, "config.json")):
+        raise UserError(f"tokenizer.path {tokenizer!r} holds no tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
     try:
-        loaded = load_tokenizer(storage.local_directory(tokenizer.path))
+        loaded = load_tokenizer(storage.local_directory(tokenizer))
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer.path {tokenizer.path!r} can't be loaded: {error}; run `mar tokenize` again") from error
+        raise UserError(f"tokenizer.path {tokenizer!r} can't be loaded: {error}", remedy="run `mar tokenize` again") from error
     if images.size % loaded.stride:
-        raise UserError(f"images.size is {images.size}, expected a multiple of {loaded.stride}, the stride of tokenizer {tokenizer.path!r}")
+        raise UserError(f"images.size is {images.size}, expected a multiple of {loaded.stride}, the stride of tokenizer {tokenizer!r}")
     return loaded.channels, images.size // loaded.stride
 
 
@@ -193,25 +180,6 @@ def lost_file(path: str) -> str:
     return "" if are_whole(path, manifest.shards) else f"shards that {storage.join(path, MANIFEST)} names are missing, or of another length"
 
 
-def read_rejected(path: str) -> list[dict[str, str]]:
-    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
-    file = storage.join(path, REJECTED)
-    data = storage.read_bytes(file)
-    try:
-        rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
-    except (pa.ArrowException, OSError, LookupError) as error:
-        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
-    return rows
-
-
-def _write_rejected(path: str, records: list[dict[str, Any]]) -> None:
-    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
-    table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
-    sink = pa.BufferOutputStream()
-    pa.parquet.write_table(table, sink)
-    storage.write_bytes(storage.join(path, REJECTED), bytes(sink.getvalue()))
-
-
 def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, Any]], total: int) -> None:
     rejected = [one for record in records for one in record["rejected"]]
     if len(rejected) > images.max_rejected * total or len(rejected) == total:
@@ -219,6 +187,7 @@ def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, An
         raise UserError(
             f"{len(rejected)} of {total} images can't be used, images.max_rejected={images.max_rejected} allows "
             f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''}. All are in "
-            f"{storage.join(path, REJECTED)}; mend those files where they are (without them it is another source) or raise "
-            "images.max_rejected, and run again (finished shards are kept)"
+            f"{storage.join(path, REJECTED)}",
+            remedy="mend those files where they are (without them it is another source) or raise "
+            "images.max_rejected, and run again (finished shards are kept)",
         )

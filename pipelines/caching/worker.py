@@ -7,28 +7,25 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from mar_model.tokenizers import load_tokenizer
-from pipelines.caching.latent_format import FORMAT_VERSION, SHARDS, LatentStatistics, shard_bytes, shard_name
-from pipelines.images.listing import ImageError
-from pipelines.images.pixels import decode
-from pipelines.images.reading import read_bytes
+from pipelines.caching.latent_format import FORMAT_VERSION, LatentStatistics, shard_bytes, shard_name
+from pipelines.caching.records import IMAGE_DIGESTS, finished_record, shard_paths
+from pipelines.images.reading import Decoded, decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow, ImageRows
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import default_device, use_threads
-from pipelines.runtime.errors import DamagedFileError
 
 AHEAD = 2  # batches whose images are decoded before they are asked for
 SAY_SECONDS = 2.0  # between words about how far it is
-IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of every row, of those too that were rejected
 CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
 
 
@@ -46,12 +43,12 @@ class EncodingJob:
     cluster: ClusterSettings
 
 
-class Decoded(NamedTuple):
-    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" where they can't be read)."""
+@dataclass(frozen=True)
+class ShardProgress:
+    """From an encoder to the driver: so many images of the shard are encoded."""
 
-    pixels: np.ndarray | None
-    reason: str
-    digest: str
+    shard: int
+    images: int
 
 
 @dataclass
@@ -80,93 +77,6 @@ class _Shard:
     usable: list[int] = field(default_factory=list)
     moments: list[np.ndarray] = field(default_factory=list)  # (2, n, 2C, h, w) of each batch: image, mirror image
     deviation: dict[str, float] | None = None
-
-
-def shard_paths(path: str, index: int) -> tuple[str, str]:
-    """The shard, and its record: rows, checksum, statistics, rejects."""
-    shard = storage.join(path, SHARDS, shard_name(index))
-    return shard, shard.removesuffix(".arrow") + ".json"
-
-
-def read(images: ImageSettings, row: ImageRow) -> tuple[bytes | ImageError, str]:
-    """Bytes of one image and their SHA-256, or why they can't be read and "". Raises UserError when the source doesn't answer."""
-    try:
-        data = read_bytes(images, row)
-    except ImageError as error:
-        return error, ""
-    return data, storage.digest(data)
-
-
-def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int) -> dict[str, Any] | None:
-    """The record of shard `index`, which begins at row `start`, or None where it has to be made: it is not there, has not the recorded
-    size and checksum, or rejected images that have other bytes now."""
-    file, record_path = shard_paths(path, index)
-    record = read_record(record_path)
-    if record is None or not storage.exists(file) or storage.size(file) != record["bytes"]:
-        return None
-    if storage.digest(storage.read_bytes(file)) != record["sha256"]:
-        return None
-    mended = any(read(images, rows[start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
-    return None if mended else record
-
-
-@dataclass(frozen=True)
-class RejectedRow:
-    """An image that a shard leaves out: `row` is its place in the shard."""
-
-    row: int
-    key: str
-    reason: str
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What lies beside each shard."""
-
-    format_version: int
-    name: str
-    rows: int
-    sha256: str
-    bytes: int
-    statistics: LatentStatistics | None
-    deviation: dict[str, float] | None
-    rejected: list[RejectedRow]
-
-
-def read_record(path: str) -> dict[str, Any] | None:
-    """A shard's record, or None where it is not there, is damaged, or is of another format. The digests of its images, which make up
-    nearly all of it, are left out: `read_image_digests` reads these."""
-    record = _read_record(path)
-    return None if record is None else {name: value for name, value in record.items() if name != IMAGE_DIGESTS}
-
-
-def read_image_digests(path: str, index: int) -> list[str] | None:
-    """SHA-256 of the bytes of each image that finished shard `index` was made of, in the order of its rows, "" where they could not be
-    read; empty in a record of an earlier version of mar-ray, None where the shard has no record."""
-    record = _read_record(shard_paths(path, index)[1])
-    return None if record is None else list(record.get(IMAGE_DIGESTS, []))
-
-
-def _read_record(path: str) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = storage.read_json(path, ShardRecord)
-    except (FileNotFoundError, DamagedFileError):
-        return None
-    return record if record["format_version"] == FORMAT_VERSION else None
-
-
-def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
-    """Read, decode and crop one image. Raises UserError when the source doesn't answer."""
-    data, digest = read(images, row)
-    try:
-        if row.reason:
-            raise ImageError(row.reason)
-        if isinstance(data, ImageError):
-            raise data
-        return Decoded(decode(data, images.size, images.exif), "", digest)
-    except ImageError as error:
-        return Decoded(None, str(error), digest)
 
 
 class Encoder:
@@ -223,7 +133,7 @@ class ShardEncoder:
     """Makes shards, as an actor of Ray Data. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded
     ahead and the shard before is written."""
 
-    def __init__(self, job: EncodingJob, rows: Any, channel: MetricsChannel | None = None) -> None:
+    def __init__(self, job: EncodingJob, rows: Any, channel: MessageChannel | None = None) -> None:
         """`rows`: ImageRows, or a reference to them. `channel` is told how far the shards in work are."""
         import ray
 
@@ -245,7 +155,7 @@ class ShardEncoder:
     def _say(self, index: int, images: int) -> None:
         if self.channel is not None and time.monotonic() - self.said > SAY_SECONDS:
             self.said = time.monotonic()
-            self.channel.send({"shard": index, "images": images})
+            self.channel.send(ShardProgress(index, images))
 
     def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
         """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""

@@ -11,7 +11,6 @@ from mar_model.config import MARConfig
 from mar_model.files import Shapes, read_tensors, shapes_of
 from mar_model.mar import MAR
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, read_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
@@ -55,17 +54,16 @@ class Start:
         ]
 
 
-def start_from(init_from: str, config: MARConfig, class_names: Sequence[str]) -> Start:
-    """Compare the checkpoint `train.init_from` (a directory, or a released `.pth`) with the model that is to be trained.
+def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Start:
+    """Compare the checkpoint directory `path`, which `train.init_from` names, with the model that is to be trained.
 
     Raises UserError for a damaged checkpoint, and for one of which nothing but the classes' rows would fit.
     """
-    path = checkpoint_directory(init_from)
     directory = storage.local_directory(path)
     try:
         state = read_checkpoint(path, Weights)
     except ValueError as error:
-        raise UserError(f"train.init_from: {error}; {ANOTHER_CHECKPOINT}") from error
+        raise UserError(f"train.init_from: {error}", remedy=ANOTHER_CHECKPOINT) from error
     with torch.device("meta"):
         expected = shapes_of(MAR(config).state_dict())
     found = shapes_of(read_tensors(directory / AVERAGE))

@@ -3,12 +3,12 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mar_model import __version__
 from mar_model.checkpoints.checkpoint import STATE
 from mar_model.checkpoints.released import (
     FILE,
@@ -20,11 +20,11 @@ from mar_model.checkpoints.released import (
     is_scaled_as_released,
 )
 from mar_model.tokenizers import kl_config, load_tokenizer
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
+from mar_model.version import __version__
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState, newest_checkpoint
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import tokenizer_config
+from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 CONFIG = "config.json"  # of a tokenizer directory
 SOURCE = "source.json"  # what an imported directory was made of
@@ -59,7 +59,7 @@ def import_released(file: str, out: str, options: ImportOptions | None = None, r
     try:
         of_tokenizer = ReleasedFile(path).is_tokenizer
         if of_tokenizer and options != ImportOptions():
-            raise UserError(f"{file} holds a tokenizer; --raw and the options about sizes are for MAR checkpoints")
+            raise UserError(f"{file} holds a tokenizer", remedy="--raw and the options about sizes are for MAR checkpoints")
         stat = path.stat()
         made_of = {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **asdict(options)}
         there = _made_of(out)
@@ -67,7 +67,9 @@ def import_released(file: str, out: str, options: ImportOptions | None = None, r
             return {"complete": out, **made_of}
         taken = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
         if taken and not (renew and there):
-            raise UserError(f"{out} is there, but was not imported from this {path.name} with these options; give another, or delete it")
+            raise UserError(
+                f"{out} is there, but was not imported from this {path.name} with these options", remedy="give another, or delete it"
+            )
         with _scratch(out) as temporary:
             directory = Path(temporary) / "imported"
             summary = _tokenizer(path, directory) if of_tokenizer else _checkpoint(path, directory, options)
@@ -125,7 +127,7 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
     """
     target = storage.join(out, FILE)
     if storage.exists(target):
-        raise UserError(f"{target} is there already; give another --out, or delete it")
+        raise UserError(f"{target} is there already", remedy="give another --out, or delete it")
     with _scratch(target) as temporary:
         written = Path(temporary) / "exported" / FILE
         written.parent.mkdir()
@@ -160,6 +162,15 @@ def checkpoint_directory(named: str) -> str:
     return named + IMPORTED
 
 
+def chosen_checkpoint(checkpoint: str, train_path: str, say: Callable[[str], None]) -> str:
+    """The directory of `generate.checkpoint` (a directory, or a released `.pth`), or if it is empty of the newest checkpoint in
+    `train_path`; damaged ones that are newer are named by `say`. Raises UserError where there is none."""
+    found = checkpoint_directory(checkpoint) or newest_checkpoint(train_path, say)
+    if found is None:
+        raise UserError(f"train.path {train_path!r} holds no checkpoint", "run `mar train`, or name one in generate.checkpoint")
+    return found
+
+
 def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     """The state of a checkpoint that is used with the tokenizer at `path`: one imported without a tokenizer takes this one.
 
@@ -170,5 +181,7 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     config = kl_config(tokenizer_config(path))
     channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
-        raise UserError(f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}; name its tokenizer")
+        raise UserError(
+            f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}", remedy="name its tokenizer"
+        )
     return {**state, "tokenizer": {"path": path, "digest": tokenizer_digest(path)}}

@@ -3,22 +3,11 @@
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from mar_model.checkpoints.checkpoint import STATE
 from pipelines.checkpoints.directory import VALIDATION, TrainingState, Validated, checkpoint_names, images_of
 from pipelines.runtime import storage
 from pipelines.runtime.records import nan_for_null
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints of a run are kept beside the newest."""
-
-    kept: int  # the newest ones
-    every_images: int = 0  # the first of every so many images, permanently; 0: none
-    best_metric: str = ""  # the one where this metric was lowest; empty: none
-    validated_as: str = ""  # identity of the validations whose metrics count
 
 
 def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float], damaged: set[str]) -> None:

@@ -7,30 +7,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mar_model.config import MARConfig
 from pipelines.checkpoints.directory import checkpoint_names, images_of, publish_checkpoint
-from pipelines.checkpoints.retention import Retention, Scores, drop_old_checkpoints
+from pipelines.checkpoints.retention import Scores, drop_old_checkpoints
+from pipelines.checkpoints.run import CheckpointedRun
 from pipelines.runtime.errors import UserError
 
 ATTEMPTS = 3  # at the checkpoint that ends a run, which nothing comes after
 PAUSE_SECONDS = 5.0
 NICENESS = 10  # of the writing thread: it takes what the training thread leaves
-
-
-@dataclass(frozen=True)
-class CheckpointedRun:
-    """A training run as its checkpoints see it."""
-
-    path: str  # the checkpoints go to PATH/checkpoints
-    model: MARConfig
-    about: Mapping[str, Any]  # the fields of `state.json` that stay the same over the run: seed, settings, tokenizer, classes, …
-    retention: Retention
 
 
 class HostMemory:
@@ -93,7 +82,7 @@ class CheckpointWriter:
                 return
             if attempt < ATTEMPTS - 1:
                 time.sleep(PAUSE_SECONDS)
-        raise UserError(f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}; mend that and run again")
+        raise UserError(f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}", remedy="mend that and run again")
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mar_model.checkpoints.checkpoint import load_weights
 from mar_model.files import read_tensors
 from mar_model.noise import stream
-from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.listing import ImageListing, Images
 from pipelines.images.pixels import to_model
 from pipelines.images.reading import DecodedImages
 from pipelines.images.settings import ImageSettings
@@ -89,7 +89,7 @@ def _parts(images: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
     yield from (images[start : start + size] for start in range(0, len(images), size))
 
 
-def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) -> dict[str, Any]:
+def train_classifier(images: Images, path: str, stage: Stage) -> dict[str, Any]:
     """Train on the train part of `images` in one Ray task; `path` gets `classifier.safetensors` and `config.json`.
 
     The task holds the decoded images in memory. Returns the summary, with `accuracy_held_out` (share of the held-out images that
@@ -97,11 +97,11 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
     """
     import ray
 
-    listing = list_images(images)
+    listing = images.listing
     for remark in listing.remarks:
         stage.say(remark)
-    identity = {**identity_of(images=images, seed=seed), "images.listing": listing.digest}
-    check_source(path, "path of the classifier", images.source, listing, identity, stage)
+    identity = {**identity_of(images=images.settings, seed=stage.seed), "images.listing": listing.digest}
+    check_source(path, "path of the classifier", images.settings.source, listing, identity, stage)
     finished = stage.begin(path, identity)
     if finished is not None:
         return finished
@@ -109,7 +109,7 @@ def train_classifier(images: ImageSettings, path: str, seed: int, stage: Stage) 
     remember_source(path, listing)
     stage.say(f"training a classifier on {len(listing.train()):,} images")
     task = ray.remote(**worker_resources(stage.cluster))(_train)
-    summary = ray.get(task.remote(images, listing, path, seed, stage.cluster))
+    summary = ray.get(task.remote(images.settings, listing, path, stage.seed, stage.cluster))
     return stage.complete(path, identity, summary)
 
 
@@ -173,7 +173,7 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 def read_config(path: str) -> dict[str, Any]:
     """`config.json` of the classifier in directory `path`. Raises UserError where there is none, or one of another format."""
     if not storage.exists(storage.join(path, CONFIG)):
-        raise UserError(f"evaluate.classifier {path!r} holds no classifier ({CONFIG} is missing); leave it empty to go without")
+        raise UserError(f"evaluate.classifier {path!r} holds no classifier ({CONFIG} is missing)", remedy="leave it empty to go without")
     config: dict[str, Any] = storage.read_json(storage.join(path, CONFIG), Config, REMEDY)
     if config["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}/{CONFIG} has format_version {config['format_version']!r}, expected {FORMAT_VERSION}")
@@ -185,7 +185,7 @@ def check_classes(path: str, classes: int) -> None:
     found = load_classifier(path).output.out_features
     if found != classes:
         raise UserError(
-            f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}; name one trained on the same source"
+            f"evaluate.classifier {path!r} knows {found} classes, the checkpoint {classes}", remedy="name one trained on the same source"
         )
 
 
@@ -204,5 +204,5 @@ def load_classifier(path: str) -> Classifier:
         load_weights(classifier, read_tensors(file))
     except (FileNotFoundError, ValueError) as error:
         text = str(error) if str(file) in str(error) else f"{file}: {error}"
-        raise DamagedFileError(f"{text}; {REMEDY}") from error
+        raise DamagedFileError(text, REMEDY) from error
     return classifier.eval()

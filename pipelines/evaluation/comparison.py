@@ -11,35 +11,33 @@ from pipelines.evaluation.record import RECORD, Record
 from pipelines.evaluation.references import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import distance
-from pipelines.images.listing import list_images
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import SUMMARY, Stage
 
 
-def real_and_noise(images: ImageSettings, seed: int, count: int) -> dict[str, ImageSource]:
+def real_and_noise(images: Images, seed: int, count: int) -> dict[str, ImageSource]:
     """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise.
 
     Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
     """
-    listing = list_images(images)
-    parts = {"held_out": listing.held_out(), "real_train": listing.train()}
+    parts = {"held_out": images.listing.held_out(), "real_train": images.listing.train()}
     for name, rows in parts.items():
         _require(name, len(rows), count)
     return {
-        **{name: RealImages(images, _in_turn(rows, count)) for name, rows in parts.items()},
-        "noise": NoiseImages(count, images.size, seed),
+        **{name: RealImages(images.settings, _in_turn(rows, count)) for name, rows in parts.items()},
+        "noise": NoiseImages(count, images.settings.size, seed),
     }
 
 
 def _require(name: str, found: int, count: int) -> None:
     if found < count:
-        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers; lower the number")
+        raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers", remedy="lower the number")
 
 
-def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, count: int, stage: Stage) -> dict[str, float]:
+def frechet_rows(images: Images, evaluate: EvaluateSettings, count: int, stage: Stage) -> dict[str, float]:
     """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
     train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
 
@@ -48,11 +46,11 @@ def frechet_rows(images: ImageSettings, evaluate: EvaluateSettings, seed: int, c
     digest = network_digest(evaluate.features, evaluate.weights)
     record_path = storage.join(evaluate.path, RECORD)
     if not storage.exists(record_path):
-        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing); run `mar evaluate`")
+        raise UserError(f"evaluate.path {evaluate.path!r} holds no finished evaluation ({RECORD} is missing)", remedy="run `mar evaluate`")
     again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
     record = storage.read_json(record_path, Record, again)
     _require("generated", record["images"], count)
-    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, seed, count)}
+    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, stage.seed, count)}
     path = storage.join(evaluate.path, "rows")
     identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
     finished = stage.begin(path, {**identity, "network": digest})

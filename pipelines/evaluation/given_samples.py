@@ -19,20 +19,17 @@ from pipelines.evaluation.scoring.sources import features_of
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics
 from pipelines.images.grid import grid_samples, write_grid
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
 
 NOT_USED = ("evaluate.images",)  # all given samples are evaluated
 
 
-def evaluate_given(
-    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, seed: int, stage: Stage
-) -> dict[str, Any]:
+def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
     """Compare the images at `evaluate.samples`, as they are, with the reference. Images of an image source are cropped to their size.
 
     `evaluate.path` gets `evaluation.json`, `statistics.npz`, `samples.png`, the samples' `features/` and the reference's statistics.
@@ -43,7 +40,7 @@ def evaluate_given(
     if evaluate.classifier:
         check_classes(evaluate.classifier, _classes(given, evaluate))
     require_workers({"evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
-    reference = find_reference(_of_their_size(images, given, evaluate), tokenizer, evaluate, digest)
+    reference = find_reference(_of_their_size(images, given, evaluate), tokenizer_path, evaluate, digest)
     identity = {
         **{name: value for name, value in identity_of(evaluate=evaluate).items() if name not in NOT_USED},
         "evaluate.samples": storage.digest(json.dumps(given.identity(), sort_keys=True).encode()),
@@ -79,30 +76,30 @@ def evaluate_given(
     record = {
         "reference": {**reference.identity(), "images": count},
         "network": {"name": evaluate.features, "digest": digest},
-        "seed": seed,
+        "seed": stage.seed,
         "samples": {"path": evaluate.samples, "height": given.shape[0], "width": given.shape[1], **given.about},
         "identity": identity,
     }
     return write_record(found, {}, record, None, evaluate, stage)
 
 
-def _of_their_size(images: ImageSettings, given: GivenSamples, evaluate: EvaluateSettings) -> ImageSettings:
-    """Settings that crop the reference's images to the size of the samples. Raises UserError for samples that no square crop fits."""
+def _of_their_size(images: Images, given: GivenSamples, evaluate: EvaluateSettings) -> Images:
+    """The image source, its images cropped to the samples' size. Raises UserError for samples that no square crop fits."""
     if evaluate.reference.endswith(".npz"):
         return images
     height, width = given.shape
     if height != width:
         raise UserError(
-            f"evaluate.samples {evaluate.samples!r} are {width} × {height} pixels, and images of a source are cropped to squares; name an "
-            ".npz of reference statistics in evaluate.reference, or crop the samples"
+            f"evaluate.samples {evaluate.samples!r} are {width} × {height} pixels, and images of a source are cropped to squares",
+            remedy="name an .npz of reference statistics in evaluate.reference, or crop the samples",
         )
-    return replace(images, size=height)
+    return Images(replace(images.settings, size=height))
 
 
 def _classes(given: GivenSamples, evaluate: EvaluateSettings) -> int:
     if given.labels.min() < 0:
         raise UserError(
-            f"evaluate.classifier is given, but evaluate.samples {evaluate.samples!r} has no labels; give one folder a class, or leave "
-            "evaluate.classifier empty"
+            f"evaluate.classifier is given, but evaluate.samples {evaluate.samples!r} has no labels",
+            remedy="give one folder a class, or leave evaluate.classifier empty",
         )
     return max(len(given.class_names), int(given.labels.max()) + 1)

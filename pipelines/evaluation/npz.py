@@ -70,16 +70,16 @@ def member(path: str, name: str, remedy: str) -> Member:
     with opened(path, remedy) as archive:
         there = [one.removesuffix(".npy") for one in archive.namelist()]
         if name not in there:
-            raise UserError(f"{path} holds the arrays {', '.join(there) or 'none'}, expected {name}; {remedy}")
+            raise UserError(f"{path} holds the arrays {', '.join(there) or 'none'}, expected {name}", remedy=remedy)
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as stream:
             shape, fortran, dtype = _header(stream)
             begins = stream.tell()
         if dtype.hasobject:
-            raise UserError(f"{name} in {path} is pickled, which could run code, expected numbers; {remedy}")
+            raise UserError(f"{name} in {path} is pickled, which could run code, expected numbers", remedy=remedy)
         if fortran or any(side < 0 for side in shape):
             found = "Fortran's order" if fortran else f"the shape {shape}"
-            raise UserError(f"{name} in {path} has {found}, expected sides of 0 or more in C's order; {remedy}")
+            raise UserError(f"{name} in {path} has {found}, expected sides of 0 or more in C's order", remedy=remedy)
         size = math.prod(shape) * dtype.itemsize
         if info.file_size != begins + size:
             raise damaged(path, f"{name} has {info.file_size - begins:,} bytes, its shape {shape} needs {size:,}", remedy)

@@ -30,26 +30,24 @@ from pipelines.evaluation.scoring.tasks import Tasks
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, distance
 from pipelines.generation import samples
-from pipelines.generation.drawing import Drawing, plan_drawing, range_warning
+from pipelines.generation.dataset import draw
+from pipelines.generation.drawing import Drawing, range_warning
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
-from pipelines.generation.stage import draw
 from pipelines.images.grid import grid_samples, write_grid
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
 
 NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.keep_pixels")  # it draws evaluate.images, of all classes
 
 
 def evaluate(
-    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings,
-    evaluate: EvaluateSettings, seed: int, stage: Stage,
-) -> dict[str, Any]:  # fmt: skip
+    images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
+) -> dict[str, Any]:
     """Draw `evaluate.images` samples, every class in turn, and compare them with the reference; with `evaluate.samples` compare those
     (see `evaluate_given`) and draw none.
 
@@ -60,16 +58,16 @@ def evaluate(
     checkpoint, reference or classifier, and for fewer than two samples.
     """
     if evaluate.samples:
-        return evaluate_given(images, tokenizer, evaluate, seed, stage)
+        return evaluate_given(images, tokenizer_path, evaluate, stage)
     check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)
-    drawing = plan_drawing(evaluate.path, [], tokenizer, train, generate, seed, stage.cluster, files=False, say=stage.say)
+    drawing = plan_drawing(evaluate.path, tokenizer_path, train_path, generate, stage)
     if evaluate.classifier:
         check_classes(evaluate.classifier, len(drawing.labels))
     require_workers({"generate.actors": generate.actors}, stage.cluster)
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
-    reference = find_reference(images, tokenizer, evaluate, digest)
+    reference = find_reference(images, tokenizer_path, evaluate, digest)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
     wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
     finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
@@ -106,7 +104,7 @@ def evaluate(
         "at_equal_numbers": {"images": first.count, name: distance(first, real) if equal is None else equal},
         "reference": {**reference.identity(), "images": real.count},
         "network": {"name": evaluate.features, "digest": digest},
-        "seed": seed,
+        "seed": stage.seed,
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
         "identity": identity,
     }
@@ -168,14 +166,14 @@ def _first(kept: KeptFeatures, count: int, whole: FeatureStatistics) -> FeatureS
 
 
 def with_reference(
-    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage, beside: Iterable[ImageSource] = ()
+    images: Images, tokenizer_path: str, evaluate: EvaluateSettings, stage: Stage, beside: Iterable[ImageSource] = ()
 ) -> EvaluateSettings:
     """The same settings with the reference's statistics computed (below `evaluate.path`) and named: many evaluations share them.
 
     `beside`: sources whose statistics are computed in the same pass, for later.
     """
     digest = network_digest(evaluate.features, evaluate.weights)
-    reference = find_reference(images, tokenizer, evaluate, digest)
+    reference = find_reference(images, tokenizer_path, evaluate, digest)
     if isinstance(reference, FeatureStatistics):
         source_statistics(list(beside), evaluate, digest, stage)
         return evaluate

@@ -16,11 +16,11 @@ from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references import find_reference, source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.grid import grid_samples, write_grid
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -28,19 +28,18 @@ from pipelines.runtime.cluster.workers import default_device, require_workers, w
 from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.prometheus import Gauges
+from pipelines.training.metrics.prometheus import Gauges
 from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import TrainingChannel
+from pipelines.training.supervision.messages import Validated
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
 
 
 def plan_validation(
-    images: ImageSettings, tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, evaluate: EvaluateSettings,
-    seed: int, stage: Stage,
-) -> "Validation":  # fmt: skip
+    images: Images, tokenizer_path: str, train: TrainSettings, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
+) -> "Validation":
     """Everything a validation needs but the checkpoint; the reference's statistics are computed now, where they are not there yet.
 
     Raises UserError for a reference or weights that are missing, and for a cluster without room beside the training workers.
@@ -49,11 +48,11 @@ def plan_validation(
     check_count("train.validation_samples", train.validation_samples)
     require_workers({"train.workers": train.workers, "validations at once (train.validation_images)": 1}, cluster)
     digest = network_digest(evaluate.features, evaluate.weights)
-    reference = find_reference(images, tokenizer, evaluate, digest)
+    reference = find_reference(images, tokenizer_path, evaluate, digest)
     if not isinstance(reference, FeatureStatistics):
         [reference] = source_statistics([reference], evaluate, digest, stage)
     drawn = replace(generate, precision=resolved(generate.precision, cluster), ema=True)
-    validation = Validation(tokenizer, train, drawn, evaluate.features, evaluate.weights, digest, reference, seed, cluster)
+    validation = Validation(tokenizer_path, train, drawn, evaluate.features, evaluate.weights, digest, reference, stage.seed, cluster)
     if caution := cautions.of_distance(validation.counts, evaluate.features):
         stage.say(f"validations: {caution}")
     return validation
@@ -63,7 +62,7 @@ def plan_validation(
 class Validation:
     """What Ray Train's validation task is given."""
 
-    tokenizer: TokenizerSettings
+    tokenizer_path: str
     train: TrainSettings
     generate: GenerateSettings
     features: str
@@ -97,17 +96,16 @@ class Validation:
         run = functools.partial(validate, validation=self, channel=channel)
         return ValidationConfig(run, ray_remote_kwargs=worker_resources(self.cluster))
 
-    def tell(self, found: dict[str, Any], stage: Stage, gauges: Gauges) -> None:
-        """In the driver, what a validation has found: to the person, MLflow and Prometheus."""
-        metrics = found["metrics"]
+    def report(self, found: Validated, stage: Stage, gauges: Gauges) -> None:
+        """In the driver: print the result of a validation and send it to MLflow and Prometheus."""
+        metrics = found.metrics
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         caution = cautions.of_distance_in_short(self.counts, self.features)
-        effort = f"{self.train.validation_samples:,} samples, {found['seconds']:.0f} s{f'; {caution}' if caution else ''}"
-        stage.say(f"validation at {found['validated']:,} images: {shown} ({effort})")
-        stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found["validated"])
+        effort = f"{self.train.validation_samples:,} samples, {found.seconds:.0f} s{f'; {caution}' if caution else ''}"
+        stage.say(f"validation at {found.images_seen:,} images: {shown} ({effort})")
+        stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found.images_seen)
         gauges.of_validation(metrics)
-        if storage.is_local(found["picture"]):
-            stage.artifact(found["picture"])
+        stage.artifact(found.picture)
 
 
 def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:
@@ -119,24 +117,25 @@ def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channe
     if channel.stopping():
         return {}
     if not storage.exists(path):
-        channel.send({"say": f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept"})
+        channel.say(f"{path} was dropped before its validation began: raise train.validation_images or train.checkpoints_kept")
         return {}
     try:
         found = _measured(path, validation, channel)
     except Exception as error:
-        channel.send({"say": f"validation of {path} failed, training goes on: {type(error).__name__}: {error}"})
+        channel.say(f"validation of {path} failed, training continues: {type(error).__name__}: {error}")
         raise  # Ray Train writes the traceback into its log
     if found is None:
         return {}
     channel.send(found)
-    return dict(found["metrics"])
+    return found.metrics
 
 
-def _measured(path: str, validation: Validation, channel: TrainingChannel) -> dict[str, Any] | None:
+def _measured(path: str, validation: Validation, channel: TrainingChannel) -> Validated | None:
     began = time.monotonic()
     count, generate = validation.train.validation_samples, replace(validation.generate, checkpoint=path)
     target = storage.join(validation.train.path, VALIDATION, path.rstrip("/").rpartition("/")[2])
-    drawing = plan_drawing(target, [], validation.tokenizer, validation.train, generate, validation.seed, validation.cluster, files=False)
+    stage = Stage("validation", validation.cluster, seed=validation.seed)
+    drawing = plan_drawing(target, validation.tokenizer_path, validation.train.path, generate, stage)
     model = LoadedModel(drawing)
     network = load_network(validation.features, validation.weights, default_device())
     sums = FeatureSums(DIMENSIONS[validation.features])
@@ -154,11 +153,12 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> di
     }
     picture = f"{target}.png"
     write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
-    found = {"validated": drawing.state["images_seen"], "metrics": metrics, "picture": picture, "seconds": time.monotonic() - began}
+    found = Validated(drawing.state["images_seen"], metrics, picture, time.monotonic() - began)
+    values = {"metrics": metrics, "picture": picture, "seconds": found.seconds, "identity": validation.identity}
     about: dict[str, Any] = {"samples": count, "reference_images": validation.reference.count, "seed": validation.seed, "checkpoint": path}
     if caution := cautions.of_distance(validation.counts, validation.features):
         about["caution"] = caution
-    storage.write_json(f"{target}.json", null_for_nan({**found, **about, "identity": validation.identity}))
+    storage.write_json(f"{target}.json", null_for_nan({"validated": found.images_seen, **values, **about}))
     return found
 
 

@@ -10,10 +10,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mar_model.tokenizers import Tokenizer
-from pipelines.images.listing import ImageError
 from pipelines.images.pixels import decode, to_model
 from pipelines.runtime import storage
-from pipelines.runtime.errors import UserError
+from pipelines.runtime.errors import ImageError, UserError
 
 HIDING = 127  # a mask's pixels brighter than this are drawn anew
 
@@ -63,17 +62,19 @@ def read_completion(image: str, mask: str, keep_pixels: bool, size: int) -> Comp
     if sides["image"] != sides["mask"]:
         raise UserError(
             f"generate.mask {mask!r} is {sides['mask'][0]} × {sides['mask'][1]} pixels, generate.image {image!r} is "
-            f"{sides['image'][0]} × {sides['image'][1]}; give a mask of the image's size"
+            f"{sides['image'][0]} × {sides['image'][1]}",
+            remedy="give a mask of the image's size",
         )
     if _has_transparent_pixels(Image.open(io.BytesIO(files["mask"]))):
         raise UserError(
-            f"generate.mask {mask!r} has transparent pixels, which could mean draw or keep; give a mask without alpha, "
-            "painted white what to draw"
+            f"generate.mask {mask!r} has transparent pixels, which could mean draw or keep",
+            remedy="give a mask without alpha, painted white what to draw",
         )
     hidden = decode(files["mask"], size, exif=True).max(axis=2) > HIDING
     if not hidden.any():
         raise UserError(
-            f"generate.mask {mask!r} hides nothing: inside the centre crop no pixel is brighter than {HIDING}; paint white what to draw"
+            f"generate.mask {mask!r} hides nothing: inside the centre crop no pixel is brighter than {HIDING}",
+            remedy="paint white what to draw",
         )
     return Completion(decode(files["image"], size, exif=True), hidden, keep_pixels)
 

@@ -1,29 +1,25 @@
-"""Which samples are drawn, from which checkpoint and tokenizer."""
+"""Which samples are drawn, from which checkpoint and tokenizer: what a drawing actor is given."""
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mar_model.checkpoints.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
+from mar_model.sampling.options import GenerationOptions
 from mar_model.tokenizers import kl_config
-from pipelines.checkpoints.directory import in_terminal, newest_checkpoint, read_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory, with_tokenizer
 from pipelines.generation import samples
 from pipelines.generation.completion import Completion
 from pipelines.generation.settings import GenerateSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.tokenizing.stage import check_tokenizer_files, tokenizer_config
-from pipelines.training.settings import TrainSettings
+from pipelines.tokenizing.directory import tokenizer_config
 
 IMAGES, PICTURE, GIVEN, FILM = "images", "samples.png", "given.png", "film.webp"
+FILM_PIXELS = 2**20  # of all images of an animation together
 
 HELD_SHARE = 1 / 16  # of a sample's latents at the bounds of the data's range; trained models stay below, untrained ones go above
 
@@ -73,16 +69,24 @@ class Drawing:
         drawn = {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
         return drawn if self.completion is None else {**drawn, **self.completion.identity}
 
+    def options(self, latent_range: tuple[Tensor, Tensor] | None = None) -> GenerationOptions:
+        """The model's options; predicted clean tokens are kept in `latent_range` where these settings limit them."""
+        names = (
+            "ar_steps", "diffusion_steps", "guidance", "guidance_schedule", "temperature", "sampler", "eta", "reuse_steps",
+        )  # fmt: skip
+        low, high = self.settings.guidance_interval
+        return GenerationOptions(
+            **{name: getattr(self.settings, name) for name in names},
+            diffusion_steps_end=self.settings.diffusion_steps_end or None,
+            guidance_interval=(low, high),
+            x0_range=latent_range if self.limited else None,
+        )
+
     def flops_per_image(self) -> int:
         """Floating-point operations of one sample: of the model with these settings, and of the tokenizer's decoder."""
-        settings, config = self.settings, config_of(self.state)
-        completion = self.completion
+        config, completion = config_of(self.state), self.completion
         filled = None if completion is None else int(completion.fill(config.latent_size // config.patch_size).sum())
-        flops = generation_flops(
-            config, 1, ar_steps=settings.ar_steps, diffusion_steps=settings.diffusion_steps, guided=settings.guidance != 1.0,
-            diffusion_steps_end=settings.diffusion_steps_end or None, reuse_steps=settings.reuse_steps,
-            guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]), filled=filled,
-        )  # fmt: skip
+        flops = generation_flops(config, 1, self.options(), filled)
         tokenizer = kl_config(tokenizer_config(self.tokenizer))
         return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
 
@@ -93,59 +97,14 @@ class Drawing:
         flops = self.flops_per_image()
         return {"seconds_per_image": seconds / drawn, "gflop_per_image": flops / 1e9, "tflops_per_actor": flops * drawn / seconds / 1e12}
 
+    def filmed(self, shown: int) -> int:
+        """How many of the `shown` samples an animation has: as many as one batch and FILM_PIXELS hold."""
+        return max(1, min(shown, self.settings.batch, FILM_PIXELS // self.state["image_size"] ** 2))
+
     def folder(self, label: int) -> str:
         """The folder of a class's PNG files, so that they are an image source again."""
         names = self.state.get("class_names") or [f"{number:04d}" for number in range(self.state["model"]["classes"])]
         return storage.join(self.path, IMAGES, samples.folder_name(names[label]))
-
-
-def plan_drawing(
-    path: str, labels: Sequence[int | str], tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int,
-    cluster: ClusterSettings, files: bool, say: Callable[[str], None] = in_terminal,
-) -> Drawing:  # fmt: skip
-    """Find the checkpoint and check it against labels (empty: every class in turn) and tokenizer. `say` is called with a line for each
-    damaged checkpoint that is newer than the one it finds.
-
-    Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
-    """
-    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, say)
-    if checkpoint is None:
-        raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
-    try:
-        state = read_checkpoint(checkpoint)
-        weights_file(state, generate.ema, generate.ema_decay)
-    except ValueError as error:
-        raise UserError(f"generate.checkpoint {checkpoint!r}: {error}; name a checkpoint, or none for the newest of train.path") from error
-    state = with_tokenizer(state, tokenizer.path)
-    found, expected = tokenizer_digest(tokenizer.path), state["tokenizer"]["digest"]
-    if found != expected:
-        check_tokenizer_files(tokenizer.path)  # the files may be damaged
-        raise UserError(
-            f"tokenizer.path {tokenizer.path!r} has the digest {found[:12]}…, checkpoint {checkpoint} was trained with {expected[:12]}… "
-            f"(then at {state['tokenizer']['path']!r}); name that tokenizer"
-        )
-    classes = state["model"]["classes"]
-    found_labels = [_label(label, state.get("class_names") or [], classes) for label in labels]
-    drawing = Drawing(path, checkpoint, state, tokenizer.path, generate, found_labels or list(range(classes)), seed, cluster, files)
-    if drawing.unconditional and generate.guidance != 1.0:
-        raise UserError(
-            f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1): there is no "
-            "class to be guided to; set generate.guidance=1"
-        )
-    return drawing
-
-
-def _label(label: int | str, names: list[str], classes: int) -> int:
-    """The number of a class given by number or name."""
-    if isinstance(label, int):
-        if not 0 <= label < classes:
-            raise UserError(f"generate.labels has {label}, the checkpoint's classes are 0 to {classes - 1}")
-        return label
-    if label not in names:
-        near = difflib.get_close_matches(label, names, 1, 0.0)
-        known = f"the checkpoint knows no such class; nearest: {near[0]!r}" if near else "the checkpoint's classes have numbers only"
-        raise UserError(f"generate.labels has {label!r}, {known}")
-    return names.index(label)
 
 
 def range_warning(left: int, images: int, drawing: Drawing) -> str:

@@ -2,43 +2,10 @@
 
 import io
 
-import numpy as np
 from PIL import Image
 
-from pipelines.generation.drawing import Drawing
-from pipelines.generation.worker import LoadedModel
-from pipelines.images.grid import grid
-from pipelines.runtime.cluster.workers import worker_resources
-
-PIXELS = 2**20  # of all images together
 MILLISECONDS = 4000  # of the forming; then the finished picture stands as long as LAST
 SHORTEST, LONGEST, LAST = 40, 400, 2000
-
-
-def film_samples(drawing: Drawing, shown: int) -> int:
-    """How many of the `shown` samples the film has: as many as one batch and PIXELS hold."""
-    return max(1, min(shown, drawing.settings.batch, PIXELS // drawing.state["image_size"] ** 2))
-
-
-def film_of(drawing: Drawing, count: int) -> bytes:
-    """Draw the first `count` samples in a Ray task: an animated WebP of their grid before the first and after each AR step."""
-    import ray
-
-    task = ray.remote(**worker_resources(drawing.cluster))(_film)
-    data: bytes = ray.get(task.remote(drawing, count))
-    return data
-
-
-def _film(drawing: Drawing, count: int) -> bytes:
-    numbers = drawing.numbers(0, count)
-    labels = drawing.labels_of(numbers)
-    frames: list[Image.Image] = []
-
-    def show(images: np.ndarray) -> None:
-        frames.append(Image.fromarray(grid(images, labels)))
-
-    LoadedModel(drawing).film(labels, numbers, show)
-    return animation(frames)
 
 
 def animation(frames: list[Image.Image]) -> bytes:

@@ -1,59 +1,31 @@
 """Stage *generate*: images for given labels from a checkpoint, through an actor pool of Ray Data."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pipelines.generation import samples
 from pipelines.generation.completion import read_completion
-from pipelines.generation.drawing import FILM, GIVEN, PICTURE, Drawing, plan_drawing, range_warning
-from pipelines.generation.film import film_of, film_samples
+from pipelines.generation.dataset import draw
+from pipelines.generation.drawing import FILM, GIVEN, PICTURE, Drawing, range_warning
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
-from pipelines.generation.worker import DrawingActor
+from pipelines.generation.worker import draw_film
 from pipelines.images.grid import encoded, grid_samples, write_grid
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import worker_resources
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
-
-if TYPE_CHECKING:
-    from ray.data import Dataset
 
 
-def draw(drawing: Drawing, images: int) -> "Dataset":
-    """A Ray dataset of the first `images` samples in order, a block a shard.
-
-    Columns: `index` (its number), `label` (int64), `image` (uint8 H×W×3), `out_of_range` (share of its latents, float32), `seconds`
-    (float32, what drawing it took; 0 where its shard was read). Shards that are there are read, the others drawn and written.
-    """
-    import ray.data
-
-    there = samples.shards_there(drawing.path)
-    missing = samples.shards_to_draw(images, drawing.settings.batch, there)
-    shards = sorted([(start, stop, True) for start, stop in there] + [(start, stop, False) for start, stop in missing])
-    rows = [{"start": start, "stop": stop, "drawn": drawn} for start, stop, drawn in shards]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset.context.execution_options.preserve_order = True
-    return dataset.map_batches(
-        DrawingActor,
-        fn_constructor_args=(drawing,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(drawing.settings.actors, len(missing)))),
-        **worker_resources(drawing.cluster),
-    )
-
-
-def generate(tokenizer: TokenizerSettings, train: TrainSettings, generate: GenerateSettings, seed: int, stage: Stage) -> dict[str, Any]:
+def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, stage: Stage) -> dict[str, Any]:
     """Draw `generate.images` images, or those of `generate.samples`, into `generate.path`: `shards/`, `images/CLASS/….png`, `samples.png`.
 
     With `generate.image` and `generate.mask` each sample is that image with what the mask hides drawn anew (`given.png` shows what was
     kept); with `generate.film` there is `film.webp` too. Returns the summary. Goes on where shards are missing. Raises UserError as
     `plan_drawing` and `read_completion` do, before any work.
     """
-    drawing = plan_drawing(generate.path, generate.labels, tokenizer, train, generate, seed, stage.cluster, files=True, say=stage.say)
+    drawing = plan_drawing(generate.path, tokenizer_path, train_path, generate, stage, generate.labels, files=True)
     if generate.image or generate.mask:
         completion = read_completion(generate.image, generate.mask, generate.keep_pixels, drawing.state["image_size"])
         drawing = replace(drawing, completion=completion)
@@ -65,11 +37,13 @@ def generate(tokenizer: TokenizerSettings, train: TrainSettings, generate: Gener
         finished = _draw_all(drawing, count, identity, stage)
     film = storage.join(generate.path, FILM)
     if generate.film and not storage.exists(film):
-        shown = film_samples(drawing, grid_samples(count, len(set(drawing.labels))))
+        import ray
+
+        shown = drawing.filmed(grid_samples(count, len(set(drawing.labels))))
         stage.say(f"drawing the first {shown} once more, for {film}")
-        storage.write_bytes(film, film_of(drawing, shown))
-        if storage.is_local(film):
-            stage.artifact(film)
+        task = ray.remote(**worker_resources(drawing.cluster))(draw_film)
+        storage.write_bytes(film, ray.get(task.remote(drawing, shown)))
+        stage.artifact(film)
     return finished
 
 
@@ -92,8 +66,7 @@ def _draw_all(drawing: Drawing, count: int, identity: dict[str, Any], stage: Sta
             bar.update(done)
     picture = storage.join(path, PICTURE)
     write_grid(picture, np.concatenate(images), np.concatenate(labels))
-    if storage.is_local(picture):
-        stage.artifact(picture)
+    stage.artifact(picture)
     if left:
         stage.say(range_warning(left, count, drawing))
     return stage.complete(

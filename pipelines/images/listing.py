@@ -15,8 +15,8 @@ from pipelines.images.sources.class_folders import counted, first
 from pipelines.images.sources.imagefolder import SUFFIXES
 from pipelines.images.sources.table import ImageRows, Listed
 from pipelines.runtime import storage
-from pipelines.runtime.errors import ImageError as ImageError
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import check
 
 MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
 
@@ -64,6 +64,24 @@ def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
     return f"{len(rows)} images, sha256 {digest.hexdigest()}"
 
 
+class Images:
+    """An image source that the stages of a run share; it is listed once, when `listing` is first read.
+
+    `kept`: a listing that was kept on disk (see `keep_listing`), which saves reading unchanged tars and Parquet files again.
+    """
+
+    def __init__(self, settings: ImageSettings, kept: str = "") -> None:
+        self.settings, self._kept = settings, kept
+
+    @cached_property
+    def listing(self) -> ImageListing:
+        """All images of the source. Raises UserError as `list_images` does."""
+        return list_images(self.settings, self._kept)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"settings": self.settings, "_kept": self._kept}  # a listing of a million rows travels only where it is asked for
+
+
 def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     """List the source, sorted by key, and split it.
 
@@ -73,7 +91,7 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     Raises UserError when there is no source, no class folder, a class folder without images (unless the settings allow it), nothing to
     train on, or nothing held out although the settings ask for it.
     """
-    _check_split(settings)
+    check(images=settings)
     source = sources.find_source(settings.source, settings.format)
     stamp = source.stamp and storage.digest(json.dumps([source.stamp, *_listing_settings(settings)]).encode())
     listing = kept_listing(kept) if kept and stamp else None
@@ -82,7 +100,8 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
         if by_folder and source.form != "imagefolder":
             raise UserError(
                 f"images.held_out_folder {settings.held_out_folder!r} needs a tree of folders, images.source {settings.source!r} is of "
-                f"the form {source.form}; set images.held_out_share instead"
+                f"the form {source.form}",
+                remedy="set images.held_out_share instead",
             )
         found = source.images(by_folder)
         if not found.table.num_rows:
@@ -156,23 +175,13 @@ def _hash_share(key: str) -> float:
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
 
 
-def _check_split(settings: ImageSettings) -> None:
-    if not 0.0 <= settings.held_out_share < 1.0:
-        raise UserError(f"images.held_out_share is {settings.held_out_share}, expected a share from 0 up to, not including, 1")
-    if settings.held_out_share and settings.held_out_folder:
-        raise UserError(
-            f"images.held_out_share is {settings.held_out_share} and images.held_out_folder {settings.held_out_folder!r}: "
-            "the split is by hash or by folder; set one of them back"
-        )
-
-
 def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:
     if found.empty and not settings.allow_empty_classes:
         named = [f"{name} ({content})" for name, content in found.empty.items()]
         raise UserError(
-            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}; "
-            "bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
-            "images.allow_empty_classes=true: each is then a class with a number of its own"
+            f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}",
+            remedy="bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
+            "images.allow_empty_classes=true: each is then a class with a number of its own",
         )
 
 
@@ -185,8 +194,8 @@ def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
         )
     if settings.held_out_share and not held_out:
         raise UserError(
-            f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}; "
-            "raise it, or bring more images"
+            f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}",
+            remedy="raise it, or bring more images",
         )
     if held_out == images:
         raise UserError(f"all {images} images of {settings.source!r} are held out, none is left to train on")

@@ -3,15 +3,16 @@
 import errno
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.images import sources
 from pipelines.images.pixels import decode
 from pipelines.images.settings import ImageSettings
+from pipelines.images.sources import places
 from pipelines.images.sources.table import ImageRow
-from pipelines.runtime import s3
+from pipelines.runtime import s3, storage
 from pipelines.runtime.errors import ImageError, UserError
 
 UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
@@ -21,6 +22,14 @@ UNANSWERED = {  # errors of a file system or of this process, not of one file; w
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels that one process keeps
 DECODERS = 8  # threads: Pillow and file systems release the interpreter lock
+
+
+class Decoded(NamedTuple):
+    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" where they can't be read)."""
+
+    pixels: np.ndarray | None
+    reason: str
+    digest: str
 
 
 class DecodedImages:
@@ -54,10 +63,10 @@ class DecodedImages:
         while True:
             if index not in self.rejected:
                 row = self.rows[index]
-                try:
-                    return decode(read_image(self.settings, row), self.settings.size, self.settings.exif), row.label
-                except ImageError as error:
-                    self._reject(index, row, str(error))
+                decoded = decode_row(self.settings, row)
+                if decoded.pixels is not None:
+                    return decoded.pixels, row.label
+                self._reject(index, row, decoded.reason)
             index = (index + 1) % len(self.rows)
 
     def _reject(self, index: int, row: ImageRow, reason: str) -> None:
@@ -66,8 +75,31 @@ class DecodedImages:
         if found > self.settings.max_rejected * total or found == total:
             raise UserError(
                 f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
-                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason}); mend them or raise images.max_rejected"
+                f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason})",
+                remedy="mend them or raise images.max_rejected",
             )
+
+
+def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
+    """Read, decode and crop one image. Raises UserError when the source does not answer."""
+    data, digest = read_with_digest(images, row)
+    try:
+        if row.reason:
+            raise ImageError(row.reason)
+        if isinstance(data, ImageError):
+            raise data
+        return Decoded(decode(data, images.size, images.exif), "", digest)
+    except ImageError as error:
+        return Decoded(None, str(error), digest)
+
+
+def read_with_digest(images: ImageSettings, row: ImageRow) -> tuple[bytes | ImageError, str]:
+    """Bytes of one image and their SHA-256, or why they can't be read and "". Raises UserError when the source doesn't answer."""
+    try:
+        data = _read_bytes(images, row)
+    except ImageError as error:
+        return error, ""
+    return data, storage.digest(data)
 
 
 def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
@@ -75,17 +107,17 @@ def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
     UserError where the source itself does not answer: that is no fault of the image."""
     if row.reason:
         raise ImageError(row.reason)
-    return read_bytes(settings, row)
+    return _read_bytes(settings, row)
 
 
-def read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
+def _read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
     """As `read_image`, also of an image that the listing rejects."""
     try:
-        return sources.read(settings.source, row)
+        return places.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
         if not (s3.refused(error) or (isinstance(error, OSError) and error.errno in UNANSWERED)):
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
-            f"images.source {settings.source!r} can't be read ({row.key}: {error}); when it answers again run the same command: what is "
-            "finished is kept"
+            f"images.source {settings.source!r} can't be read ({row.key}: {error})",
+            remedy="when it answers again run the same command: what is finished is kept",
         ) from error

@@ -1,21 +1,17 @@
 """Stage *sweep*: Ray Tune over training or over generation."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE, weights_file
-from mar_model.config import Architecture
-from pipelines.caching.settings import CacheSettings
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights
+from pipelines.checkpoints.released import chosen_checkpoint
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
-from pipelines.generation.settings import GenerateSettings
-from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -28,51 +24,39 @@ from pipelines.runtime.stage import Stage
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.table import Row, row_of, write_table
 from pipelines.sweeping.trials import Sections, Trial, _is_scored, grid
-from pipelines.sweeping.tune import _run
-from pipelines.tokenizing.settings import TokenizerSettings
+from pipelines.sweeping.tune import run_trials
 from pipelines.training import stage as training
-from pipelines.training.divergence import diverged
-from pipelines.training.metrics_log import MetricsLog
-from pipelines.training.settings import LOSS_COLUMNS, TrainSettings
+from pipelines.training.metrics.divergence import diverged
+from pipelines.training.metrics.log import MetricsLog
+from pipelines.training.settings import LOSS_COLUMNS
 
 
-def sweep(
-    *,
-    images: ImageSettings,
-    tokenizer: TokenizerSettings,
-    cache: CacheSettings,
-    model: Architecture,
-    train: TrainSettings,
-    generate: GenerateSettings,
-    evaluate: EvaluateSettings,
-    sweep: SweepSettings,
-    seed: int,
-    stage: Stage,
-) -> dict[str, Any]:
+def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, Any]:
     """Run every combination of `sweep.parameters` as a Tune trial; trials that an earlier attempt finished are not run again.
 
     Returns the summary: `rows` (trial, parameters, metric, metrics, seconds, caution, error), `best` (trial, parameters, metric).
     A failed trial is a row with its reason, and is run again when the sweep is. Raises UserError for a parameter or metric that
     does not exist, a trial that the cluster can't hold, or when every trial failed.
     """
-    check_metric(sweep, evaluate)
+    check_metric(sweep, sections.evaluate)
     if _is_scored(sweep):
         check_count("sweep.images", sweep.images)
     if sweep.over == "generate":
-        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train.path, stage.say)
-        if checkpoint is None:
-            raise UserError(f"train.path {train.path!r} holds no checkpoint; run `mar train`, or name one in generate.checkpoint")
-        generate = replace(generate, checkpoint=checkpoint)  # one for all trials, also when a training goes on meanwhile
-    sections = Sections(images, tokenizer, cache, model, train, generate, evaluate)
+        generate = sections.generate
+        checkpoint = chosen_checkpoint(generate.checkpoint, sections.train.path, stage.say)
+        # one checkpoint for all trials, also while a training writes more
+        sections = replace(sections, generate=replace(generate, checkpoint=checkpoint))
     trials = grid(sections, sweep)
-    identity = sweep_identity(sections, sweep, seed, stage.cluster)
+    identity = sweep_identity(sections, sweep, stage.seed, stage.cluster)
     summary = stage.begin(sweep.path, identity, enough=lambda found: found.get("failed") == 0)
     if summary is not None:
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
-        shared = replace(evaluate, path=storage.join(sweep.path, "reference"), metrics=sorted({"fid", *evaluate.metrics}))
-        trials = grid(replace(sections, evaluate=evaluation.with_reference(images, tokenizer, shared, stage)), sweep)
+        metrics = sorted({"fid", *sections.evaluate.metrics})
+        shared = replace(sections.evaluate, path=storage.join(sweep.path, "reference"), metrics=metrics)
+        shared = evaluation.with_reference(sections.images, sections.tokenizer_path, shared, stage)
+        trials = grid(replace(sections, evaluate=shared), sweep)
     rows = finished_rows(trials, sweep, stage)
     left = [trial for trial in trials if trial.name not in rows]
     stage.say(f"{len(trials)} trials ({len(rows)} finished before), {min(concurrent, len(left)) or 1} at a time")
@@ -89,17 +73,16 @@ def sweep(
             bar.update(len(rows), **({f"best_{sweep.metric}": found["metric"]} if found else {}))
 
         if left:
-            _run(left, sweep, seed, stage.cluster, concurrent, ended)
+            run_trials(left, sweep, stage, concurrent, ended)
     ordered = [rows[trial.name] for trial in trials]
     best = best_of(ordered, sweep.mode)
     if best is None:
         reasons = "; ".join(f"{row['trial']}: {row['error']}" for row in ordered)
-        raise UserError(f"every trial of {sweep.path} failed ({reasons}); mend the cause, then run the sweep again")
+        raise UserError(f"every trial of {sweep.path} failed ({reasons})", remedy="mend the cause, then run the sweep again")
     write_table(sweep.path, ordered)
     storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
-    if storage.is_local(sweep.path):
-        stage.artifact(storage.join(sweep.path, "table.csv"))
-        stage.artifact(storage.join(sweep.path, "sweep.png"))
+    stage.artifact(storage.join(sweep.path, "table.csv"))
+    stage.artifact(storage.join(sweep.path, "sweep.png"))
     stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
     if caution := best.get("caution"):
         stage.say(caution)
@@ -148,7 +131,7 @@ def sweep_identity(sections: Sections, sweep: SweepSettings, seed: int, cluster:
         found = {"checkpoint": state["files"][weights_file(state, sections.generate.ema, sections.generate.ema_decay)], "seed": seed}
     if _is_scored(sweep):
         digest = network_digest(sections.evaluate.features, sections.evaluate.weights)
-        reference = find_reference(sections.images, sections.tokenizer, sections.evaluate, digest)
+        reference = find_reference(sections.images, sections.tokenizer_path, sections.evaluate, digest)
         generate = replace(sections.generate, precision=resolved(sections.generate.precision, cluster))
         found |= evaluation.scoring_identity(reference, generate, sections.evaluate, digest)
     overridden = {*sweep.parameters, "generate.images", "evaluate.images"}
@@ -198,7 +181,7 @@ def _track(trial: Trial, row: dict[str, Any], stage: Stage) -> None:
     """An MLflow run of the trial's own, with its training curve where it has one."""
     if stage.tracker is None:
         return
-    configuration = asdict(trial.sections)
+    configuration = trial.sections.configuration()
     tracker = stage.tracker.child(trial.name, configuration, trial.path)
     if tracker is None:
         return

@@ -3,18 +3,17 @@
 import difflib
 import itertools
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mar_model.config import Architecture
 from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.generation.settings import GenerateSettings
-from pipelines.images.settings import ImageSettings
+from pipelines.images.listing import Images
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.sweeping.settings import SweepSettings
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import LOSS_COLUMNS, TrainSettings
 
 SWEPT_SECTIONS = {"train": ("model", "train"), "generate": ("generate",)}
@@ -28,8 +27,8 @@ NOT_SWEPT = (  # a trial has its own, or none
 class Sections:
     """The configuration a trial runs with."""
 
-    images: ImageSettings
-    tokenizer: TokenizerSettings
+    images: Images
+    tokenizer_path: str
     cache: CacheSettings
     model: Architecture
     train: TrainSettings
@@ -43,6 +42,15 @@ class Sections:
             section, key = name.split(".")
             changed = replace(changed, **{section: replace(getattr(changed, section), **{key: value})})
         return changed  # type: ignore[no-any-return]
+
+    def configuration(self) -> dict[str, Any]:
+        """Section → settings, as MLflow logs them."""
+        settings = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("images", "tokenizer_path")}
+        return {
+            "images": asdict(self.images.settings),
+            "tokenizer": {"path": self.tokenizer_path},
+            **{name: asdict(section) for name, section in settings.items()},
+        }
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,7 @@ def grid(sections: Sections, sweep: SweepSettings) -> list[Trial]:
         name = ",".join(f"{shown[one]}={re.sub(r'[^A-Za-z0-9._+-]+', '-', str(value))}" for one, value in parameters.items())
         if name in trials:
             first, second = (", ".join(map(repr, one.values())) for one in (trials[name].parameters, parameters))
-            raise UserError(f"sweep.parameters makes the trial {name} twice, for {first} and {second}; give other values")
+            raise UserError(f"sweep.parameters makes the trial {name} twice, for {first} and {second}", remedy="give other values")
         path = storage.join(sweep.path, "trials", name)
         own_paths = {"evaluate.path": storage.join(path, "evaluation"), "generate.path": storage.join(path, "samples")}
         if sweep.over == "train":

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.images.listing import ImageListing
 from pipelines.images.settings import ImageSettings
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.tokenizing.settings import TokenizerSettings
 
@@ -22,4 +22,4 @@ class TokenizerJob:
     listing: "ObjectRef[ImageListing]"
     seed: int
     cluster: ClusterSettings
-    channel: MetricsChannel
+    channel: MessageChannel

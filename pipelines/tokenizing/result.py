@@ -67,8 +67,8 @@ def write_result(job: TokenizerJob, tokenizer: KLAutoencoder, listing: ImageList
 
 def diverged(found: str, settings: TokenizerSettings) -> UserError:
     return UserError(
-        f"training the tokenizer diverged ({found}); lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another "
-        "tokenizer.path"
+        f"training the tokenizer diverged ({found})",
+        remedy=f"lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another tokenizer.path",
     )
 
 

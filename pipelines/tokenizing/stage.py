@@ -5,48 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mar_model.tokenizers import kl_config, load_tokenizer
-from pipelines.images.listing import ImageListing, list_images
+from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.channel import MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.workers import require_workers
-from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
-from pipelines.runtime.records import damaged
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import _write_pixels
+from pipelines.tokenizing.directory import check_tokenizer_files, write_pixels
 from pipelines.tokenizing.settings import TokenizerSettings
 
 FAILURES = 3  # restarts after failed workers before the stage gives up
 
 
-ANOTHER_TOKENIZER = "bring it back from a copy, or delete the tokenizer's directory and make it again with `mar tokenize` or `mar import`"
-
-
-def tokenizer_config(path: str) -> dict[str, Any]:
-    """`config.json` of the tokenizer in directory `path`. Raises FileNotFoundError, and DamagedFileError."""
-    file = storage.join(path, "config.json")
-    config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
-    try:
-        kl_config(config)
-    except ValueError as error:
-        raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
-    return config
-
-
-def check_tokenizer_files(path: str) -> None:
-    """Load the tokenizer in directory `path`. Raises DamagedFileError where it can't be loaded, naming the file."""
-    try:
-        load_tokenizer(storage.local_directory(path))
-    except (OSError, ValueError) as error:
-        raise DamagedFileError(f"{error}; {ANOTHER_TOKENIZER}") from error
-
-
-def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, stage: Stage) -> dict[str, Any]:
+def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict[str, Any]:
     """Train the tokenizer at `tokenizer.path` on the train part of `images`, going on from where a killed run was.
 
     Returns the summary: psnr_held_out in dB (psnr_train where nothing is held out), loss, images_per_second, loss_curve as
@@ -56,26 +32,28 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
     from pipelines.tokenizing.result import RESULT
     from pipelines.tokenizing.worker import PROGRESS, Result, read_progress
 
-    _check(images, tokenizer)
+    _check(images.settings, tokenizer)
     path = tokenizer.path
     if storage.exists(storage.join(path, "config.json")) and not storage.exists(storage.join(path, "identity.json")):
         raise UserError(
-            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite; "
-            "go on with `mar cache`, or give another tokenizer.path"
+            f"tokenizer.path {path!r} holds a tokenizer that `mar tokenize` did not make, and would overwrite",
+            remedy="go on with `mar cache`, or give another tokenizer.path",
         )
     tokenizer = replace(tokenizer, precision=resolved(tokenizer.precision, stage.cluster))
-    listing = list_images(images) if tokenizer.kind == "kl" else None
+    listing = images.listing if tokenizer.kind == "kl" else None
     for note in listing.notes if listing else ():
         stage.say(note)
-    identity = identity_of(images=images, tokenizer=tokenizer, seed=seed) | ({"images.listing": listing.digest} if listing else {})
+    identity = identity_of(images=images.settings, tokenizer=tokenizer, seed=stage.seed) | (
+        {"images.listing": listing.digest} if listing else {}
+    )
     if listing is not None:
-        check_source(path, "tokenizer.path", images.source, listing, identity, stage)
+        check_source(path, "tokenizer.path", images.settings.source, listing, identity, stage)
     summary = stage.begin(path, identity)
     if summary is not None:
         check_tokenizer_files(path)
     if listing is None:
         if summary is None:
-            _write_pixels(path)
+            write_pixels(path)
             summary = stage.complete(path, identity, {"images": 0})
         return summary
     if summary is None:
@@ -87,27 +65,26 @@ def tokenize(images: ImageSettings, tokenizer: TokenizerSettings, seed: int, sta
             if first:
                 stage.say(f"going on from {first:,} images seen")
             with stage.progress(tokenizer.images, done=first) as bar:
-                _fit(images, tokenizer, listing, seed, stage, bar)
+                _fit(images.settings, tokenizer, listing, stage, bar)
         result = storage.read_json(storage.join(path, RESULT), Result, "delete it, and the tokenizer is trained to its end again")
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
         stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
-        if storage.is_local(path):
-            stage.artifact(storage.join(path, "pairs.png"))
+        stage.artifact(storage.join(path, "pairs.png"))
         summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
     for leftover in (PROGRESS, "ray"):
         storage.delete(storage.join(path, leftover))
     return summary
 
 
-def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, seed: int, stage: Stage, bar: Bar) -> None:
+def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageListing, stage: Stage, bar: Bar) -> None:
     """The Ray Train run."""
     import ray
     import ray.train
     from ray.train.torch import TorchConfig
 
     from pipelines.runtime.cluster.interruption import finish_when_asked
-    from pipelines.runtime.cluster.ray_internals import Trainer
+    from pipelines.runtime.cluster.trainer import Trainer, scaling
     from pipelines.tokenizing.job import TokenizerJob
     from pipelines.tokenizing.worker import tokenize_worker
 
@@ -116,20 +93,18 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     if storage.is_local(images.source):
         images = replace(images, source=str(Path(images.source).resolve()))
 
-    def on_metrics(row: dict[str, Any]) -> None:
-        bar.update(row["images_seen"], loss=row["loss"])
-        stage.log({name: value for name, value in row.items() if name != "images_seen"}, step=row["images_seen"])
+    def on_metrics(metrics: Metrics) -> None:
+        bar.update(metrics.images_seen, loss=metrics.values["loss"])
+        stage.log({name: value for name, value in metrics.values.items() if name != "images_seen"}, step=metrics.images_seen)
 
-    channel = MetricsChannel()
-    job = TokenizerJob(images, tokenizer, ray.put(listing), seed, stage.cluster, channel)
+    channel = MessageChannel()
+    job = TokenizerJob(images, tokenizer, ray.put(listing), stage.seed, stage.cluster, channel)
     gpus = stage.cluster.gpus_per_worker
     trainer = Trainer(
         tokenize_worker,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=tokenizer.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})}
-        ),
+        scaling_config=scaling(tokenizer.workers, gpus),
         run_config=ray.train.RunConfig(
             name=uuid.uuid4().hex[:12],  # a name seen before would make Ray restore from what a killed run left half-written
             storage_path=storage.join(tokenizer.path, "ray"),
@@ -139,7 +114,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     try:
         with channel.listening(on_metrics):
             finish_when_asked(trainer.fit)
-    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+    except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):
                 raise failure from error
@@ -147,17 +122,10 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    check(images=images, tokenizer=tokenizer)
     try:
         tokenizer.network()
     except ValueError as error:
         raise UserError(f"section tokenizer: {error}") from error
-    if images.size % tokenizer.stride:
-        raise UserError(
-            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
-            "tokenizer.multipliers"
-        )
-    for name in ("images", "batch", "workers", "checkpoint_images"):
-        if getattr(tokenizer, name) < 1:
-            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
-    if tokenizer.batch % tokenizer.workers:
-        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
+    if misfit := tokenizer.misfit_of(images.size):
+        raise UserError(misfit)

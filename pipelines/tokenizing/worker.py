@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from mar_model.checkpoints.checkpoint import load_weights, optimizer_tensors
 from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, posterior_kl, sample_posterior
-from mar_model.training.recipe import learning_rate
+from mar_model.training.recipe import crosses, learning_rate
 from mar_model.training.sample_order import SampleOrder
 from pipelines.images.pixels import to_model
 from pipelines.images.reading import DecodedImages
 from pipelines.runtime import storage
+from pipelines.runtime.cluster.channel import Metrics
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.records import damaged
@@ -102,7 +103,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
         sums, steps, images_seen = sums + losses.detach(), steps + 1, images_seen + settings.batch
 
         ended = images_seen >= settings.images
-        if ended or _crosses(images_seen, settings.batch, log_every):
+        if ended or crosses(images_seen, settings.batch, log_every):
             means = sums / (steps * workers)
             if workers > 1:
                 torch.distributed.all_reduce(means)
@@ -113,20 +114,15 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
             speed = (images_seen - first) / (time.perf_counter() - began)
             row = {"loss": loss, "squared_error": error, "kl": kl, "learning_rate": rate, "images_per_second": speed}
             if worker == 0:
-                job.channel.send({"images_seen": images_seen, **row})
+                job.channel.send(Metrics({"images_seen": images_seen, **row}))
             sums, steps = torch.zeros(3, device=device), 0
-        if worker == 0 and (ended or _crosses(images_seen, settings.batch, settings.checkpoint_images)):
+        if worker == 0 and (ended or crosses(images_seen, settings.batch, settings.checkpoint_images)):
             save_progress(settings.path, tokenizer, optimizer, images_seen, curve)
     if worker == 0:
         figures = {"loss": curve[-1][1]}
         if images_seen > first:  # else a killed run had trained on all of them
             figures["images_per_second"] = round((images_seen - first) / (time.perf_counter() - began), 3)
         write_result(job, tokenizer.eval(), listing, {**figures, "rejected": len(train.rejected), "loss_curve": curve})
-
-
-def _crosses(images_seen: int, batch: int, every: int) -> bool:
-    """Whether the step that ended at `images_seen` passed a multiple of `every` images."""
-    return images_seen // every > (images_seen - batch) // every
 
 
 def batches(

@@ -2,12 +2,11 @@
 
 from dataclasses import asdict, dataclass
 
-from mar_model import __version__
 from mar_model.config import MARConfig
+from mar_model.version import __version__
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.checkpoints.fine_tuning import Start
-from pipelines.checkpoints.retention import Retention
-from pipelines.checkpoints.writer import CheckpointedRun
+from pipelines.checkpoints.run import CheckpointedRun, Retention
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import TrainingChannel

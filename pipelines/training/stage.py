@@ -10,24 +10,24 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.checkpoints.directory import TrainingState, forget_lost_attempts, newest_checkpoint, once, read_checkpoint
 from pipelines.checkpoints.fine_tuning import Start, start_from
+from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.interruption import finish_when_asked
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.ray_internals import Trainer
-from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import IDENTITY, Stage, read_identity
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.data import LatentDataset
-from pipelines.training.divergence import diverged, skipped_steps
 from pipelines.training.job import TrainingJob
-from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.listener import Listener
+from pipelines.training.metrics.divergence import diverged, skipped_steps
+from pipelines.training.metrics.log import MetricsLog
+from pipelines.training.metrics.telemetry import in_short
 from pipelines.training.settings import LOSS_COLUMNS, METRICS, TrainSettings
 from pipelines.training.supervision.channel import STOP, TrainingChannel
 from pipelines.training.supervision.controller import Supervision, ray_train_waits
-from pipelines.training.telemetry import in_short
+from pipelines.training.supervision.messages import Validated
 from pipelines.training.validator import Validator
 from pipelines.training.worker import train_worker
 
@@ -38,20 +38,21 @@ FIGURES = (  # of the last interval, kept in the summary
 
 
 def train(
-    tokenizer: TokenizerSettings, cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int, stage: Stage,
-    validation: Validator | None = None, on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
+    tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings, stage: Stage,
+    validator: Validator | None = None, on_validation: Callable[[Validated], None] = lambda found: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train `model` on the cache at `cache.path` until `train.images` are seen, going on from the newest checkpoint that verifies.
-    `on_validation` gets what each `validation` has found; without, none takes place (see `jobs.training`).
+    """Train `model` on the cache at `cache.path` until `train.images` are seen, resuming from the newest checkpoint that verifies.
+    `validator` validates checkpoints on the way (see `jobs.training`), and `on_validation` is called with each of its results.
 
     Returns the summary: images_seen, steps, steps_skipped (because they were not finite), loss and its bands over the last interval,
     images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
+    check(train=train)
     train = replace(train, precision=resolved(train.precision, stage.cluster))
     latents = LatentCache(cache.path)
     start, begun = begun_with(train, model_config(model, latents), latents.manifest.class_names)
-    identity = training_identity(cache, model, train, seed) | begun
+    identity = training_identity(cache, model, train, stage.seed) | begun
     summary = stage.begin(train.path, identity, enough=lambda found: (found.get("images_seen") or 0) >= train.images)
     if summary is not None:
         return summary
@@ -59,7 +60,7 @@ def train(
     resumed = newest_checkpoint(train.path, passed_over)
     state: dict[str, Any] = read_checkpoint(resumed, TrainingState) if resumed else {"images_seen": 0, "intervals": []}
     first = int(state["images_seen"])
-    stage.say(f"going on from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
+    stage.say(f"resuming from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
     for line in start.describe(latents.manifest.class_names) if start and not resumed else ():
         stage.say(line)
     log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"], stage.say)
@@ -76,9 +77,8 @@ def train(
         for row in log.recovered:
             track(row)
 
-        summary = fit(
-            tokenizer, cache, model, train, seed, stage.cluster, on_metrics, stage.say, start, validation, on_validation, passed_over
-        )
+        listener = Listener(train.workers, on_metrics, on_validation, stage.say, passed_over)
+        summary = fit(training_job(tokenizer_path, cache, model, train, stage, start, validator), listener, validator)
     log.write()
     if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
@@ -92,7 +92,7 @@ def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) 
     if not train.init_from:
         return None, {}
     try:
-        start = start_from(train.init_from, config, class_names)
+        start = start_from(checkpoint_directory(train.init_from), config, class_names)
     except UserError:
         known = storage.join(train.path, IDENTITY)
         digest = read_identity(train.path).get("train.init_from") if storage.exists(known) else None
@@ -107,127 +107,82 @@ def training_identity(cache: CacheSettings, model: Architecture, train: TrainSet
     return {**identity_of(model=model, train=train, seed=seed), "cache.digest": LatentCache(cache.path).digest}
 
 
-def fit(
-    tokenizer: TokenizerSettings,
-    cache: CacheSettings,
-    model: Architecture,
-    train: TrainSettings,
-    seed: int,
-    cluster: ClusterSettings,
-    on_metrics: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None],
-    start: Start | None = None,
-    validation: Validator | None = None,
-    on_validation: Callable[[dict[str, Any]], None] = lambda found: None,
-    passed_over: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """The Ray Train run itself, untracked: `on_metrics` gets a row an interval (images_seen, loss, …), `say` what happens to workers
-    and checkpoints, `passed_over` (by default `say`, once each) the lines about damaged checkpoints. Returns a
-    summary. On Ctrl-C and SIGTERM the workers write a checkpoint before those are raised again.
+def training_job(
+    tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings, stage: Stage, start: Start | None,
+    validator: Validator | None,
+) -> TrainingJob:  # fmt: skip
+    """What each worker is given. Raises UserError for settings that do not fit each other, the cache or the cluster."""
+    if storage.is_local(train.path):
+        train = replace(train, path=str(Path(train.path).resolve()))
+    if validator is None:
+        train = replace(train, validation_images=0)
+    latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
+    config = model_config(model, latents)
+    LatentDataset(latents, stage.seed, train.shuffle_window)  # raises UserError if the local disk can't hold what that order reads
+    fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
+    require_workers(fewest, stage.cluster)
+    _check_best(train, validator)
+    validated_as = validator.identity if validator else ""
+    return TrainingJob(config, train, latents, tokenizer_path, stage.seed, stage.cluster, TrainingChannel(), start, validated_as)
+
+
+def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None) -> dict[str, Any]:
+    """The Ray Train run itself, untracked; `listener` receives the workers' messages. Returns a summary. On Ctrl-C and SIGTERM the
+    workers write a checkpoint before those are raised again.
     """
     import ray.train
     from ray.train import ControllerError
 
-    from pipelines.runtime.cluster.process_group import ProcessGroupConfig
+    from pipelines.runtime.cluster.trainer import ProcessGroupConfig, Trainer, scaling
 
-    if storage.is_local(train.path):
-        train = replace(train, path=str(Path(train.path).resolve()))
-    if validation is None:
-        train = replace(train, validation_images=0)
-    latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
-    config = model_config(model, latents)
-    LatentDataset(latents, seed, train.shuffle_window)  # whether the local disk holds what that order reads, said before any work
-    _check_batches(train, cluster)
-    best = [*METRICS, *([validation.metric] if validation else [])]
-    if train.keep_best and train.keep_best not in best:
-        known = f"{', '.join(best)}{'' if validation else ', or what a validation finds where train.validation_images is set'}"
-        raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")
-    channel = TrainingChannel()
-    passed_over = passed_over or once(say)
-    last: dict[str, Any] = {}
-    broke: list[float] = []
-
-    def receive(message: dict[str, Any]) -> None:
-        if "say" in message:
-            say(message["say"])
-            if "broke" in message:
-                broke.append(message["broke"])
-        elif "passed over" in message:
-            passed_over(message["passed over"])
-        elif "started" in message:
-            if broke or message["workers"] != train.workers:
-                say(f"{message['workers']} workers at work again, {message['started']:,} images seen{_seconds(message, broke)}")
-            broke.clear()
-        elif "validated" in message:
-            on_validation(message)
-        else:
-            last.update(message)
-            on_metrics(message)
-
+    train = job.train
     forget_lost_attempts(train.path)
-    gpus = cluster.gpus_per_worker
+    gpus = job.cluster.gpus_per_worker
     trainer = Trainer(
         train_worker,
-        train_loop_config={
-            "job": TrainingJob(
-                config, train, latents, tokenizer.path, seed, cluster, channel, start, validation.identity if validation else ""
-            )
-        },
-        validation_config=validation.config(channel) if validation else None,
+        train_loop_config={"job": job},
+        validation_config=validator.config(job.channel) if validator else None,
         torch_config=ProcessGroupConfig(backend="nccl" if gpus else "gloo", timeout_s=train.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=(train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers,
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
-        ),
+        scaling_config=scaling((train.workers_min, train.workers) if 0 < train.workers_min < train.workers else train.workers, gpus),
         run_config=ray.train.RunConfig(
             name="checkpoints",
             storage_path=train.path if storage.is_local(train.path) else storage.filesystem(train.path)[1],
             storage_filesystem=None if storage.is_local(train.path) else storage.filesystem(train.path)[0],
             failure_config=ray.train.FailureConfig(max_failures=train.failures),
-            callbacks=[Supervision(channel, train.hang_seconds, train.failures, train.workers_min or train.workers)],
+            callbacks=[Supervision(job.channel, train.hang_seconds, train.failures, train.workers_min or train.workers)],
         ),
     )
 
     def stop() -> None:
-        if channel.somebody_works():
-            say("ending: the workers write a checkpoint (send the signal again to exit without it)")
+        if job.channel.somebody_works():
+            listener.say("ending: the workers write a checkpoint (send the signal again to exit without it)")
         else:
-            say("ending: the workers have not begun to train, so there is nothing to write")
-        channel.ask(STOP)
+            listener.say("ending: the workers have not begun to train, so there is nothing to write")
+        job.channel.ask(STOP)
 
     try:
-        with ray_train_waits(train.hang_seconds), channel.listening(receive):
-            interruption = finish_when_asked(trainer.fit, stop, channel.somebody_works)
+        with ray_train_waits(train.hang_seconds), job.channel.listening(listener.receive):
+            interruption = finish_when_asked(trainer.fit, stop, job.channel.somebody_works)
     except ControllerError as error:
         raise error.controller_failure from error
-    checkpoint = newest_checkpoint(train.path, passed_over)
+    checkpoint = newest_checkpoint(train.path, listener.passed_over)
     if interruption is not None:
-        say(f"ended with {checkpoint}; the same command goes on from there" if checkpoint else "ended before the first checkpoint")
+        listener.say(f"ended with {checkpoint}; the same command resumes there" if checkpoint else "ended before the first checkpoint")
         raise interruption
     if checkpoint is None:
-        raise UserError(f"{train.path}/checkpoints holds no checkpoint that verifies, though one was just written; is that disk sound?")
+        raise UserError(
+            f"{train.path}/checkpoints holds no checkpoint that verifies, although one was just written", remedy="check that disk"
+        )
     state = read_checkpoint(checkpoint, TrainingState)
     steps = int(state["images_seen"]) // train.batch
     return {
         "images_seen": state["images_seen"],
         "steps": steps,
         "steps_skipped": steps - int(state["step"]),
-        **{name: last[name] for name in FIGURES if name in last},
+        **{name: listener.last[name] for name in FIGURES if name in listener.last},
         "workers": train.workers,
         "checkpoint": checkpoint,
     }
-
-
-def _seconds(started: dict[str, Any], broke: list[float]) -> str:
-    """What a new start took, of which a group of workers tells when its first step is done."""
-    if not broke:
-        return ""
-    began, resumed, stepped = (started[one] for one in ("began", "resumed", "stepped"))
-    return (
-        f" ({stepped - broke[0]:.1f} s later: {began - broke[0]:.1f} s to start them, {resumed - began:.1f} s to load, "
-        f"{stepped - resumed:.1f} s for a step)"
-    )
 
 
 def model_config(model: Architecture, cache: LatentCache) -> MARConfig:
@@ -244,17 +199,8 @@ def model_config(model: Architecture, cache: LatentCache) -> MARConfig:
         raise UserError(f"section model does not fit the cache at {cache.path}: {error}") from error
 
 
-def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
-    micro_batches = train.batch // train.micro_batch
-    if train.batch % train.micro_batch:
-        raise UserError(f"train.batch is {train.batch}, expected a multiple of train.micro_batch, {train.micro_batch}")
-    if micro_batches < train.workers:
-        raise UserError(
-            f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
-            f"{train.micro_batch}: expected at least one a worker; lower train.workers or train.micro_batch"
-        )
-    decays = [train.ema_decay, *train.ema_decays]
-    if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
-        raise UserError(f"train.ema_decays is {train.ema_decays}, expected shares below 1, none twice and none train.ema_decay's")
-    fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
-    require_workers(fewest, cluster)
+def _check_best(train: TrainSettings, validator: Validator | None) -> None:
+    metrics = [*METRICS, *([validator.metric] if validator else [])]
+    if train.keep_best and train.keep_best not in metrics:
+        known = f"{', '.join(metrics)}{'' if validator else ', or the metric of a validation where train.validation_images is set'}"
+        raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")

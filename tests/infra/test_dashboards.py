@@ -20,7 +20,7 @@ import yaml
 
 from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.training import prometheus
+from pipelines.training.metrics import prometheus
 
 GRAFANA = Path(__file__).resolve().parents[2] / "infra" / "grafana"
 ROW = {

@@ -11,18 +11,17 @@ import torch
 from command_line import Mar
 
 from jobs.config.load import load
-from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model import MAR, GenerationOptions, MARConfig, SampleNoise, generate
 from mar_model.checkpoints.checkpoint import load_model
 from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
 from mar_model.tokenizers import KLAutoencoder, KLConfig
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.worker import LoadedModel
 from pipelines.images.pixels import to_uint8
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
+from pipelines.runtime.stage import Stage
 
 SHAPES = Path(__file__).parent.parent / "data" / "published_state_dicts.json"
 MODEL = MARConfig(
@@ -53,7 +52,7 @@ def drawn(checkpoint: str, tokenizer: str, **settings: object) -> np.ndarray:
     wanted = GenerateSettings(
         checkpoint=checkpoint, images=2, labels=[0, 2], ar_steps=2, diffusion_steps=3, guidance=2.0, precision="float32", **settings
     )  # type: ignore[arg-type]
-    drawing = plan_drawing("unused", [0, 2], TokenizerSettings(path=tokenizer), TrainSettings(), wanted, 5, load().cluster, files=False)
+    drawing = plan_drawing("unused", tokenizer, "", wanted, Stage("generate", load().cluster, seed=5), [0, 2])
     return LoadedModel(drawing).images(np.array([0, 2]), range(2))[0]
 
 
@@ -70,7 +69,9 @@ def test_images_of_an_imported_checkpoint_and_back(mar: Mar, folder: Path, tmp_p
     autoencoder.load_state_dict(random_weights(autoencoder, 3))
     for ema, seed in ((True, 2), (False, 1)):
         model.load_state_dict(random_weights(model, seed))
-        latents = generate(model, torch.tensor([0, 2]), SampleNoise(5, [0, 1]), ar_steps=2, diffusion_steps=3, guidance=2.0)
+        latents = generate(
+            model, torch.tensor([0, 2]), SampleNoise(5, [0, 1]), GenerationOptions(ar_steps=2, diffusion_steps=3, guidance=2.0)
+        )
         with torch.no_grad():
             expected = to_uint8(autoencoder.decode(latents / 0.2325))
         assert np.abs(drawn(checkpoint, tokenizer, ema=ema).astype(int) - expected).max() <= 1
@@ -133,8 +134,8 @@ def test_raw_weights_and_options(mar: Mar, folder: Path, tmp_path: Path) -> None
         (("absent.pth",), "absent.pth is not there"),
         (("text.pth",), "text.pth is no PyTorch file, or cut off or damaged"),
         (("half.pth",), "missing (4): decoder_blocks.0.attn.proj.bias, "),
-        (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two as in 12,16"),
-        (("release", "--heads", "5"), "encoder_heads 5 does not divide encoder_width 64"),
+        (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two, e.g. 12,16"),
+        (("release", "--heads", "5"), "encoder_heads is 5, expected a divisor of encoder_width, which is 64"),
         (("release", "--patch-size", "3"), "tokens have 16 values"),
         (("release", "--latent-scale", "0"), "--latent-scale is 0.0, expected a number above 0"),
         (("release", "--tokenizer", "release"), "is no tokenizer directory"),

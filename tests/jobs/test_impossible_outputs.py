@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import save_checkpoint
 from command_line import Mar, Result
 from PIL import Image
 
 from jobs.stage_commands import STAGES
 from mar_model import MAR, MARConfig
-from mar_model.checkpoints.checkpoint import save_checkpoint
 
 KINDS = ("a file", "below a file", "no permission", "a loop", "no folder can be made there")
 COMMANDS = {name: (name, "--set", f"{stage.writes}=OUT") for name, stage in STAGES.items()} | {
@@ -131,7 +131,7 @@ def test_an_empty_path_in_a_file(mar: Mar, here: Path) -> None:
     result = mar("cache", "--config", "mine.yaml")
     assert result.status == 2
     assert [line.partition(";")[0] for line in result.err.splitlines()] == [
-        "mar: error: cache.path is empty (from mine.yaml), expected where to write",
-        "mar: error: train.path is empty (from mine.yaml), expected where to write",
+        "mar: error: cache.path is empty (from mine.yaml), expected an output path",
+        "mar: error: train.path is empty (from mine.yaml), expected an output path",
     ]
     assert os.listdir() == ["mine.yaml"]

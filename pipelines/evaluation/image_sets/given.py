@@ -61,7 +61,9 @@ def _own_shards(path: str) -> GivenSamples:
     expected = 0
     for start, stop in ranges:
         if start != expected:
-            raise UserError(f"evaluate.samples {path!r} has no shard with sample {expected}; draw the rest with the command that began it")
+            raise UserError(
+                f"evaluate.samples {path!r} has no shard with sample {expected}", remedy="draw the rest with the command that began it"
+            )
         expected = stop
     labels = np.concatenate([_labels(path, *one) for one in ranges])
     first = samples.read_samples(path, *ranges[0]).images
@@ -101,6 +103,8 @@ def _listed(path: str) -> GivenSamples:
     bad = [(key, reason) for key, reason in reasons if reason and not reason.startswith("no label")]
     if bad:
         raise UserError(f"evaluate.samples {path!r}: {len(bad):,} images can't be used, the first is {bad[0][0]} ({bad[0][1]})")
+    place = rows.table.schema.get_field_index("reason")
+    rows = ImageRows(rows.table.set_column(place, "reason", pa.nulls(len(rows), pa.string())))  # samples need no labels
     settings = ImageSettings(source=path)
     height, width = decode_as_it_is(settings, rows[0]).shape[:2]
     described = json.dumps([rows.column("key"), rows.column("size").tolist(), rows.column("version").tolist()])

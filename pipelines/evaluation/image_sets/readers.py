@@ -13,7 +13,7 @@ from pipelines.evaluation import npz
 from pipelines.evaluation.image_sets.sets import Block
 from pipelines.generation import samples
 from pipelines.images.pixels import to_rgb
-from pipelines.images.reading import read_bytes
+from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime.errors import ImageError, UserError
@@ -73,7 +73,8 @@ class ListedReader:
             first = self.rows[0].key
             raise UserError(
                 f"evaluate.samples {self.settings.source!r} holds images of different sizes: {row.key} is {_size(pixels.shape)}, "
-                f"{first} is {_size(self.shape)}; expected one size: resize or crop them all alike"
+                f"{first} is {_size(self.shape)}, expected one size",
+                remedy="resize or crop them all alike",
             )
         return pixels
 
@@ -81,13 +82,15 @@ class ListedReader:
 def decode_as_it_is(settings: ImageSettings, row: Any) -> np.ndarray:
     """uint8 (H, W, 3) of one image. Raises UserError where it can't be read or decoded: a sample is never left out."""
     try:
-        with Image.open(io.BytesIO(read_bytes(settings, row))) as image:
+        with Image.open(io.BytesIO(read_image(settings, row))) as image:
             return np.asarray(to_rgb(image, False))
     except Exception as error:  # a decoder meets arbitrary bytes
         if isinstance(error, UserError):
             raise
         reason = str(error).split(" <_io.BytesIO")[0] if isinstance(error, ImageError | OSError) else type(error).__name__
-        raise UserError(f"evaluate.samples {settings.source!r}: {row.key} can't be used: {reason}; replace or remove it") from error
+        raise UserError(
+            f"evaluate.samples {settings.source!r}: {row.key} can't be used: {reason}", remedy="replace or remove it"
+        ) from error
 
 
 @dataclass(frozen=True)

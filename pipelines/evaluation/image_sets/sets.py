@@ -12,9 +12,8 @@ from mar_model.noise import stream
 from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.generation import samples
-from pipelines.images.listing import ImageError
-from pipelines.images.pixels import decode, to_uint8
-from pipelines.images.reading import read_image
+from pipelines.images.pixels import to_uint8
+from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import storage
@@ -66,12 +65,11 @@ class RealImages:
     def block(self, start: int, stop: int) -> Block:
         found, index, labels = [], [], []
         for place, row in enumerate(self.rows[start:stop], start):
-            try:
-                found.append(decode(read_image(self.images, row), self.images.size, self.images.exif))
-            except ImageError:
-                continue  # the stage cache names such images and limits their share; the count of the statistics tells
-            index.append(place)
-            labels.append(row.label)
+            pixels = decode_row(self.images, row).pixels
+            if pixels is not None:  # the stage cache names the others; statistics have their count
+                found.append(pixels)
+                index.append(place)
+                labels.append(row.label)
         images = np.stack(found) if found else np.empty((0, self.images.size, self.images.size, 3), np.uint8)
         return Block(images, np.array(index, np.int64), np.array(labels, np.int64))
 

@@ -6,41 +6,33 @@ from pipelines.evaluation.features import DIMENSIONS
 from pipelines.evaluation.image_sets import CachedLatents, ImageSource, RealImages
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.tokenizing.stage import check_tokenizer_files
+from pipelines.tokenizing.directory import require_tokenizer
 
 
-def find_reference(
-    images: ImageSettings, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, digest: str
-) -> FeatureStatistics | ImageSource:
+def find_reference(images: Images, tokenizer_path: str, evaluate: EvaluateSettings, digest: str) -> FeatureStatistics | ImageSource:
     """What `evaluate.reference` names: a statistics file, a latent cache (of the same tokenizer), an image source (all of it), or the
     held-out part of `images`. Raises UserError when it is none, or statistics of another network than the one with this digest."""
     reference = evaluate.reference
     if not reference:
-        held_out = list_images(images).held_out()
+        held_out = images.listing.held_out()
         if not held_out:
             raise UserError(
-                f"evaluate.reference is empty and nothing of images.source {images.source!r} is held out; set images.held_out_share or "
-                "images.held_out_folder, or name statistics, a latent cache or an image source"
+                f"evaluate.reference is empty and nothing of images.source {images.settings.source!r} is held out",
+                remedy="set images.held_out_share or images.held_out_folder, or name statistics, a latent cache or an image source",
             )
-        return RealImages(images, held_out)
+        return RealImages(images.settings, held_out)
     if reference.endswith(".npz"):
         return _checked(FeatureStatistics.load(reference), evaluate, digest)
     if storage.exists(storage.join(reference, MANIFEST)):
-        found, expected = tokenizer_digest(tokenizer.path), LatentCache(reference).manifest.tokenizer["digest"]
-        if found != expected:
-            check_tokenizer_files(tokenizer.path)  # the files may be damaged
-            raise UserError(
-                f"evaluate.reference {reference!r} was written with the tokenizer {expected[:12]}…, but tokenizer.path "
-                f"{tokenizer.path!r} holds {found[:12]}…; name that tokenizer, or another reference"
-            )
-        return CachedLatents(reference, tokenizer.path)
-    whole = ImageSettings(source=reference, size=images.size, exif=images.exif, allow_empty_classes=True)  # classes play no part
+        require_tokenizer(tokenizer_path, LatentCache(reference).manifest.tokenizer["digest"], f"evaluate.reference {reference!r}")
+        return CachedLatents(reference, tokenizer_path)
+    whole = ImageSettings(
+        source=reference, size=images.settings.size, exif=images.settings.exif, allow_empty_classes=True
+    )  # classes play no part
     return RealImages(whole, list_images(whole).rows)
 
 
@@ -50,7 +42,7 @@ def _checked(statistics: FeatureStatistics, evaluate: EvaluateSettings, digest: 
     if found != expected or statistics.digest not in (None, digest):
         raise UserError(
             f"evaluate.reference {evaluate.reference!r} holds statistics of {found[1]} features of {found[0]} "
-            f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]}); "
-            "set evaluate.features, or name images and the statistics are computed"
+            f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]})",
+            remedy="set evaluate.features, or name images and the statistics are computed",
         )
     return statistics

@@ -63,7 +63,8 @@ def reference_parts(
     if images.shape != tuple(shape):
         raise UserError(
             f"evaluate.reference {evaluate.reference!r} holds images of {images.shape[1]} × {images.shape[0]} pixels, the samples have "
-            f"{shape[1]} × {shape[0]}; name a reference of that size"
+            f"{shape[1]} × {shape[0]}",
+            remedy="name a reference of that size",
         )
     if found.features is not None:
         return found
@@ -93,7 +94,7 @@ def _is_kept(path: str, stage: Stage) -> bool:
         FeatureStatistics.load(path)
         return "features" in npz.names(path, REMEDY)  # an earlier version kept mu and sigma alone
     except DamagedFileError as error:
-        stage.say(f"{str(error).partition(';')[0]}; the statistics are computed again")
+        stage.say(f"{error.text}; the statistics are computed again")
         return False
 
 
@@ -101,8 +102,8 @@ def _check_used(source: ImageSource, used: int, stage: Stage) -> None:
     kind = source.identity()["kind"]
     if used < 2:
         raise UserError(
-            f"{used} of {len(source):,} {kind} to compare with can be used, expected 2 or more: one image has no covariance; "
-            "give more of them, or name another evaluate.reference"
+            f"{used} of {len(source):,} {kind} to compare with can be used, expected 2 or more: one image has no covariance",
+            remedy="give more of them, or name another evaluate.reference",
         )
     if used < len(source):
         stage.say(f"{len(source) - used:,} of {len(source):,} {kind} to compare with can't be used and are left out of the statistics")

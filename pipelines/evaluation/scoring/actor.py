@@ -84,7 +84,8 @@ class ScoringActor:
             first = int(block["index"][np.argmin(finite)])
             raise UserError(
                 f"{count - int(finite.sum())} of {count} images have features that are not finite, the first is image {first} of those in "
-                f"{path.rpartition('/')[0] or path}; check evaluate.weights, the weights of the feature network {self.judges.features}"
+                f"{path.rpartition('/')[0] or path}",
+                remedy=f"check evaluate.weights, the weights of the feature network {self.judges.features}",
             )
         predicted = self.classifier.predict(images) if asked else np.full(count, -1)
         write_shard(path, FeatureShard(*place, block["index"], block["label"], predicted, features))

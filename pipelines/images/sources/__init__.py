@@ -1,5 +1,5 @@
 """Where images come from, behind one interface: a source is listed once as a table of keys, labels and places (`table.py`), and
-an image's encoded bytes are read by its place. Every form is local or on `s3://`.
+an image's encoded bytes are read by its place (`places.py`). Every form is local or on `s3://`.
 
     imagefolder  class/…/image.jpg                         ILSVRC unpacked, torchvision's ImageFolder
     ilsvrc       ILSVRC2012_img_train.tar                  a tar of tars, as downloaded
@@ -8,8 +8,6 @@ an image's encoded bytes are read by its place. Every form is local or on `s3://
 """
 
 import json
-import posixpath
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -18,18 +16,16 @@ import pyarrow as pa
 from pipelines.images.sources.class_folders import class_folders
 from pipelines.images.sources.ilsvrc import list_ilsvrc
 from pipelines.images.sources.imagefolder import SUFFIXES, Files, list_files, list_imagefolder
-from pipelines.images.sources.parquet import RowGroups, list_parquet
-from pipelines.images.sources.table import ImageRow, Listed
-from pipelines.images.sources.tars import members, open_at
+from pipelines.images.sources.parquet import list_parquet
+from pipelines.images.sources.patterns import FILES, expanded, root_of
+from pipelines.images.sources.table import Listed
+from pipelines.images.sources.tars import members, opened
 from pipelines.images.sources.webdataset import list_webdataset
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 READS_AT_ONCE = 16
-FILES = (".tar", ".parquet")  # that hold many images
 FITTING = {"ilsvrc": "one .tar file of tars", "webdataset": ".tar files", "parquet": ".parquet files"}
-
-_row_groups = RowGroups()
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ def find_source(source: str, form: str = "auto") -> Source:
         )
     if source.endswith(FILES) and storage.is_directory(source):
         raise UserError(
-            f"images.source {source!r} is a folder with the name of a file; name what is in it with a pattern, such as "
-            f"{source}/part-{{00000..00007}}.parquet, or rename it"
+            f"images.source {source!r} is a folder with the name of a file",
+            remedy=f"name what is in it with a pattern, such as {source}/part-{{00000..00007}}.parquet, or rename it",
         )
     root = root_of(source)
     files = list_files(source) if "{" not in source and storage.is_directory(source) else _sized(source, root)
@@ -93,35 +89,6 @@ def find_source(source: str, form: str = "auto") -> Source:
 def exists(source: str) -> bool:
     """Whether the source is there: of a pattern, all its files."""
     return not _missing(source)
-
-
-def read(source: str, row: ImageRow) -> bytes:
-    """The encoded bytes of one image. Raises OSError when they can't be read, ImageError where the source holds none."""
-    path = storage.join(root_of(source), row.file or row.key)
-    if row.file.endswith(".parquet"):
-        return _row_groups.image(path, row.offset, row.version)
-    return storage.read_bytes(path) if row.offset < 0 else storage.read_range(path, row.offset, row.size)
-
-
-def root_of(source: str) -> str:
-    """The folder that a listing's files are relative to."""
-    if "{" in source:
-        return posixpath.dirname(source[: source.index("{")])
-    return posixpath.dirname(source) if source.endswith(FILES) else source
-
-
-def expanded(pattern: str) -> list[str]:
-    """The paths of a brace pattern: `{000..146}` counts (as wide as written), `{a,b}` enumerates; several multiply."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if numbers:
-        first, last = numbers.groups()
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        choices = found[1].split(",")
-    return [one for choice in choices for one in expanded(pattern[: found.start()] + choice + pattern[found.end() :])]
 
 
 def _missing(source: str) -> list[str]:
@@ -148,7 +115,9 @@ def _form(root: str, files: Files) -> str:
     tars = [name for name in names if name.endswith(".tar")]
     if any(name.endswith(".parquet") for name in names):
         if tars:
-            raise UserError(f"images.source {root!r} holds both Parquet files and tars; set images.format to parquet or webdataset")
+            raise UserError(
+                f"images.source {root!r} holds both Parquet files and tars", remedy="set images.format to parquet or webdataset"
+            )
         return "parquet"
     if not tars:
         return "imagefolder"  # an empty one, which the listing says
@@ -156,6 +125,6 @@ def _form(root: str, files: Files) -> str:
 
 
 def _holds_tars(path: str) -> bool:
-    with open_at(path) as read_at:
-        first = next(members(path, read_at), None)
+    with opened(path) as file:
+        first = next(members(path, file), None)
     return first is not None and first.name.endswith(".tar")

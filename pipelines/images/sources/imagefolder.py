@@ -39,7 +39,9 @@ def list_files(root: str) -> Files:
         path = error.filename or root
         if error.errno == errno.ELOOP:
             raise UserError(f"{path} {LOOP}") from error
-        raise UserError(f"images.source: {path} can't be listed: {error.strerror or error}; make it readable and run again") from error
+        raise UserError(
+            f"images.source: {path} can't be listed: {error.strerror or error}", remedy="make it readable and run again"
+        ) from error
 
 
 def _infos(system: fs.FileSystem, inner: str) -> Files:
@@ -66,7 +68,7 @@ def _entered(root: str, folder: str, above: Identities) -> Identities:
             folder = os.path.dirname(folder)
         if folder:
             raise UserError(f"{os.path.join(root, folder)} {LOOP}")
-        raise UserError(f"{path} is mounted inside itself; unmount it")
+        raise UserError(f"{path} is mounted inside itself", remedy="unmount it")
     return (*above, here)
 
 

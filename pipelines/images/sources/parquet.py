@@ -32,7 +32,8 @@ def list_parquet(root: str, files: list[str]) -> Listed:
         if names != named[0][1]:
             raise UserError(
                 f"{storage.join(root, file)} names the classes {_shortened(names)}, {storage.join(root, named[0][0])} "
-                f"{_shortened(named[0][1])}; one label would mean two classes: bring files of one data set"
+                f"{_shortened(named[0][1])}",
+                remedy="one label would mean two classes: bring files of one data set",
             )
     return Listed(pa.concat_tables([table for table, _ in found]).unify_dictionaries(), named[0][1] if named else None)
 
@@ -85,7 +86,7 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(system.open_input_file(inner), pre_buffer=True)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no Parquet file, or damaged: {error}; bring the file anew") from error
+        raise UserError(f"{path} is no Parquet file, or damaged: {error}", remedy="bring the file anew") from error
 
 
 class RowGroups:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,28 +13,48 @@ if TYPE_CHECKING:
 
 
 def on_this_node() -> "NodeAffinitySchedulingStrategy":
-    """Where actors belong that must live as long as the driver: Ray puts one that takes no CPU on any node, also one that is lost."""
+    """Scheduling strategy for actors that must live as long as the driver. Without it, Ray may place an actor that requests no CPU on
+    another node, where a node failure would end it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
+@dataclass(frozen=True)
+class Said:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """A worker's metrics over the interval that ended at `images_seen` images; `values` contains `images_seen` too."""
+
+    values: dict[str, Any]
+
+    @property
+    def images_seen(self) -> int:
+        return int(self.values["images_seen"])
+
+
 class Messages:
-    """The actor behind `MetricsChannel`."""
+    """The actor behind `MessageChannel`."""
 
     def __init__(self) -> None:
-        self._messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._messages: asyncio.Queue[object] = asyncio.Queue()
 
-    async def put(self, message: dict[str, Any]) -> None:
+    async def put(self, message: object) -> None:
         self._messages.put_nowait(message)
 
-    async def get(self) -> dict[str, Any]:
+    async def get(self) -> object:
         return await self._messages.get()
 
 
-class MetricsChannel:
-    """Carries metrics from Ray workers to the driver, which alone writes them down. Made in the driver, sent to the workers."""
+class MessageChannel:
+    """Carries messages from Ray workers to the driver: small typed objects, such as `Said` and `Metrics`. The driver creates the channel
+    and passes it to the workers."""
 
     actor_class: type[Messages] = Messages
 
@@ -42,17 +63,17 @@ class MetricsChannel:
 
         self._actor: Any = ray.remote(self.actor_class).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
 
-    def send(self, metrics: dict[str, Any]) -> None:
-        """From a worker; does not wait for the driver."""
-        self._actor.put.remote(metrics)
+    def send(self, message: object) -> None:
+        """Send a message from a worker, without waiting for the driver."""
+        self._actor.put.remote(message)
 
     def say(self, text: str) -> None:
-        """A line for the person, as the message {"say": text}."""
-        self.send({"say": text})
+        """Send `Said(text)`."""
+        self.send(Said(text))
 
     @contextmanager
-    def listening(self, callback: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-        """In the driver: `callback` gets each message, one after the other, on a thread of its own, until the body ends.
+    def listening(self, callback: Callable[[Any], None]) -> Iterator[None]:
+        """In the driver, call `callback` with each message, in order, on a separate thread until the body ends.
 
         An exception in the callback is raised at the end of the body.
         """
@@ -62,18 +83,18 @@ class MetricsChannel:
 
         def listen() -> None:
             try:
-                while message := ray.get(self._actor.get.remote()):
+                while (message := ray.get(self._actor.get.remote())) is not None:
                     callback(message)
             except BaseException as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=listen, name="metrics", daemon=True)
+        thread = threading.Thread(target=listen, name="messages", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            time.sleep(0.2)  # what was sent before the end may still be on its way
-            self.send({})
+            time.sleep(0.2)  # messages sent before the end may still be in transit
+            self.send(None)
             thread.join(timeout=30)
             ray.kill(self._actor)
         if errors:

@@ -4,7 +4,7 @@ with a checkpoint the other, because the person, a pre-emption notice or a chang
 import threading
 from collections.abc import Callable
 
-from pipelines.runtime.cluster.channel import Messages, MetricsChannel
+from pipelines.runtime.cluster.channel import MessageChannel, Messages
 
 STOP, PREEMPTED, RESIZED = "stop", "pre-empted", "resized"
 ASKED_EVERY_SECONDS = 1.0
@@ -43,7 +43,7 @@ class _Board(Messages):
         return self.working
 
 
-class TrainingChannel(MetricsChannel):
+class TrainingChannel(MessageChannel):
     """Made in the driver; the controller, the workers and validations hold it too."""
 
     actor_class = _Board

@@ -10,19 +10,21 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.exceptions import (
+
+from pipelines.runtime.cluster.ray_internals import (
+    ControllerCallback,
+    TrainController,
+    WorkerGroup,
+    WorkerGroupCallback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-
-from pipelines.runtime.cluster.connection import environment
+from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import UserError, carried_by, in_one_line, origin_of
 from pipelines.training.supervision.channel import PREEMPTED, RESIZED, TrainingChannel
+from pipelines.training.supervision.messages import GroupFailed
 from pipelines.training.supervision.watchdog import PATIENCE
 
 # Errors that the next attempt would meet again: settings, files and code are what they were.
@@ -89,7 +91,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         self._failed_starts += 1
         if 0 <= self.restarts < self._failed_starts:
             raise RuntimeError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures): {cause}")
-        self.channel.send({"say": f"{cause}; starting again", "broke": time.time()})
+        self.channel.send(GroupFailed(f"{cause}; starting again", time.time()))
         if self._failed_starts > 1:
             time.sleep(min(2**self._failed_starts, LONGEST_PAUSE_SECONDS))
 
@@ -113,7 +115,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
             _end_at_mistake(error)
         self.channel.group_works(False)
         text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
-        self.channel.send({"say": text, "broke": time.time()})
+        self.channel.send(GroupFailed(text, time.time()))
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """A running group that is to change its size writes a checkpoint first, so that nothing is computed twice."""

@@ -16,10 +16,11 @@ from benchmarks.source_forms import write_ilsvrc, write_parquet, write_tree, wri
 from jobs.stages import guarded
 from mar_model.tokenizers import KLAutoencoder, KLConfig, load_tokenizer, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
+from pipelines.caching.records import read_image_digests, read_record
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
-from pipelines.caching.worker import EncodingJob, ShardEncoder, read_image_digests, read_record
-from pipelines.images.listing import list_images
+from pipelines.caching.worker import EncodingJob, ShardEncoder
+from pipelines.images.listing import Images, list_images
 from pipelines.images.pixels import decode, to_model
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
@@ -68,7 +69,7 @@ def built(
 ) -> CacheSettings:
     """A cache made by one encoder."""
     settings = CacheSettings(path=str(tmp_path_factory.mktemp("cache") / "one"), shard_images=SHARD, batch=BATCH, encoders=1)
-    summary = cache(images, tokenizer, settings, Stage("cache", ray_local))
+    summary = cache(Images(images), tokenizer.path, settings, Stage("cache", ray_local))
     assert (summary["images"], summary["rejected"]) == (len(list_images(images).train()) - 3, 3)
     return settings
 
@@ -142,7 +143,7 @@ def test_rejected_images_are_listed(built: CacheSettings, images: ImageSettings)
 def test_three_encoders_on_two_cpus_write_the_same_bytes(
     built: CacheSettings, images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path
 ) -> None:
-    cache(images, tokenizer, replace(built, path=str(tmp_path), encoders=3), stage)
+    cache(Images(images), tokenizer.path, replace(built, path=str(tmp_path), encoders=3), stage)
     assert contents(str(tmp_path)) == contents(built.path)
 
 
@@ -160,7 +161,7 @@ def test_lost_and_damaged_shards_are_made_again_and_no_others(
         (tmp_path / "copy" / name).unlink()
     (shards / "shard-00004.arrow.0a1b2c3d.partial").write_bytes(b"what a killed run left")
     before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
-    summary = cache(images, tokenizer, again, stage)  # summary.json and manifest.json were there: files they name are not
+    summary = cache(Images(images), tokenizer.path, again, stage)  # summary.json and manifest.json were there: files they name are not
     assert contents(again.path) == contents(built.path)
     made = {path.name for path in shards.iterdir() if path.stat().st_mtime_ns != before.get(path.name)}
     assert made == {f"shard-0000{number}.{kind}" for number in (0, 2, 3) for kind in ("arrow", "json")}
@@ -174,7 +175,7 @@ def test_without_its_manifest_a_cache_is_no_cache_and_needs_no_work(
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no finished latent cache"):
         LatentCache(again.path)
-    summary = cache(images, tokenizer, again, stage)
+    summary = cache(Images(images), tokenizer.path, again, stage)
     assert contents(again.path) == contents(built.path)
     assert "images_per_second" in storage.read_json(storage.join(built.path, "summary.json"))
     assert not [name for name in summary if name == "images_per_second" or name.startswith("share_")]  # nothing was encoded
@@ -186,7 +187,7 @@ def test_a_complete_cache_says_so(
     said: list[str] = []
     monkeypatch.setattr(stage, "say", said.append)
     written = storage.read_json(storage.join(built.path, "summary.json"))
-    assert cache(images, tokenizer, replace(built, encoders=2), stage) == written
+    assert cache(Images(images), tokenizer.path, replace(built, encoders=2), stage) == written
     assert said == [f"{built.path} is complete"]
 
 
@@ -200,7 +201,7 @@ def test_a_small_file_that_is_lost_or_damaged_is_made_again(
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:100])
-    cache(images, tokenizer, again, stage)
+    cache(Images(images), tokenizer.path, again, stage)
     assert contents(again.path) == contents(built.path)
 
 
@@ -210,8 +211,8 @@ def test_the_output_of_another_stage_is_left_as_it_is(
     for name in ("identity.json", "summary.json"):
         storage.write_json(str(tmp_path / name), {"train.batch": 2048})
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds an output made with another configuration"):
-        cache(images, tokenizer, CacheSettings(path=str(tmp_path)), stage)
+    with pytest.raises(UserError, match="holds an output of another configuration"):
+        cache(Images(images), tokenizer.path, CacheSettings(path=str(tmp_path)), stage)
     assert storage.read_json(str(tmp_path / "summary.json")) == {"train.batch": 2048}
 
 
@@ -223,17 +224,17 @@ def test_an_image_mended_in_its_parquet_file_is_tried_again(
     source = write_parquet(tmp_path / "source", {**pictures, "a/04.png": b"broken"})
     settings = CacheSettings(path=str(tmp_path / "cache"), shard_images=4, batch=2)
     options = replace(images, source=source, held_out_share=0.0, max_rejected=0.2)
-    assert cache(options, tokenizer, settings, stage)["rejected"] == 1
+    assert cache(Images(options), tokenizer.path, settings, stage)["rejected"] == 1
     before = (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns
     write_parquet(tmp_path / "source", pictures)
-    summary = cache(options, tokenizer, settings, stage)
+    summary = cache(Images(options), tokenizer.path, settings, stage)
     assert (summary["rejected"], summary["images"]) == (0, 12)
     assert (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns == before
     write_parquet(tmp_path / "source", {**pictures, "b/07.png": png(99)})
     with pytest.raises(UserError, match=r"holds now: 1 changed \(train-00001/00000001\)\. Give another cache\.path"):  # not rejected
-        cache(options, tokenizer, settings, stage)
+        cache(Images(options), tokenizer.path, settings, stage)
     write_parquet(tmp_path / "source", pictures, row_group=2)  # the same images, laid out otherwise
-    assert cache(options, tokenizer, settings, stage) == summary
+    assert cache(Images(options), tokenizer.path, settings, stage) == summary
 
 
 @pytest.mark.long
@@ -250,7 +251,7 @@ def test_every_form_of_source_gives_the_same_moments(
     found = []
     for form, source in sources.items():
         settings = CacheSettings(path=str(tmp_path / f"cache-{form}"), shard_images=SHARD, batch=1)
-        cache(replace(images, source=source, held_out_share=0.0), tokenizer, settings, stage)
+        cache(Images(replace(images, source=source, held_out_share=0.0)), tokenizer.path, settings, stage)
         made = LatentCache(settings.path)
         moments, labels = made.take(np.arange(12), np.zeros(12, bool))
         found.append(sorted((int(label), one.tobytes()) for label, one in zip(labels, moments, strict=True)))
@@ -266,8 +267,8 @@ def test_another_identity_is_refused_by_name(
 ) -> None:
     changed = {"images": images, "cache": built}
     changed[section] = replace(changed[section], **{field: value})  # type: ignore[type-var]
-    with pytest.raises(UserError, match=rf"{section}\.{field} \(there: .*, asked for: {value!r}\)"):
-        cache(changed["images"], tokenizer, changed["cache"], stage)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"{section}\.{field} \(found .*, expected {value!r}\)"):
+        cache(Images(changed["images"]), tokenizer.path, changed["cache"], stage)  # type: ignore[arg-type]
 
 
 def test_another_source_and_another_tokenizer_are_refused(
@@ -278,7 +279,7 @@ def test_another_source_and_another_tokenizer_are_refused(
     (tmp_path / "source" / "b" / "17.png").write_bytes(png(0) + b"x")
     (tmp_path / "source" / "b" / "18.png").unlink()
     with pytest.raises(UserError) as told:
-        cache(replace(images, source=str(tmp_path / "source")), tokenizer, built, stage)
+        cache(Images(replace(images, source=str(tmp_path / "source"))), tokenizer.path, built, stage)
     assert told.value.text == (
         f"{built.path} was made of other images than images.source {str(tmp_path / 'source')!r} holds now: 1 changed (b/17.png); 1 added "
         "(c/00.png); 2 missing (a/00.png, b/18.png). Give another cache.path, delete that directory to make it of these images, or bring "
@@ -287,7 +288,7 @@ def test_another_source_and_another_tokenizer_are_refused(
     other = KLAutoencoder(KLConfig(channels=3, width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1))
     save_tokenizer(other, tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"different: tokenizer\.digest"):
-        cache(images, replace(tokenizer, path=str(tmp_path / "tokenizer")), built, stage)
+        cache(Images(images), str(tmp_path / "tokenizer"), built, stage)
 
 
 def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
@@ -299,13 +300,13 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
     for name in ("summary.json", "manifest.json", "shards/shard-00001.json"):
         (tmp_path / "cache" / name).unlink()
     with pytest.raises(UserError, match=r"3 of \d+ images can't be used, images.max_rejected=0.03 allows 1: b/20.png \(empty file\)"):
-        cache(strict, tokenizer, settings, stage)
+        cache(Images(strict), tokenizer.path, settings, stage)
     assert pq.read_table(tmp_path / "cache" / "rejected.parquet").num_rows == 3
     assert not (tmp_path / "cache" / "manifest.json").exists()
     assert (tmp_path / "cache" / "shards" / "shard-00001.json").exists()
     for key in ("b/20.png", "c/40.png"):
         (tmp_path / "source" / key).write_bytes(png(0))
-    summary = cache(strict, tokenizer, settings, stage)
+    summary = cache(Images(strict), tokenizer.path, settings, stage)
     assert summary["rejected"] == 1
     assert summary["images"] == len(LatentCache(built.path)) + 2
     assert pq.read_table(tmp_path / "cache" / "rejected.parquet")["key"].to_pylist() == ["b/22.png"]
@@ -314,16 +315,16 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dtype": "float64"}, "cache.dtype is 'float64', expected float16 or float32"),
-        ({"precision": "auto"}, "cache.precision is 'auto', expected float32 or tf32 or bf16"),
-        ({"batch": 0}, "cache.batch is 0, expected 1 or more"),
+        ({"dtype": "float64"}, "cache.dtype is 'float64', expected one of float16, float32"),
+        ({"precision": "auto"}, "cache.precision is 'auto', expected one of float32, tf32, bf16"),
+        ({"batch": 0}, "cache.batch is 0, expected a number above 0"),
     ],
 )
 def test_settings_that_make_no_cache(
     images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path, change: dict[str, object], text: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        cache(images, tokenizer, CacheSettings(path=str(tmp_path / "cache"), **change), stage)  # type: ignore[arg-type]
+        cache(Images(images), tokenizer.path, CacheSettings(path=str(tmp_path / "cache"), **change), stage)  # type: ignore[arg-type]
     assert text in str(error.value)
     assert not (tmp_path / "cache").exists()
 
@@ -331,9 +332,9 @@ def test_settings_that_make_no_cache(
 def test_sizes_and_tokenizers_that_do_not_fit(images: ImageSettings, tokenizer: TokenizerSettings, stage: Stage, tmp_path: Path) -> None:
     settings = CacheSettings(path=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"images.size is 15, expected a multiple of 2"):
-        cache(replace(images, size=15), tokenizer, settings, stage)
+        cache(Images(replace(images, size=15)), tokenizer.path, settings, stage)
     with pytest.raises(UserError, match=r"holds no tokenizer .* run `mar tokenize` first"):
-        cache(images, replace(tokenizer, path=str(tmp_path)), settings, stage)
+        cache(Images(images), str(tmp_path), settings, stage)
 
 
 def test_what_a_source_holds_beside_its_images_is_printed(tokenizer: TokenizerSettings, ray_local: ClusterSettings, tmp_path: Path) -> None:
@@ -343,9 +344,9 @@ def test_what_a_source_holds_beside_its_images_is_printed(tokenizer: TokenizerSe
     (tmp_path / "source" / "bb").mkdir()
     stage, settings = Listening(ray_local), CacheSettings(path=str(tmp_path / "cache"))
     with pytest.raises(UserError, match="1 class folder without images: bb"):
-        cache(ImageSettings(source=str(tmp_path / "source"), size=SIZE), tokenizer, settings, stage)
+        cache(Images(ImageSettings(source=str(tmp_path / "source"), size=SIZE)), tokenizer.path, settings, stage)
     allowed = ImageSettings(source=str(tmp_path / "source"), size=SIZE, allow_empty_classes=True)
-    assert cache(allowed, tokenizer, settings, stage)["images"] == 2
+    assert cache(Images(allowed), tokenizer.path, settings, stage)["images"] == 2
     assert stage.said[:2] == ["passed over: 1 hidden folder (.c)", "1 of 3 classes has no image to train on: bb"]
     assert LatentCache(settings.path).manifest.class_names == ["a", "b", "bb"]
 
@@ -371,8 +372,8 @@ def test_an_encoder_that_cannot_write_says_so_in_one_line(
     blocked.mkdir(parents=True)
     settings = CacheSettings(path=str(tmp_path / "cache"), shard_images=SHARD, batch=BATCH)
     with pytest.raises(UserError) as told:
-        guarded("cache", settings.path, lambda: cache(images, tokenizer, settings, stage))
+        guarded("cache", settings.path, lambda: cache(Images(images), tokenizer.path, settings, stage))
     assert str(told.value).startswith(f"{blocked} can't be written: [Errno 21] Is a directory")
     assert "\n" not in str(told.value)
     blocked.rmdir()
-    assert cache(images, tokenizer, settings, stage)["shards"] > 1
+    assert cache(Images(images), tokenizer.path, settings, stage)["shards"] > 1

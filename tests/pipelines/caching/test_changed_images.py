@@ -14,7 +14,7 @@ from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
-from pipelines.images.listing import ImageListing, keep_listing, kept_listing
+from pipelines.images.listing import ImageListing, Images, keep_listing, kept_listing
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
@@ -39,7 +39,7 @@ def made(ray_local: ClusterSettings, tokenizer: TokenizerSettings, tmp_path_fact
     """Folder with images/ and a cache/ of them, four images a shard."""
     folder = tmp_path_factory.mktemp("made")
     images = ImageSettings(source=write_tree(folder / "images", IMAGES), size=16, max_rejected=0.2)
-    cache(images, tokenizer, CacheSettings(path=str(folder / "cache"), shard_images=4, batch=2), Stage("cache", ray_local))
+    cache(Images(images), tokenizer.path, CacheSettings(path=str(folder / "cache"), shard_images=4, batch=2), Stage("cache", ray_local))
     return folder
 
 
@@ -58,7 +58,7 @@ def stage(ray_local: ClusterSettings) -> Listening:
 def again(folder: Path, tokenizer: TokenizerSettings, stage: Listening, check: bool = False) -> list[str]:
     """Run the stage; returns what it said."""
     images = ImageSettings(source=str(folder / "images"), size=16, max_rejected=0.2)
-    cache(images, tokenizer, CacheSettings(path=str(folder / "cache"), shard_images=4, batch=2), stage, check)
+    cache(Images(images), tokenizer.path, CacheSettings(path=str(folder / "cache"), shard_images=4, batch=2), stage, check)
     said, stage.said = stage.said, []
     return said
 

@@ -13,11 +13,12 @@ from PIL import Image
 from benchmarks.source_forms import encoded, write_tree
 from jobs.cache_commands import inspect_command, verify_command
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
-from pipelines.caching.inspecting import EDGES, inspect
+from pipelines.caching.inspection.inspecting import EDGES, inspect
+from pipelines.caching.inspection.verifying import damages
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
-from pipelines.caching.verifying import damages
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -40,7 +41,7 @@ def made(ray_local: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) -
     tokenizer = TokenizerSettings(path=str(folder / "tokenizer"))
     configuration = {"images": vars(images), "tokenizer": vars(tokenizer)}
     settings = CacheSettings(path=str(folder / "cache"), shard_images=8, batch=3)
-    cache(images, tokenizer, settings, Stage("cache", ray_local, configuration))
+    cache(Images(images), tokenizer.path, settings, Stage("cache", ray_local, configuration))
     return folder
 
 
@@ -70,7 +71,7 @@ def test_inspect_prints_and_draws(made: Path, capsys: pytest.CaptureFixture[str]
 def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify_command(str(made / "cache"), sample=20)
     out = capsys.readouterr().out
-    assert "3 of 3 shards are as the manifest says" in out
+    assert "3 of 3 shards match the manifest" in out
     assert "✓ 20 images encoded again" in out
 
     other = tmp_path / "images"
@@ -82,7 +83,7 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[1] for line in lines[2:]) == ["a/00.png", "b/05.png"]
     largest = float(lines[2].split()[0])
-    assert lines[1].startswith(f"✗ 20 images encoded again: at most {largest:.2g} standard deviations apart (0.01")
+    assert lines[1].startswith(f"✗ 20 images encoded again: largest difference {largest:.2g} standard deviations (0.01")
 
     copy = tmp_path / "cache"
     shutil.copytree(made / "cache", copy)
@@ -109,7 +110,7 @@ def test_what_verify_finds_the_next_run_makes_anew(made: Path, ray_local: Cluste
     images = ImageSettings(source=str(made / "images"), size=16, max_rejected=0.2)
     before = (shards / "shard-00000.arrow").stat().st_mtime_ns
     settings = CacheSettings(path=str(copy), shard_images=8, batch=3)
-    cache(images, TokenizerSettings(path=str(made / "tokenizer")), settings, Stage("cache", ray_local))
+    cache(Images(images), str(made / "tokenizer"), settings, Stage("cache", ray_local))
     assert {path.name: path.read_bytes() for path in shards.iterdir()} == whole
     assert (shards / "shard-00000.arrow").stat().st_mtime_ns == before
     verify_command(str(copy))
@@ -122,7 +123,7 @@ def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path:
         verify_command(str(made / "cache"), sample=4, source=other)
     assert "✗ 4 images encoded again" in capsys.readouterr().out
     save_tokenizer(KLAutoencoder(KLConfig(channels=2, width=8, multipliers=(1, 2))), tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="was written with the tokenizer"):
+    with pytest.raises(UserError, match="was made with the tokenizer of digest"):
         verify_command(str(made / "cache"), sample=4, tokenizer=str(tmp_path / "tokenizer"))
     first = next(iter(sorted(IMAGES)))
     (tmp_path / "images" / first).write_bytes(b"")
@@ -136,7 +137,7 @@ def test_precision_and_its_deviation_are_in_the_manifest(made: Path, ray_local: 
     assert 0 <= manifest.precision["deviation"]["means_max"] < 1e-4
     images = ImageSettings(source=str(made / "images"), size=16, max_rejected=0.2)
     settings = CacheSettings(path=str(tmp_path), shard_images=8, batch=3, precision="bf16")
-    cache(images, TokenizerSettings(path=str(made / "tokenizer")), settings, Stage("cache", ray_local))
+    cache(Images(images), str(made / "tokenizer"), settings, Stage("cache", ray_local))
     deviation = storage.read_json(str(tmp_path / "manifest.json"))["precision"]["deviation"]
     assert deviation["images"] == 3
     assert 1e-4 < deviation["means_rms"] < 0.1

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_latents import write_cache
 
+from pipelines.caching.inspection.verifying import damages
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import shard_name
 from pipelines.caching.shard_checks import CONDEMNED, absolve, condemn
-from pipelines.caching.verifying import damages
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.training.data import LatentDataset

@@ -22,8 +22,8 @@ from pipelines.checkpoints.writer import CheckpointWriter
 from pipelines.runtime import s3, storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import null_for_nan
-from pipelines.training.intervals import Interval
 from pipelines.training.job import TrainingJob
+from pipelines.training.metrics.intervals import Interval
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import model_config
 

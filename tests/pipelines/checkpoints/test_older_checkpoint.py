@@ -17,22 +17,23 @@ from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.stage import generate
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.stage import sweep
+from pipelines.sweeping.trials import Sections
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import TrainSettings
 
-IMAGES, TRAIN, GENERATE, EVALUATE = ImageSettings(), TrainSettings(), GenerateSettings(labels=[99]), EvaluateSettings()
+IMAGES, TRAIN, GENERATE, EVALUATE = Images(ImageSettings()), TrainSettings(), GenerateSettings(labels=[99]), EvaluateSettings()
 EVALUATE = replace(EVALUATE, features="efficientnet-lite0", classifier="no classifier")
 STAGES: dict[str, Callable[..., dict[str, Any]]] = {  # each ends with a mistake, once it has its checkpoint
-    "generate": lambda tokenizer, train, stage: generate(tokenizer, train, GENERATE, 0, stage),
-    "evaluate": lambda tokenizer, train, stage: evaluate(IMAGES, tokenizer, train, GENERATE, EVALUATE, 0, stage),
+    "generate": lambda tokenizer, train, stage: generate(tokenizer.path, train.path, GENERATE, stage),
+    "evaluate": lambda tokenizer, train, stage: evaluate(IMAGES, tokenizer.path, train.path, GENERATE, EVALUATE, stage),
     "sweep": lambda tokenizer, train, stage: sweep(
-        images=IMAGES, tokenizer=tokenizer, cache=CacheSettings(), model=Architecture(), train=train, generate=GENERATE,
-        evaluate=EVALUATE, sweep=SweepSettings(), seed=0, stage=stage,
+        Sections(IMAGES, tokenizer.path, CacheSettings(), Architecture(), train, GENERATE, EVALUATE), SweepSettings(), stage
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from pipelines.evaluation.stage import evaluate, with_reference
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
 from pipelines.generation import samples
 from pipelines.generation.settings import GenerateSettings
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.pixels import decode
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
@@ -26,7 +26,6 @@ from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
 
 NAME = "frechet_distance_efficientnet-lite0"
 HELD_OUT, DRAWN = 8 * len(CLASSES), 30
@@ -36,15 +35,15 @@ HELD_OUT, DRAWN = 8 * len(CLASSES), 30
 def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) -> dict:
     """One evaluation of 30 samples against 24 held-out images, with a classifier."""
     root = tmp_path_factory.mktemp("run")
-    stage = Listening(ray_local)
-    images = ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out")
-    trained = train_classifier(images, str(root / "classifier"), 0, stage)
+    stage = Listening(ray_local, seed=3)
+    images = Images(ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out"))
+    trained = train_classifier(images, str(root / "classifier"), stage)
     tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
     checkpoint = write_checkpoint(root / "checkpoint", tokenizer.path)
     sections = {
         "images": images,
-        "tokenizer": tokenizer,
-        "train": TrainSettings(path=str(root / "train")),
+        "tokenizer_path": tokenizer.path,
+        "train_path": str(root / "train"),
         "generate": GenerateSettings(checkpoint=checkpoint, ar_steps=4, diffusion_steps=4, batch=8, precision="float32"),
         "evaluate": EvaluateSettings(
             path=str(root / "evaluation"),
@@ -53,7 +52,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) ->
             classifier=str(root / "classifier"),
             batch=7,
         ),
-        "seed": 3,
         "stage": stage,
     }
     return {**sections, "classifier": trained, "summary": evaluate(**sections)}
@@ -90,7 +88,7 @@ def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: Eff
     """Streamed through Ray in blocks = all features at once."""
     path = run["evaluate"].path
     record = storage.read_json(f"{path}/evaluation.json")
-    whole, held_out = statistics(network, drawn(path)), statistics(network, real(run["images"], held_out=True))
+    whole, held_out = statistics(network, drawn(path)), statistics(network, real(run["images"].settings, held_out=True))
     expected = distance(whole, held_out)
     assert record["metrics"][NAME] == pytest.approx(expected, rel=1e-4)
     assert run["summary"][NAME] == run["summary"]["frechet_distance"] == record[NAME] == record["metrics"][NAME]
@@ -129,13 +127,13 @@ def test_a_single_sample_is_refused_before_any_is_drawn(run: dict, tmp_path: Pat
 
 
 def test_reference_images_that_cannot_be_used_are_counted(run: dict, tmp_path: Path) -> None:
-    images = replace(run["images"], source=write_images(tmp_path / "images", per_class=2))
+    images = Images(replace(run["images"].settings, source=write_images(tmp_path / "images", per_class=2)))
     files = sorted((tmp_path / "images" / "held_out").rglob("*.png"))
     stage = Listening(run["stage"].cluster)
 
     def reference_of(folder: str) -> FeatureStatistics:
         settings = replace(run["evaluate"], path=str(tmp_path / folder))
-        prepared = with_reference(images, run["tokenizer"], settings, stage)
+        prepared = with_reference(images, run["tokenizer_path"], settings, stage)
         return FeatureStatistics.load(prepared.reference)
 
     files[0].write_bytes(b"no image")
@@ -148,10 +146,10 @@ def test_reference_images_that_cannot_be_used_are_counted(run: dict, tmp_path: P
 
 
 def test_the_classifier_is_judged_by_the_images_that_can_be_used(run: dict, tmp_path: Path) -> None:
-    images = replace(run["images"], source=write_images(tmp_path / "images", per_class=4), max_rejected=0.5)
+    images = Images(replace(run["images"].settings, source=write_images(tmp_path / "images", per_class=4), max_rejected=0.5))
     for file in sorted((tmp_path / "images" / "held_out").rglob("*.png"))[:5]:
         file.write_bytes(b"no image")
-    trained = train_classifier(images, str(tmp_path / "classifier"), 0, run["stage"])
+    trained = train_classifier(images, str(tmp_path / "classifier"), run["stage"])
     assert (trained["images"], trained["images_held_out"]) == (12, 7)
     assert (7 * trained["accuracy_held_out"]) % 1 == pytest.approx(0)
 
@@ -159,9 +157,9 @@ def test_the_classifier_is_judged_by_the_images_that_can_be_used(run: dict, tmp_
 def test_the_classifier_on_disk_is_the_one_that_was_measured(run: dict) -> None:
     path, trained = run["evaluate"].classifier, run["classifier"]
     assert (trained["images"], trained["images_held_out"]) == (HELD_OUT, HELD_OUT)
-    right = load_classifier(path).predict(real(run["images"], held_out=True)) == np.repeat(np.arange(3), 8)
+    right = load_classifier(path).predict(real(run["images"].settings, held_out=True)) == np.repeat(np.arange(3), 8)
     assert trained["accuracy_held_out"] == right.mean()
-    assert train_classifier(run["images"], path, 0, run["stage"]) == trained
+    assert train_classifier(run["images"], path, run["stage"]) == trained
     assert classifier_digest(path) == storage.digest(Path(path, "classifier.safetensors").read_bytes())
     with pytest.raises(UserError, match="knows 3 classes, the checkpoint 10"):
         check_classes(path, 10)
@@ -186,47 +184,54 @@ def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
     assert {name for name, when in written.items() if (path / "shards" / name).stat().st_mtime_ns != when} == {
         "samples-00000008-00000016.parquet"
     }
-    with pytest.raises(UserError, match=r"evaluate\.images \(there: 30, asked for: 31\)"):
+    with pytest.raises(UserError, match=r"evaluate\.images \(found 30, expected 31\)"):
         evaluate(**sections(run, images=31))
 
 
 def test_rows_compare_equal_numbers(run: dict, network: EfficientNetLite0) -> None:
     count = 18
-    rows = frechet_rows(run["images"], run["evaluate"], run["seed"], count, run["stage"])
+    rows = frechet_rows(run["images"], run["evaluate"], count, run["stage"])
     in_turn = np.concatenate([np.arange(6) + 8 * label for label in range(3)])  # six of eight a class
-    held_out = statistics(network, real(run["images"], held_out=True)[in_turn])
+    held_out = statistics(network, real(run["images"].settings, held_out=True)[in_turn])
     expected = {
         "generated": drawn(run["evaluate"].path)[:count],
-        "real_train": real(run["images"], held_out=False)[in_turn],
-        "noise": NoiseImages(count, SIZE, run["seed"]).read(0, count),
+        "real_train": real(run["images"].settings, held_out=False)[in_turn],
+        "noise": NoiseImages(count, SIZE, run["stage"].seed).read(0, count),
     }
     assert rows == {name: pytest.approx(distance(statistics(network, images), held_out), rel=1e-4) for name, images in expected.items()}
     assert rows["real_train"] < rows["noise"]
-    assert frechet_rows(run["images"], run["evaluate"], run["seed"], count, run["stage"]) == rows
+    assert frechet_rows(run["images"], run["evaluate"], count, run["stage"]) == rows
     with pytest.raises(UserError, match="24 images held out, expected 25"):
-        frechet_rows(run["images"], run["evaluate"], run["seed"], 25, run["stage"])
+        frechet_rows(run["images"], run["evaluate"], 25, run["stage"])
 
 
 def test_references_a_person_can_name(run: dict, tmp_path: Path) -> None:
     digest = network_digest("efficientnet-lite0", "")
-    prepared = with_reference(run["images"], run["tokenizer"], run["evaluate"], run["stage"])
-    loaded = find_reference(run["images"], run["tokenizer"], prepared, digest)
+    prepared = with_reference(run["images"], run["tokenizer_path"], run["evaluate"], run["stage"])
+    loaded = find_reference(run["images"], run["tokenizer_path"], prepared, digest)
     assert isinstance(loaded, FeatureStatistics)
     assert loaded.count == HELD_OUT
 
-    whole = find_reference(run["images"], run["tokenizer"], replace(run["evaluate"], reference=f"{run['images'].source}/train"), digest)
+    whole = find_reference(
+        run["images"], run["tokenizer_path"], replace(run["evaluate"], reference=f"{run['images'].settings.source}/train"), digest
+    )
     assert len(whole) == 8 * len(CLASSES)
 
     with pytest.raises(UserError, match=r"1280 features of efficientnet-lite0 .* expected 2048 of inception"):
-        find_reference(run["images"], run["tokenizer"], replace(prepared, features="inception"), digest)
+        find_reference(run["images"], run["tokenizer_path"], replace(prepared, features="inception"), digest)
     with pytest.raises(UserError, match=r"expected 1280 of efficientnet-lite0 \(ffff"):
-        find_reference(run["images"], run["tokenizer"], prepared, "f" * 64)
+        find_reference(run["images"], run["tokenizer_path"], prepared, "f" * 64)
     adm = tmp_path / "adm.npz"
     np.savez(adm, mu=np.zeros(2048), sigma=np.eye(2048))
     inception = replace(prepared, features="inception", reference=str(adm))
-    assert find_reference(run["images"], run["tokenizer"], inception, "any").count is None
+    assert find_reference(run["images"], run["tokenizer_path"], inception, "any").count is None
     with pytest.raises(UserError, match=r"nothing of images\.source .* is held out"):
-        find_reference(ImageSettings(source=f"{run['images'].source}/train", size=SIZE), run["tokenizer"], run["evaluate"], digest)
+        find_reference(
+            Images(ImageSettings(source=f"{run['images'].settings.source}/train", size=SIZE)),
+            run["tokenizer_path"],
+            run["evaluate"],
+            digest,
+        )
 
 
 def test_missing_weights_and_gpus_are_said_before_anything_starts(run: dict, tmp_path: Path) -> None:

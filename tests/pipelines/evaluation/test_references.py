@@ -8,8 +8,8 @@ from PIL import Image
 from pipelines.evaluation.image_sets import RealImages
 from pipelines.evaluation.references import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
-from pipelines.tokenizing.settings import TokenizerSettings
 
 SIZE = 8
 
@@ -24,7 +24,7 @@ def test_a_folder_is_read_as_the_training_images_are(tmp_path: Path) -> None:
     found = {}
     for exif, expected in {False: pixels, True: np.rot90(pixels, -1)}.items():
         images = ImageSettings(source=str(tmp_path / "source"), size=SIZE, exif=exif)
-        reference = find_reference(images, TokenizerSettings(), EvaluateSettings(reference=str(tmp_path / "reference")), "any")
+        reference = find_reference(Images(images), "", EvaluateSettings(reference=str(tmp_path / "reference")), "any")
         assert isinstance(reference, RealImages)
         np.testing.assert_array_equal(reference.read(0, 1), expected[None])
         found[exif] = reference.identity()

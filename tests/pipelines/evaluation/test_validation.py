@@ -22,6 +22,7 @@ from pipelines.evaluation.stage import evaluate
 from pipelines.evaluation.statistics import FeatureStatistics
 from pipelines.evaluation.validation import Validation, plan_validation, validate
 from pipelines.generation.settings import GenerateSettings
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -32,6 +33,7 @@ from pipelines.tokenizing.directory import tokenizer_digest
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import TrainSettings
 from pipelines.training.supervision.channel import STOP, TrainingChannel
+from pipelines.training.supervision.messages import Validated
 
 NAME = metric_name("efficientnet-lite0")
 SAMPLES = 10
@@ -47,8 +49,8 @@ def sections(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSetting
     manifest |= {"tokenizer": {"path": tokenizer.path, "digest": tokenizer_digest(tokenizer.path)}, "image_size": SIZE}
     storage.write_json(f"{cache.path}/manifest.json", manifest)
     return {
-        "images": ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out"),
-        "tokenizer": tokenizer,
+        "images": Images(ImageSettings(source=write_images(root / "images"), size=SIZE, held_out_folder="held_out")),
+        "tokenizer_path": tokenizer.path,
         "cache": cache,
         "model": ARCHITECTURE,
         "train": TrainSettings(
@@ -58,7 +60,6 @@ def sections(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSetting
         ),
         "generate": GenerateSettings(ar_steps=2, diffusion_steps=2, batch=4, precision="float32"),
         "evaluate": EvaluateSettings(path=str(root / "evaluation"), images=SAMPLES, features="efficientnet-lite0", batch=8),
-        "seed": 3,
     }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_a_line_about_few_samples_says_so(tmp_path: Path, count: int, reference:
         nobody, TrainSettings(validation_samples=count), nobody, "efficientnet-lite0", "", "digest", statistics, 0, nobody
     )
     stage = Listening(nobody)
-    validation.tell({"validated": 96, "metrics": {NAME: 12.345}, "seconds": 3.2, "picture": "s3://none/there.png"}, stage, nobody)
+    validation.report(Validated(96, {NAME: 12.345}, "s3://none/there.png", 3.2), stage, nobody)
     assert stage.said == [f"validation at 96 images: {NAME} 12.35 ({remark})"]
 
 
@@ -104,8 +105,10 @@ def test_training_is_validated_while_it_goes_on(sections: dict[str, Any], ray_lo
         assert picture.size[0] > 3 * SIZE
 
     # the stage evaluate, which draws and judges through Ray Data, finds the same distance for the same checkpoint
-    rest = {name: sections[name] for name in ("images", "tokenizer", "train", "evaluate", "seed")}
-    again = evaluate(**rest, generate=replace(sections["generate"], batch=SAMPLES), stage=Stage("evaluate", ray_local))
+    rest = {name: sections[name] for name in ("images", "tokenizer_path", "evaluate")}
+    again = evaluate(
+        **rest, train_path=sections["train"].path, generate=replace(sections["generate"], batch=SAMPLES), stage=Stage("evaluate", ray_local)
+    )
     assert found[96]["metrics"][NAME] == pytest.approx(again[NAME], rel=1e-3)
 
     assert stage.tracker is not None
@@ -121,13 +124,13 @@ def test_a_checkpoint_that_is_gone_or_damaged_is_told_and_training_goes_on(secti
     rest = {name: value for name, value in sections.items() if name not in ("cache", "model")}
     validation, channel, told = plan_validation(**rest, stage=stage), TrainingChannel(), list[str]()
     (tmp_path / "images-000000000032").mkdir()
-    with channel.listening(lambda message: told.append(message["say"])):
+    with channel.listening(lambda message: told.append(message.text)):
         assert validate(None, str(tmp_path / "images-000000000016"), validation, channel) == {}  # type: ignore[arg-type]
         with pytest.raises(UserError):
             validate(None, str(tmp_path / "images-000000000032"), validation, channel)  # type: ignore[arg-type]
     assert len(told) == 2
     assert "images-000000000016 was dropped before its validation began: raise train.validation_images" in told[0]
-    assert "images-000000000032 failed, training goes on: UserError" in told[1]
+    assert "images-000000000032 failed, training continues: UserError" in told[1]
 
 
 @pytest.mark.long

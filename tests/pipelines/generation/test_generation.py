@@ -15,7 +15,7 @@ from tiny_run import CLASSES, SIZE, write_checkpoint, write_tokenizer
 from mar_model import MAR
 from pipelines.generation import samples
 from pipelines.generation.completion import read_completion
-from pipelines.generation.drawing import plan_drawing
+from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.stage import generate
 from pipelines.generation.worker import LoadedModel, share_at_bounds, share_out_of_range
@@ -26,7 +26,6 @@ from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
 
 IMAGES = 12
 
@@ -57,11 +56,11 @@ def settings(checkpoint: str, tmp_path: Path) -> GenerateSettings:
 
 @pytest.fixture
 def stage(ray_local: ClusterSettings) -> Listening:
-    return Listening(ray_local)
+    return Listening(ray_local, seed=7)
 
 
 def loaded(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Stage) -> LoadedModel:
-    return LoadedModel(plan_drawing(settings.path, settings.labels, tokenizer, TrainSettings(), settings, 7, stage.cluster, files=False))
+    return LoadedModel(plan_drawing(settings.path, tokenizer.path, "", settings, stage, settings.labels))
 
 
 def drawn(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +75,7 @@ def files(path: str) -> dict[str, bytes]:
 def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_bytes(
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening
 ) -> None:
-    summary = generate(tokenizer, TrainSettings(), settings, 7, stage)
+    summary = generate(tokenizer.path, "", settings, stage)
     assert (summary["images"], summary["images_seen"]) == (IMAGES, 640)
     assert summary["out_of_range"] == IMAGES  # a random denoiser
     warning = stage.said.pop()
@@ -96,23 +95,23 @@ def test_generate_writes_shards_files_and_a_picture_and_resumes_to_the_same_byte
     with Image.open(f"{settings.path}/samples.png") as picture:
         assert picture.size == (4 * 66 + 2, 3 * 66 + 2)  # 4 columns, a row a class, enlarged to 64 pixels
 
-    assert generate(tokenizer, TrainSettings(), settings, 7, stage) == summary
+    assert generate(tokenizer.path, "", settings, stage) == summary
     assert stage.said == [f"{settings.path} is complete"]
 
     # as if killed before the second shard was written
     for name in ("summary.json", "samples.png", "shards/samples-00000005-00000010.parquet", "images/bee/sample-00000007.png"):
         (Path(settings.path) / name).unlink()
-    again = generate(tokenizer, TrainSettings(), settings, 7, stage)
+    again = generate(tokenizer.path, "", settings, stage)
     assert files(settings.path) == whole
     assert again["tflops_per_actor"] == pytest.approx(again["gflop_per_image"] / again["seconds_per_image"] / 1000)
 
-    with pytest.raises(UserError, match=r"seed \(there: 7, asked for: 8\)"):
-        generate(tokenizer, TrainSettings(), settings, 8, stage)
+    with pytest.raises(UserError, match=r"seed \(found 7, expected 8\)"):
+        generate(tokenizer.path, "", settings, Stage("generate", stage.cluster, seed=8))
 
 
 def test_samples_depend_on_neither_batch_nor_actors(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))  # one batch, in this process
-    generate(tokenizer, TrainSettings(), replace(settings, batch=4, actors=2), 7, stage)
+    generate(tokenizer.path, "", replace(settings, batch=4, actors=2), stage)
     images, _ = drawn(settings.path)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
     assert np.abs(images[0].astype(int) - images[3].astype(int)).max() > 20  # same class, another sample
@@ -148,7 +147,7 @@ def test_what_counts_as_out_of_range() -> None:
 
 def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     wild = replace(settings, limit_x0=False, images=4, temperature=1.0, guidance=40.0, diffusion_steps=20, labels=[2])
-    summary = generate(tokenizer, TrainSettings(), wild, 7, stage)
+    summary = generate(tokenizer.path, "", wild, stage)
     assert summary["out_of_range"] == 4
     assert stage.said[0].startswith("4 of 4 samples left the range of the data")
     assert "generate.limit_x0=true" in stage.said[0]
@@ -158,7 +157,7 @@ def test_an_overflow_is_said_in_plain_words(settings: GenerateSettings, tokenize
 def test_samples_are_redrawn_alone(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening) -> None:
     expected, _ = loaded(settings, tokenizer, stage).images(np.arange(IMAGES) % 3, range(IMAGES))
     some = replace(settings, samples=[10, 4, 7], batch=2)
-    assert generate(tokenizer, TrainSettings(), some, 7, stage)["images"] == 3
+    assert generate(tokenizer.path, "", some, stage)["images"] == 3
     images, labels = drawn(some.path)
     assert labels.tolist() == [1, 1, 1]
     assert np.abs(images.astype(int) - expected[[10, 4, 7]].astype(int)).max() <= 1
@@ -182,7 +181,7 @@ def test_an_image_is_completed_where_the_mask_is_white(
     image = painted(tmp_path / "image.png")  # twice the model's side: both are cropped alike
     mask = painted(tmp_path / "mask.png", white=(slice(0, 20), slice(0, 64)))  # a bit more than the first of four rows of tokens
     edit = replace(settings, image=image, mask=mask, images=4, labels=["bee"])
-    summary = generate(tokenizer, TrainSettings(), edit, 7, stage)
+    summary = generate(tokenizer.path, "", edit, stage)
     assert (summary["images"], summary["identity"].keys() >= {"image", "mask"}) == (4, True)
     images, _ = drawn(edit.path)
     original = decode(Path(image).read_bytes(), SIZE)
@@ -195,12 +194,12 @@ def test_an_image_is_completed_where_the_mask_is_white(
     assert (shown[10:] == original[10:]).all()
 
     decoded = replace(read_completion(image, mask, True, SIZE), keep_pixels=False)
-    plan = plan_drawing(edit.path, ["bee"], tokenizer, TrainSettings(), edit, 7, stage.cluster, files=False)
+    plan = plan_drawing(edit.path, tokenizer.path, "", edit, stage, ["bee"])
     images, _ = LoadedModel(replace(plan, completion=decoded)).images(np.ones(1, int), range(1))
     assert (images[:, 10:] != original[10:]).any()
     other = painted(tmp_path / "other.png", white=(slice(40, 64), slice(0, 9)))
     with pytest.raises(UserError, match=r"different: mask \(there"):
-        generate(tokenizer, TrainSettings(), replace(edit, mask=other), 7, stage)
+        generate(tokenizer.path, "", replace(edit, mask=other), stage)
 
 
 def test_completions_that_cannot_be_are_named_before_any_work(
@@ -220,7 +219,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message):
-            generate(tokenizer, TrainSettings(), replace(settings, **change), 0, stage)
+            generate(tokenizer.path, "", replace(settings, **change), stage)
     assert not Path(settings.path).exists()
 
 
@@ -229,8 +228,8 @@ def test_the_film_of_a_finished_output_shows_the_picture_as_it_forms(
     settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening
 ) -> None:
     filmed = replace(settings, film=True, images=6, batch=6)
-    summary = generate(tokenizer, TrainSettings(), replace(filmed, film=False), 7, stage)
-    assert generate(tokenizer, TrainSettings(), filmed, 7, stage) == summary
+    summary = generate(tokenizer.path, "", replace(filmed, film=False), stage)
+    assert generate(tokenizer.path, "", filmed, stage) == summary
     with Image.open(f"{filmed.path}/film.webp") as film, Image.open(f"{filmed.path}/samples.png") as picture:
         assert film.n_frames == 1 + settings.ar_steps
         assert film.size == picture.size
@@ -258,7 +257,7 @@ def test_a_model_without_labels_is_drawn_without(
     one, other = (model.images(np.full(2, label), range(2))[0] for label in (0, 2))
     assert (one == other).all()
     with pytest.raises(UserError, match=r"generate\.guidance is 2\.0, but .* was trained without labels"):
-        generate(tokenizer, TrainSettings(), replace(blind, guidance=2.0), 0, stage)
+        generate(tokenizer.path, "", replace(blind, guidance=2.0), stage)
 
 
 @pytest.mark.long
@@ -285,7 +284,7 @@ def test_fast_modes_and_captured_loops_reach_the_sampler(
 
 def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSettings, stage: Listening, tmp_path: Path) -> None:
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
-        generate(tokenizer, TrainSettings(path=str(tmp_path / "none")), replace(settings, **change), 0, stage)
+        generate(tokenizer.path, str(tmp_path / "none"), replace(settings, **change), stage)
 
     with pytest.raises(UserError, match=r"train\.path '.*none' holds no checkpoint.*generate\.checkpoint"):
         attempt({"checkpoint": ""})
@@ -299,5 +298,5 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
     other = tmp_path / "other"
     write_tokenizer(other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
-    with pytest.raises(UserError, match=r"tokenizer\.path .* was trained with"):
+    with pytest.raises(UserError, match=r"checkpoint .* was made with the tokenizer of digest"):
         attempt({}, TokenizerSettings(path=str(other)))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pipelines.caching.worker import decode_row
 from pipelines.images.listing import list_images
 from pipelines.images.pixels import decode
+from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.storage import digest
 

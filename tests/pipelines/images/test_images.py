@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.images.listing import ImageError, list_images
+from pipelines.images.listing import list_images
 from pipelines.images.pixels import decode, to_model, to_uint8
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
-from pipelines.runtime.errors import UserError
+from pipelines.runtime.errors import ImageError, UserError
 
 
 def encoded(width: int, height: int, seed: int = 0, mode: str = "RGB", kind: str = "PNG") -> bytes:
@@ -144,7 +144,7 @@ def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
         ({"held_out_folder": "a"}, "holds no class folders with images; expected {root}/part/class/image"),
         ({"held_out_share": 1e-9}, "holds out none of the 2 images"),
         ({"held_out_share": 1.0}, "images.held_out_share is 1.0, expected"),
-        ({"held_out_share": 0.5, "held_out_folder": "a"}, "set one of them back"),
+        ({"held_out_share": 0.5, "held_out_folder": "a"}, "reset one of them"),
     ],
 )
 def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, Any], text: str) -> None:
@@ -223,7 +223,7 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
         def read(*_: object) -> bytes:
             raise error
 
-        monkeypatch.setattr("pipelines.images.sources.read", read)
+        monkeypatch.setattr("pipelines.images.sources.places.read", read)
 
     for error in (OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK")):
         failing(error)

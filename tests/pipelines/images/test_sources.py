@@ -14,13 +14,13 @@ import pytest
 import webdataset
 
 from benchmarks.source_forms import Images, add, encoded, write_ilsvrc, write_parquet, write_tree, write_webdataset
-from pipelines.caching.worker import decode_row
 from pipelines.images import sources
-from pipelines.images.listing import ImageError, keep_listing, kept_listing, list_images
-from pipelines.images.reading import read_image
+from pipelines.images.listing import keep_listing, kept_listing, list_images
+from pipelines.images.reading import decode_row, read_image
 from pipelines.images.settings import ImageSettings
-from pipelines.images.sources.tars import members, open_at
-from pipelines.runtime.errors import UserError
+from pipelines.images.sources.patterns import expanded
+from pipelines.images.sources.tars import members, opened
+from pipelines.runtime.errors import ImageError, UserError
 
 FORMS = {"imagefolder": write_tree, "ilsvrc": write_ilsvrc, "webdataset": write_webdataset, "parquet": write_parquet}
 
@@ -92,8 +92,8 @@ def test_tar_headers_of_every_kind_agree_with_tarfile(tmp_path: Path) -> None:
             link = tarfile.TarInfo("link")
             link.type, link.linkname = tarfile.SYMTYPE, "short"
             tar.addfile(link)
-        with open_at(str(path)) as read_at, tarfile.open(path) as tar:
-            found = [(one.name, one.offset, one.size) for one in members(str(path), read_at)]
+        with opened(str(path)) as file, tarfile.open(path) as tar:
+            found = [(one.name, one.offset, one.size) for one in members(str(path), file)]
             assert found == [(one.name, one.offset_data, one.size) for one in tar if one.isreg() or one.issym()]
 
 
@@ -255,10 +255,10 @@ def test_an_empty_synset_is_refused_or_a_class_of_its_own(images: Images, tmp_pa
 
 
 def test_patterns() -> None:
-    assert sources.expanded("s3://b/a-{08..11}.tar") == [f"s3://b/a-{number}.tar" for number in ("08", "09", "10", "11")]
-    assert sources.expanded("{0..10}")[-2:] == ["9", "10"]
-    assert sources.expanded("{a,b}-{1..2}") == ["a-1", "a-2", "b-1", "b-2"]
-    assert sources.expanded("plain/x.tar") == ["plain/x.tar"]
+    assert expanded("s3://b/a-{08..11}.tar") == [f"s3://b/a-{number}.tar" for number in ("08", "09", "10", "11")]
+    assert expanded("{0..10}")[-2:] == ["9", "10"]
+    assert expanded("{a,b}-{1..2}") == ["a-1", "a-2", "b-1", "b-2"]
+    assert expanded("plain/x.tar") == ["plain/x.tar"]
 
 
 def test_mistakes_are_named(images: Images, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_everywhere_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with open_stage("train", settings.path, {"train": asdict(settings)}, ClusterSettings(cpus=2), tracking) as stage:
         scraper = Scraper()
         scraper.start()
-        train(TOKENIZER, cache, ARCHITECTURE, settings, 0, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
         scraper.ended.set()
         scraper.join()
         run = stage.tracker.run_id

@@ -28,7 +28,7 @@ def test_while_a_stage_trains_on_two_workers_everything_listens_on_the_loopback(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     cache = write_latents(tmp_path / "cache")
     with recorded(os.getpid()) as found:
-        train(TOKENIZER, cache, ARCHITECTURE, TrainSettings(**{**vars(RECIPE), "path": str(tmp_path / "train")}), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, TrainSettings(**{**vars(RECIPE), "path": str(tmp_path / "train")}), stage)
     assert not {one for one in found if one[1] not in ("127.0.0.1", "::1")}
     processes = {name for name, *_ in found}
     for name in ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::TrainController", "ray::RayTrainWorker"):

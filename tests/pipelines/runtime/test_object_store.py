@@ -17,7 +17,7 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.settings import CacheSettings
 from pipelines.caching.stage import cache
 from pipelines.caching.worker import EncodingJob, ShardEncoder
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import s3, storage
@@ -189,13 +189,12 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
 def test_the_stage_and_the_loader_on_s3(
     server: FaultyS3, ray_local: ClusterSettings, s3_source: tuple[ImageSettings, ImageSettings], tokenizer: str, tmp_path: Path
 ) -> None:
-    from pipelines.tokenizing.settings import TokenizerSettings
 
     on_s3, local = s3_source
     storage.write_bytes("s3://data/cache/shards/nothing", b"")
     for settings, path in ((on_s3, "s3://data/cache"), (local, str(tmp_path / "cache"))):
         options = CacheSettings(path=path, shard_images=4, batch=4)
-        assert cache(settings, TokenizerSettings(path=tokenizer), options, Stage("cache", ray_local))["images"] == 30
+        assert cache(Images(settings), tokenizer, options, Stage("cache", ray_local))["images"] == 30
     names = ["manifest.json", *(f"shards/shard-0000{number}.arrow" for number in range(8))]
     for name in names:
         assert storage.read_bytes(f"s3://data/cache/{name}") == (tmp_path / "cache" / name).read_bytes()

@@ -22,13 +22,12 @@ from pipelines.caching.stage import cache
 from pipelines.generation import samples
 from pipelines.generation.settings import GenerateSettings
 from pipelines.generation.stage import generate
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import plots
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.settings import TokenizerSettings
-from pipelines.training.settings import TrainSettings
 
 IMAGE = "<img src=x onerror=alert(1)>"
 NAMES = sorted([IMAGE, "\"'><svg onload=alert(2)>", "{{ 7*7 }} [bold]$x^{$ &amp; %41"])
@@ -51,7 +50,7 @@ def run(ray_local: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) ->
             Image.new("RGB", (SIZE, SIZE), (60 * index, 90, 200)).save(file)
     tokenizer = TokenizerSettings(path=write_tokenizer(root / "tokenizer"))
     images = ImageSettings(source=str(root / "images"), size=SIZE)
-    cache(images, tokenizer, CacheSettings(path=str(root / "cache")), Stage("cache", ray_local))
+    cache(Images(images), tokenizer.path, CacheSettings(path=str(root / "cache")), Stage("cache", ray_local))
     checkpoint = Path(write_checkpoint(root / "checkpoint", tokenizer.path))
     state = json.loads((checkpoint / "state.json").read_text())
     names = json.loads((root / "cache" / "manifest.json").read_text())["class_names"]
@@ -59,7 +58,7 @@ def run(ray_local: ClusterSettings, tmp_path_factory: pytest.TempPathFactory) ->
     settings = GenerateSettings(
         path=str(root / "samples"), checkpoint=str(checkpoint), images=2, labels=[IMAGE, 2], ar_steps=2, diffusion_steps=2, batch=2
     )
-    generate(tokenizer, TrainSettings(), settings, 0, Stage("generate", ray_local))
+    generate(tokenizer.path, "", settings, Stage("generate", ray_local))
     uri = "sqlite:///<script>alert(4)</script>"
     configuration = {"generate": {"labels": [IMAGE, 2]}, "<i>": {"<u>": "<s>"}, "tracking": {"uri": uri}}
     (root / "configuration.json").write_text(json.dumps(configuration))
@@ -84,7 +83,7 @@ class Elements(HTMLParser):
 
 def test_the_page_holds_them_as_text(run: Path) -> None:
     page = Elements(Path(report(str(run))).read_text())
-    assert f"one row a class, from the top: {IMAGE} · {NAMES[2]}." in page.text  # of what was drawn, and no other
+    assert f"one row per class, from the top: {IMAGE} · {NAMES[2]}." in page.text  # of what was drawn, and no other
     assert not page.tags & {"script", "svg", "b", "i", "u", "s"}
     assert not [name for name in page.attributes if name.startswith("on")]
     for text in (run.name, "<u>", "<s>", "sqlite:///<script>alert(4)</script>"):

@@ -20,6 +20,7 @@ from pipelines.caching.latent_format import LatentStatistics, Manifest, shard_by
 from pipelines.caching.settings import CacheSettings
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.generation.settings import GenerateSettings
+from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -32,7 +33,6 @@ from pipelines.sweeping.stage import best_of, concurrency, finished_rows, sweep,
 from pipelines.sweeping.table import row_of, write_table
 from pipelines.sweeping.trials import Sections, grid
 from pipelines.sweeping.tune import run_trial
-from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import train
 
@@ -61,8 +61,8 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> Sections:
     root = tmp_path_factory.mktemp("run")
     write_cache(str(root / "cache"))
     return Sections(
-        ImageSettings(size=16),
-        TokenizerSettings(path=str(root / "tokenizer"), kind="pixels", channels=2),
+        Images(ImageSettings(size=16)),
+        str(root / "tokenizer"),
         CacheSettings(path=str(root / "cache")),
         TINY,
         TrainSettings(
@@ -82,7 +82,7 @@ def sections(tmp_path_factory: pytest.TempPathFactory) -> Sections:
 
 
 def run(sections: Sections, settings: SweepSettings, stage: Stage) -> dict[str, Any]:
-    return sweep(**vars(sections), sweep=settings, seed=1, stage=stage)
+    return sweep(sections, settings, stage)
 
 
 def test_the_grid_has_every_combination_with_its_own_configuration(sections: Sections) -> None:
@@ -197,7 +197,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     assert math.isfinite(good["metric"])
     assert trained["images_seen"] == 64
     assert (bad["trial"], bad["metric"], summary["failed"]) == ("decoder_width=9", None, 1)
-    assert "decoder_heads 2 does not divide decoder_width 9" in bad["error"]
+    assert "decoder_heads is 2, expected a divisor of decoder_width, which is 9" in bad["error"]
     assert summary["best"] == {"trial": "decoder_width=12", "parameters": good["parameters"], "metric": good["metric"]}
     assert json.loads((trial / "trial.json").read_text()) == good
     assert json.loads((path / "table.json").read_text()) == summary["rows"]
@@ -224,7 +224,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     assert again["rows"][0] == good
     assert again["rows"][1]["error"] == bad["error"]
     other = SweepSettings(path=str(path), over="train", metric="loss_band_0", parameters=parameters)
-    with pytest.raises(UserError, match=r"sweep\.metric \(there: 'loss', asked for: 'loss_band_0'\)"):
+    with pytest.raises(UserError, match=r"sweep\.metric \(found 'loss', expected 'loss_band_0'\)"):
         run(sections, other, Stage("sweep", ray_local))
 
 
@@ -259,7 +259,7 @@ def test_a_training_that_diverged_never_wins(sections: Sections, ray_local: Clus
     # `mar train` prints it too, and resumes from a checkpoint whose lines hold null
     (trial / "summary.json").unlink()
     one = grid(sections, settings)[0].sections
-    trained = train(one.tokenizer, one.cache, one.model, one.train, 1, stage)
+    trained = train(one.tokenizer_path, one.cache, one.model, one.train, stage)
     assert math.isnan(trained["loss"])
     assert stage.said[-1] == f"{bad['error']}; lower train.learning_rate in a run with another train.path"
 
@@ -285,7 +285,7 @@ def strict_json(text: str) -> Any:
 
 def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
     settings = SweepSettings(path=str(tmp_path), over="train", metric="loss", parameters={"model.decoder_width": [9]})
-    with pytest.raises(UserError, match=r"every trial of .* failed \(decoder_width=9: .*does not divide"):
+    with pytest.raises(UserError, match=r"every trial of .* failed \(decoder_width=9: .*expected a divisor of decoder_width"):
         run(sections, settings, Stage("sweep", ray_local))
 
 
@@ -313,8 +313,8 @@ def test_a_sweep_over_generation_draws_from_one_checkpoint_and_trains_nothing(ra
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer)
     sections = Sections(
-        ImageSettings(source=write_images(tmp_path / "images", 4), size=32, held_out_folder="held_out"),
-        TokenizerSettings(path=tokenizer),
+        Images(ImageSettings(source=write_images(tmp_path / "images", 4), size=32, held_out_folder="held_out")),
+        tokenizer,
         CacheSettings(path=str(tmp_path / "cache")),
         TINY,
         TrainSettings(path=str(tmp_path / "train")),

@@ -14,7 +14,7 @@ from PIL import Image
 from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
 from mar_model.training.recipe import learning_rate
-from pipelines.images.listing import list_images
+from pipelines.images.listing import Images, list_images
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import DecodedImages
 from pipelines.images.settings import ImageSettings
@@ -56,7 +56,7 @@ def settings(tmp_path: Path) -> TokenizerSettings:
 
 def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
     ctrl_c = signal.getsignal(signal.SIGINT)
-    summary = tokenize(images, settings, seed=1, stage=stage)
+    summary = tokenize(Images(images), settings, stage)
     assert signal.getsignal(signal.SIGINT) is ctrl_c  # and no handler of Ray's
     first, last = summary["loss_curve"][0], summary["loss_curve"][-1]
     assert last == [3072, summary["loss"]]
@@ -77,13 +77,13 @@ def test_learns_and_knows_its_finished_output(images: ImageSettings, settings: T
         assert picture.size == (8 * 96, 2 * 96)
 
     digest = tokenizer_digest(settings.path)
-    assert tokenize(images, settings, seed=1, stage=stage) == summary
+    assert tokenize(Images(images), settings, stage) == summary
     Path(settings.path, "summary.json").unlink()
-    again = tokenize(images, settings, seed=1, stage=stage)
+    again = tokenize(Images(images), settings, stage)
     assert again["loss_curve"] == summary["loss_curve"]
     assert tokenizer_digest(settings.path) == digest
     with pytest.raises(UserError, match="learning_rate"):
-        tokenize(images, replace(settings, learning_rate=1e-3), seed=1, stage=stage)
+        tokenize(Images(images), replace(settings, learning_rate=1e-3), stage)
 
 
 @pytest.mark.long
@@ -92,7 +92,7 @@ def test_killed_and_resumed_on_two_workers_is_the_uninterrupted_run(
 ) -> None:
     settings = replace(settings, images=512, workers=2)
     curve = train_here(images, settings, save_at=256)
-    summary = tokenize(images, settings, seed=1, stage=stage)
+    summary = tokenize(Images(images), settings, stage)
     np.testing.assert_allclose(summary["loss_curve"], curve, rtol=1e-3)
 
 
@@ -227,23 +227,23 @@ def test_pixels_need_no_training(tmp_path: Path) -> None:
     from pipelines.runtime.cluster.settings import ClusterSettings
 
     settings = TokenizerSettings(path=str(tmp_path / "pixels"), kind="pixels")
-    tokenize(ImageSettings(size=64), settings, seed=0, stage=Stage("tokenize", ClusterSettings()))
+    tokenize(Images(ImageSettings(size=64)), settings, Stage("tokenize", ClusterSettings()))
     assert isinstance(load_tokenizer(Path(settings.path)), PixelTokenizer)
     assert json.loads(Path(settings.path, "config.json").read_text()) == {"kind": "pixels", "format_version": 1}
 
 
 def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
     for change, message in (
-        ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of 32"),
+        ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of the tokenizer's stride 32"),
         ({"width": 0}, "width is 0"),
         ({"batch": 15, "workers": 2}, "tokenizer.batch is 15"),
         ({"batch": 15, "workers": 5}, "tokenizer.workers 5"),
     ):
         with pytest.raises(UserError, match=message):
-            tokenize(images, replace(settings, **change), seed=1, stage=stage)
+            tokenize(Images(images), replace(settings, **change), stage)
     save_tokenizer(PixelTokenizer(), Path(settings.path + "-brought"))
     with pytest.raises(UserError, match="did not make"):
-        tokenize(images, replace(settings, path=settings.path + "-brought"), seed=1, stage=stage)
+        tokenize(Images(images), replace(settings, path=settings.path + "-brought"), stage)
 
 
 @pytest.mark.long
@@ -252,4 +252,4 @@ def test_a_workers_user_error_reaches_the_person(
 ) -> None:
     monkeypatch.setattr(tokenizing, "FAILURES", 0)  # it would be the same error each time
     with pytest.raises(UserError, match=r"diverged.*lower tokenizer.learning_rate"):
-        tokenize(images, replace(settings, learning_rate=1e30, images=64), seed=1, stage=stage)
+        tokenize(Images(images), replace(settings, learning_rate=1e30, images=64), stage)

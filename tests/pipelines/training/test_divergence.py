@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from pipelines.training.divergence import diverged, skipped_steps
+from pipelines.training.metrics.divergence import diverged, skipped_steps
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, None])

@@ -5,7 +5,7 @@ import math
 import torch
 
 from mar_model.head.diffusion import TokenLoss
-from pipelines.training.intervals import Interval
+from pipelines.training.metrics.intervals import Interval
 
 
 def test_an_interval_leaves_out_what_is_not_finite() -> None:

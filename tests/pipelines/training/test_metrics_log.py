@@ -8,7 +8,7 @@ import pandas
 import polars
 from full_disk import largest_file
 
-from pipelines.training.metrics_log import MetricsLog
+from pipelines.training.metrics.log import MetricsLog
 
 
 def rows(path: Path) -> list[int]:

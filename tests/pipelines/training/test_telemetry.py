@@ -12,9 +12,9 @@ from torch import nn
 from mar_model.config import MARConfig
 from mar_model.flops import training_flops
 from mar_model.training.gpus import of_device
-from pipelines.training import telemetry
-from pipelines.training.prometheus import run_label
-from pipelines.training.telemetry import ExposedCommunication, Telemetry, in_short
+from pipelines.training.metrics import telemetry
+from pipelines.training.metrics.prometheus import run_label
+from pipelines.training.metrics.telemetry import ExposedCommunication, Telemetry, in_short
 
 CPU = torch.device("cpu")
 CONFIG = MARConfig(

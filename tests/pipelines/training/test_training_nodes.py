@@ -56,7 +56,7 @@ def test_a_group_waits_for_room_for_its_fewest(nodes: Cluster, cache: CacheSetti
     stage, run = Listening(ClusterSettings(autoscaling=True)), replace(RECIPE, path=str(tmp_path), workers=3, workers_min=2)
     waiting, began = "the cluster has no room for 2 workers at present: waiting for it", time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(train, TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+        training = pool.submit(train, TOKENIZER.path, cache, ARCHITECTURE, run, stage)
         while waiting not in stage.said and time.monotonic() < began + 60:
             time.sleep(0.05)
         waited, second = time.monotonic() - began, nodes.add_node(num_cpus=1)
@@ -82,7 +82,7 @@ def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSetti
         drain(second.node_id, 60)
 
     with meanwhile(tmp_path, [(160, lambda: nodes.remove_node(first, allow_graceful=False)), (320, give_notice)]):
-        summary = train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+        summary = train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
     assert summary["images_seen"] == 3200
     text = "\n".join(stage.said)
     assert "was lost" in text

@@ -18,11 +18,12 @@ import psutil
 import pytest
 import ray
 import torch
+from checkpoint_files import save_checkpoint
 from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
+from mar_model.checkpoints.checkpoint import load_model
 from mar_model.mar import MAR
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
@@ -65,7 +66,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> CacheSettings:
 def undisturbed(ray_local: ClusterSettings, cache: CacheSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two workers that nothing happened to."""
     path = Path(tmp_path_factory.mktemp("undisturbed"))
-    train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(path)), 3, Listening(ray_local))
+    train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(path)), Listening(ray_local))
     return path
 
 
@@ -101,10 +102,10 @@ def test_the_same_50_steps_on_1_2_and_4_workers_sharded_or_not(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path
 ) -> None:
     alone, others = tmp_path / "alone", replace(RECIPE, path=str(tmp_path / "others"))
-    train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(alone), workers=1), 3, stage)
+    train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(alone), workers=1), stage)
     assert_same_up_to_summation_order(undisturbed, alone)
-    train(TOKENIZER, cache, ARCHITECTURE, replace(others, strategy="fsdp", workers=3, images=30 * BATCH), 3, stage)  # one has two of four
-    train(TOKENIZER, cache, ARCHITECTURE, replace(others, workers=4), 3, stage)  # goes on with the checkpoint of the sharded run
+    train(TOKENIZER.path, cache, ARCHITECTURE, replace(others, strategy="fsdp", workers=3, images=30 * BATCH), stage)  # one has two of four
+    train(TOKENIZER.path, cache, ARCHITECTURE, replace(others, workers=4), stage)  # goes on with the checkpoint of the sharded run
     assert_same_up_to_summation_order(tmp_path / "others", alone)
     last = Path(checkpoint_path(str(alone), STEPS * BATCH))
     quick = load_model(last, decay=0.9)[0].mask_token
@@ -142,7 +143,7 @@ def signalled(kind: signal.Signals) -> Callable[[], None]:
 
 def test_a_killed_worker_changes_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
     with meanwhile(tmp_path, [(160, signalled(signal.SIGKILL))]):
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
     assert_bitwise(tmp_path, undisturbed)
     text = "\n".join(stage.said)
     assert "was lost" in text
@@ -152,7 +153,7 @@ def test_a_killed_worker_changes_nothing(undisturbed: Path, cache: CacheSettings
 @pytest.mark.long
 def test_a_hung_and_a_killed_worker_change_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
     with meanwhile(tmp_path, [(160, signalled(signal.SIGSTOP)), (480, signalled(signal.SIGKILL))]):
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), stage)
     assert_bitwise(tmp_path, undisturbed)
     text = "\n".join(stage.said)
     assert text.index("hangs") < text.index("was lost")
@@ -216,7 +217,7 @@ def test_a_worker_that_hangs_or_dies_while_its_group_starts(
 ) -> None:  # fmt: skip
     monkeypatch.setattr("pipelines.training.supervision.controller.START_SECONDS", 15)
     with taken(2), as_soon_as(doing, kind):  # the next start has only the room of the first
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), stage)
     assert_bitwise(tmp_path, undisturbed)
     told = [line for line in stage.said if "starting again" in line]
     assert len(told) == 1
@@ -235,7 +236,7 @@ def test_a_group_waits_for_room_and_is_given_up_when_it_never_starts(cache: Cach
     with taken(4) as room, as_soon_as("RayTrainWorker", signal.SIGKILL, 2):
         threading.Thread(target=make_room, args=[room], daemon=True).start()
         with pytest.raises(RuntimeError, match=r"did not begin to train, 2 times in a row \(train\.failures\): a worker was lost"):
-            train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+            train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
     assert sum(waiting in line for line in stage.said) == sum("starting again" in line for line in stage.said) == 1
 
 
@@ -246,7 +247,7 @@ def test_workers_that_cannot_read_what_they_are_sent_are_not_started_again(
     """A node with other code than the driver's."""
     monkeypatch.setattr("pipelines.training.stage.train_worker", Unreadable())
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
     assert not any("starting again" in line for line in stage.said), stage.said
 
 
@@ -265,12 +266,12 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
 ) -> None:
     settings = replace(RECIPE, path=str(tmp_path), checkpoint_images=320)
     with meanwhile(tmp_path, [(320, lambda: os.kill(os.getpid(), signal.SIGINT))]), pytest.raises(KeyboardInterrupt):
-        train(TOKENIZER, cache, ARCHITECTURE, settings, 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
     ended = newest_checkpoint(str(tmp_path))
     assert ended is not None
     assert int(ended[-12:]) not in (320, 640, 800)
-    assert stage.said[-1] == f"ended with {ended}; the same command goes on from there"
-    train(TOKENIZER, cache, ARCHITECTURE, settings, 3, stage)
+    assert stage.said[-1] == f"ended with {ended}; the same command resumes there"
+    train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
     assert_bitwise(tmp_path, undisturbed)
 
 
@@ -281,7 +282,7 @@ def test_a_mistake_is_not_tried_again(cache: CacheSettings, stage: Listening, tm
     state = {"images_seen": 160, "step": 10, "intervals": []}
     save_checkpoint(path, other, dict(other.named_parameters()), state)
     with pytest.raises(ValueError, match=r"weights don't fit the model: unexpected \(12\): encoder_blocks.1"):
-        train(TOKENIZER, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
     assert not any("starting again" in line for line in stage.said)
 
 
@@ -292,7 +293,7 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_they_go_on(s
     cache = write_latents(tmp_path / "cache", rows=160, unsound=unsound)
     run = replace(RECIPE, path=str(tmp_path / "run"), images=160, workers=1, checkpoint_images=16, checkpoints_kept=9, nonfinite_limit=2)
     with pytest.raises(UserError, match=r"\(2 in a row\), which is train\.nonfinite_limit; the checkpoint at 48 images is from before"):
-        train(TOKENIZER, cache, ARCHITECTURE, run, 3, stage)
+        train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
     skipped = [line for line in stage.said if "is not finite" in line]
     assert [line.partition(" is not")[0] for line in skipped] == [
         f"the loss of micro-batch {micro_batch} (worker 0, images {first} and on in the order)"

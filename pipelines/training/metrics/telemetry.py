@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mar_model.config import MARConfig
 from mar_model.flops import training_flops
 from mar_model.training.gpus import of_device
-from pipelines.training.prometheus import Gauges
+from pipelines.training.metrics.prometheus import Gauges
 
 GATHERED = ("data_wait_share", "communication_share", "checkpoint_share", "memory_gb", "gpu_memory_gb")
 

@@ -11,18 +11,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.caching.inspecting import check_tokenizer, spread
+from pipelines.caching.inspection.inspecting import spread
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST, SHARDS, Manifest
-from pipelines.caching.stage import REJECTED, read_rejected
-from pipelines.caching.worker import Encoder, decode_row, read_record
+from pipelines.caching.records import REJECTED, read_record, read_rejected
+from pipelines.caching.worker import Encoder
 from pipelines.images.listing import kept_listing
+from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import LISTING
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.records import damaged
 from pipelines.runtime.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summary
+from pipelines.tokenizing.directory import require_tokenizer
 
 CHECKS_AT_ONCE = 4
 # How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
@@ -93,13 +95,15 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
 
     Raises UserError where the source or the tokenizer is another one, or an image can't be used any more.
     """
-    check_tokenizer(cache, tokenizer)
+    require_tokenizer(tokenizer, cache.manifest.tokenizer["digest"], f"cache {cache.path!r}")
     manifest = cache.manifest
     rows = spread(len(cache), count)
     listing = kept_listing(storage.join(cache.path, LISTING))
     if listing is None:
         file = storage.join(cache.path, LISTING)
-        raise UserError(f"{file}, which says where each image is, is missing or damaged; run `mar cache` with the cache's settings again")
+        raise UserError(
+            f"{file}, which says where each image is, is missing or damaged", remedy="run `mar cache` with the cache's settings again"
+        )
     keys = listing.rows.column("key")
     places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
     pixels = []

@@ -8,13 +8,11 @@ import torch
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
-from pipelines.caching.stage import read_rejected
+from pipelines.caching.records import read_rejected
 from pipelines.images.grid import write_grid
 from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
-from pipelines.runtime.errors import UserError
-from pipelines.tokenizing.directory import tokenizer_digest
-from pipelines.tokenizing.stage import check_tokenizer_files
+from pipelines.tokenizing.directory import require_tokenizer
 
 SAMPLED = 2048  # records that the histogram is made of, spread evenly over the cache
 WALL = 64  # images decoded
@@ -55,7 +53,7 @@ def inspect(path: str) -> Inspection:
 def write_wall(cache: LatentCache, tokenizer: str, path: str) -> int:
     """Decode images spread over the cache with the tokenizer in directory `tokenizer`, and write them side by side as a PNG; returns
     how many. Raises UserError when it is another tokenizer than the cache's."""
-    check_tokenizer(cache, tokenizer)
+    require_tokenizer(tokenizer, cache.manifest.tokenizer["digest"], f"cache {cache.path!r}")
     rows = spread(len(cache), WALL)
     moments, labels = cache.take(rows, np.zeros(len(rows), bool))
     decoder = load_tokenizer(storage.local_directory(tokenizer))
@@ -63,14 +61,6 @@ def write_wall(cache: LatentCache, tokenizer: str, path: str) -> int:
     images = np.concatenate([to_uint8(decoder.decode(part)) for part in means.split(8)])
     write_grid(path, images, labels)
     return len(rows)
-
-
-def check_tokenizer(cache: LatentCache, tokenizer: str) -> None:
-    """Raise UserError unless the cache was written with the tokenizer in this directory."""
-    found, expected = tokenizer_digest(tokenizer), cache.manifest.tokenizer["digest"]
-    if found != expected:
-        check_tokenizer_files(tokenizer)  # the files may be damaged
-        raise UserError(f"{cache.path!r} was written with the tokenizer {expected[:12]}…, {tokenizer!r} holds {found[:12]}…; name that one")
 
 
 def spread(rows: int, count: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""What `mar inspect` and `mar verify` read of a cache."""
