@@ -181,7 +181,7 @@ def submit(
 @command(epilog="Example:  mar doctor --preset demo")
 @expanded
 def doctor(given: ConfigOptions) -> None:
-    """Check Ray, paths, MLflow, weights and disk space before a long job."""
+    """Check Ray, paths, MLflow, weights and disk before a long job."""
     loaded = given.load()
     from jobs.doctor import examine, show
 

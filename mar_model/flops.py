@@ -13,7 +13,8 @@ from mar_model.head.diffusion import TRAINING_STEPS, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.sampling.feature_reuse import is_complete
 from mar_model.sampling.options import GenerationOptions
-from mar_model.tokenizers.kl import IMAGE_CHANNELS, KLConfig
+from mar_model.tokenizers.layers import IMAGE_CHANNELS
+from mar_model.tokenizers.network import NetworkConfig
 
 
 def training_flops(config: MARConfig, images: int, masked: int) -> int:
@@ -70,8 +71,8 @@ class TokenizerFlops:
     decode: int
 
 
-def tokenizer_flops(config: KLConfig, image_size: int) -> TokenizerFlops:
-    """An autoencoder of the KL-16 family on one image of `image_size` pixels a side."""
+def tokenizer_flops(config: NetworkConfig, image_size: int) -> TokenizerFlops:
+    """A convolutional autoencoder on one image of `image_size` pixels a side; of a quantized one both include the search for codes."""
     widths = [config.width * multiplier for multiplier in config.multipliers]
     sides = [image_size >> level for level in range(len(widths))]
     lowest, side = widths[-1], sides[-1]
@@ -88,13 +89,16 @@ def tokenizer_flops(config: KLConfig, image_size: int) -> TokenizerFlops:
 
     attention = (4 * convolution(side, lowest, lowest, 1) + 4 * side**4 * lowest) if config.attention else 0
     middle = 2 * residual(side, lowest, lowest) + attention
-    moments = 2 * config.channels
-    encode = convolution(image_size, IMAGE_CHANNELS, config.width) + middle + config.encoder_blocks * attention
+    moments = config.channels if config.codebook else 2 * config.channels
+    search = convolution(side, config.channels, config.codebook, 1)
+    encode = convolution(image_size, IMAGE_CHANNELS, config.width) + middle + search
+    encode += config.encoder_blocks * attention * config.encoder_level_attention
     for here, inputs, outputs in zip(sides, [config.width, *widths], widths, strict=False):
         encode += level(here, inputs, outputs, config.encoder_blocks)
     encode += sum(convolution(below, width, width) for below, width in zip(sides[1:], widths, strict=False))
     encode += convolution(side, lowest, moments) + convolution(side, moments, moments, 1)
     decode = convolution(side, config.channels, config.channels, 1) + convolution(side, config.channels, lowest) + middle
+    decode += search + config.decoder_blocks * attention * config.decoder_level_attention
     for here, inputs, outputs in zip(sides, [*widths[1:], lowest], widths, strict=True):
         decode += level(here, inputs, outputs, config.decoder_blocks)
     decode += sum(convolution(above, width, width) for above, width in zip(sides, widths[1:], strict=False))

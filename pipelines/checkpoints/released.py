@@ -10,16 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE
-from mar_model.checkpoints.released import (
-    FILE,
-    LATENT_SCALE,
-    ReleasedFile,
-    export_checkpoint,
-    import_checkpoint,
-    import_tokenizer,
-    is_scaled_as_released,
-)
-from mar_model.tokenizers import kl_config, load_tokenizer
+from mar_model.checkpoints.first_stages import import_tokenizer
+from mar_model.checkpoints.released import LATENT_SCALE, export_checkpoint, import_checkpoint, is_scaled_as_released
+from mar_model.checkpoints.released_file import FILE, ReleasedFile
+from mar_model.tokenizers import load_tokenizer, network_config
 from mar_model.version import __version__
 from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState, newest_checkpoint
 from pipelines.runtime import storage
@@ -178,7 +172,7 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     """
     if state["tokenizer"]["digest"] is not None:
         return state
-    config = kl_config(tokenizer_config(path))
+    config = network_config(tokenizer_config(path))
     channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
         raise UserError(

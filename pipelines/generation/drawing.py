@@ -10,7 +10,7 @@ from torch import Tensor
 from mar_model.checkpoints.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
 from mar_model.sampling.options import GenerationOptions
-from mar_model.tokenizers import kl_config
+from mar_model.tokenizers import network_config
 from pipelines.generation import samples
 from pipelines.generation.completion import Completion
 from pipelines.generation.settings import GenerateSettings
@@ -87,7 +87,7 @@ class Drawing:
         config, completion = config_of(self.state), self.completion
         filled = None if completion is None else int(completion.fill(config.latent_size // config.patch_size).sum())
         flops = generation_flops(config, 1, self.options(), filled)
-        tokenizer = kl_config(tokenizer_config(self.tokenizer))
+        tokenizer = network_config(tokenizer_config(self.tokenizer))
         return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
 
     def speed(self, drawn: int, seconds: float) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mar_model import MAR, Architecture, GenerationOptions, MARConfig, SampleNoise, TrainingDraws
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
-from mar_model.tokenizers import KLAutoencoder, KLConfig
+from mar_model.tokenizers import KLConfig, NetworkConfig, VQConfig, without_weights
 from mar_model.training.recipe import micro_batch_draws
 
 UNEVEN = Architecture(
@@ -93,15 +93,21 @@ def test_fast_modes_and_completion(fast: dict[str, Any], guidance: float) -> Non
 
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(KLConfig(), 64), (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16)],
+    [
+        (KLConfig(), 64),
+        (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16),
+        (KLConfig(level_attention="both"), 64),
+        (KLConfig(channels=4, multipliers=(1, 2, 4, 4), level_attention="none"), 64),
+        (VQConfig(level_attention="both"), 64),
+    ],
 )
-def test_tokenizer(config: KLConfig, size: int) -> None:
+def test_tokenizer(config: NetworkConfig, size: int) -> None:
     found = tokenizer_flops(config, size)
+    tokenizer = without_weights(config)
     with torch.device("meta"):
-        tokenizer = KLAutoencoder(config)
         with FlopCounterMode(display=False) as encoding, torch.no_grad():
-            moments = tokenizer.encode(torch.empty(1, 3, size, size))
+            encoded = tokenizer.encode(torch.empty(1, 3, size, size))
         with FlopCounterMode(display=False) as decoding, torch.no_grad():
-            tokenizer.decode(moments[:, : config.channels])
+            tokenizer.decode(encoded.latents if config.codebook else encoded[:, : config.channels])
     assert found.encode == pytest.approx(encoding.get_total_flops(), rel=0.02)
     assert found.decode == pytest.approx(decoding.get_total_flops(), rel=0.02)
