@@ -68,7 +68,7 @@ def network() -> EfficientNetLite0:
 
 
 def statistics(network: EfficientNetLite0, images: np.ndarray) -> FeatureStatistics:
-    return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+    return FeatureStatistics.of(FeatureSums.of(network(images)), network.name, network.digest)
 
 
 def drawn(path: str) -> np.ndarray:
