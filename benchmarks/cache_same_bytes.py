@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -94,6 +95,17 @@ def kills(options: argparse.Namespace) -> None:
     row("  images encoded twice, maximum per kill", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
 
 
+def _uploaded(source: str, url: str) -> Any:
+    """A client of the server at `url`, with the images of `source` in a new bucket."""
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = url
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="data")
+    for path in Path(source).rglob("*.jpg"):
+        client.put_object(Bucket="data", Key=f"images/{path.relative_to(source)}", Body=path.read_bytes())
+    return client
+
+
 def faults(options: argparse.Namespace) -> None:
     """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on S3 that always answers 503."""
     with tempfile.TemporaryDirectory() as temporary, FaultyS3() as server:
@@ -101,12 +113,7 @@ def faults(options: argparse.Namespace) -> None:
         tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", SMALL))
         source = write_photographs(folder / "images", options.images, size=(160, 120))
         server.stall = s3.WRITE_SECONDS + 5  # longer than the client's timeout
-        os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-        os.environ["AWS_ENDPOINT_URL"] = server.url
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="data")
-        for path in Path(source).rglob("*.jpg"):
-            client.put_object(Bucket="data", Key=f"images/{path.relative_to(source)}", Body=path.read_bytes())
+        client = _uploaded(source, server.url)
 
         def run(source: str, path: str) -> float:
             settings = CacheSettings(path=path, shard_images=32, batch=BATCH)

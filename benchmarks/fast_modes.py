@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.evaluation.classifier import load_classifier
+from pipelines.evaluation.classifier.network import load_classifier
 from pipelines.evaluation.features import load_network
-from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
@@ -76,7 +76,7 @@ def main() -> None:
     classifier = load_classifier(str(run / "classifier"))
 
     def features(images: np.ndarray) -> FeatureStatistics:
-        return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+        return FeatureStatistics.of(FeatureSums.of(network(images)), network.name, network.digest)
 
     source = ImageSettings(source=str(run / "digits"), size=drawing.state["image_size"], held_out_folder="held_out")
     rows = list_images(source).held_out()

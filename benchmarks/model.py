@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.released_code import ReleasedModel
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, TrainingDraws, generate
+from mar_model import MAR, GenerationOptions, MARConfig, SampleNoise, TokenSampler, TrainingDraws, generate
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, training_flops
 from mar_model.linear import Linear
@@ -80,10 +80,8 @@ class OurModel:
     def generate(self, precision: str, labels: Tensor, **fast: Any) -> Tensor:
         noise, options = SampleNoise(0, range(len(labels)), self.device), self.options
         with self.precision(precision):
-            return generate(
-                self.model, labels, noise, ar_steps=options.ar_steps, diffusion_steps=options.diffusion_steps, guidance=options.guidance,
-                token_sampler=self._token_sampler(precision), **fast,
-            )  # fmt: skip
+            chosen = generation_options(options, **fast)
+            return generate(self.model, labels, noise, chosen, token_sampler=self._token_sampler(precision))
 
     @functools.cache  # noqa: B019  # the model exists as long as the process
     def _token_sampler(self, precision: str) -> TokenSampler:
@@ -203,6 +201,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def generation_options(options: argparse.Namespace, **fast: Any) -> GenerationOptions:
+    """How both codes draw; `fast`: what `fast_modes` returns."""
+    return GenerationOptions(ar_steps=options.ar_steps, diffusion_steps=options.diffusion_steps, guidance=options.guidance, **fast)
+
+
 def fast_modes(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `generate` from the options."""
     given = {name: getattr(options, name) for name in ("diffusion_steps_end", "reuse_steps", "guidance_interval")}
@@ -256,11 +259,11 @@ def main() -> None:
     known = of_device(device_name)
     steps = {"ar_steps": options.ar_steps, "diffusion_steps": options.diffusion_steps}
     work: dict[str, dict[str, Any]] = {"train": {"masked": masked}, "generate": {**steps, "guidance": options.guidance}}
-    guided, fast = options.guidance != 1.0, fast_modes(options)
+    fast = fast_modes(options)
     tflops = {
         "train": training_flops(config, options.batch, masked) / 1e12,
-        "generate": generation_flops(config, options.batch, **steps, guided=guided) / 1e12,
-        "fast": generation_flops(config, options.batch, **steps, guided=guided, **fast) / 1e12,
+        "generate": generation_flops(config, options.batch, generation_options(options)) / 1e12,
+        "fast": generation_flops(config, options.batch, generation_options(options, **fast)) / 1e12,
     }
     measured = {name: measured_peak(device, name) for name in ("float32", "bf16") if device.type == "cpu" or name == "float32"}
     rows: list[dict[str, Any]] = []

@@ -4,7 +4,8 @@
 
 A record is a safetensors file with inputs and outputs of the release's model, its arguments in the metadata, and its weights or the
 phase of the formula that generates them. Each recorded quantity is computed from the earliest recorded inputs. Error: largest absolute
-error over the largest magnitude of the quantity. Bound: 1e-4 up to the loss, 1e-3 for sampled values.
+error over the largest magnitude of the quantity. Bound: 1e-4 up to the loss, 1e-3 for sampled values, 0 for code indices.
+A record of metrics (`kind=metrics` in its metadata) has features, logits and expected values; bounds: benchmarks/parity_metrics.py.
 Exit status: 0; 1 if an error exceeds its bound or is not finite; 2 if a file is not a record.
 """
 
@@ -22,14 +23,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from mar_model import TrainingDraws, generate
+from benchmarks.parity_first_stages import first_stage, is_first_stage
+from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors
+from mar_model import GenerationOptions, TrainingDraws, generate
 from mar_model.checkpoints.checkpoint import model_without_weights
-from mar_model.checkpoints.released_sizes import released_config, released_kl_config
+from mar_model.checkpoints.released_sizes import released_config
 from mar_model.files import describe_misfit, shapes_of
 from mar_model.head.diffusion import Diffusion, TokenLoss, respaced_timesteps
 from mar_model.masking import masked_tokens
-from mar_model.sampling.generate import sample_tokens
-from mar_model.tokenizers import KLAutoencoder
+from mar_model.sampling.token_sampler import sample_tokens
 
 UP_TO_LOSS, SAMPLED = 1e-4, 1e-3
 WEIGHTS = "model."
@@ -88,17 +90,19 @@ class Record:
         except ValueError as error:
             raise NoRecord(f"{self.path} has {name}={text!r} in its metadata, expected a number") from error
 
-    def fill(self, model: nn.Module) -> set[str]:
-        """Set the weights of `model` (on the meta device) from the record or the formula. Returns the names of missing weights."""
+    def fill(self, model: nn.Module, formula: bool = False) -> set[str]:
+        """Set the weights of `model` (on the meta device) from the record or the formula (with `formula` all that are not recorded).
+        Returns the names of missing weights."""
         own = shapes_of(model.state_dict())
+        values = {}
+        if formula or not self.weights:
+            phase = self.number("phase")
+            values = {name: formula_fill(name, shape, phase).to(self.device) for name, shape in own.items() if name not in self.weights}
         if self.weights:
             misfit = describe_misfit({name: own[name] for name in own.keys() & self.weights.keys()}, self.weights)
             if misfit:
                 raise NoRecord(f"{self.path} has weights that don't fit its arguments: {misfit}")
-            values = {name: self[WEIGHTS + name].float() for name in self.weights}
-        else:
-            phase = self.number("phase")
-            values = {name: formula_fill(name, shape, phase).to(self.device) for name, shape in own.items()}
+            values |= {name: self[WEIGHTS + name].float() for name in self.weights}
         model.load_state_dict(values, strict=False, assign=True)
         model.eval().requires_grad_(False)
         return set(own) - set(values)
@@ -117,33 +121,12 @@ def formula_fill(name: str, shape: tuple[int, ...], phase: float) -> Tensor:
     return values.float().reshape(shape)
 
 
-class KLQuantities:
-    """The quantities of a tokenizer record: `moments` of `image`, and `decoded` of `latent`."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        with torch.device("meta"):
-            self.model = KLAutoencoder(released_kl_config(record.weights))
-        absent = record.fill(self.model)
-        if absent:
-            raise Missing(WEIGHTS + min(absent))
-
-    def computations(self) -> dict[str, tuple[Callable[[], Tensor], float]]:
-        return {
-            "moments": (lambda: self.model.encode(self.record["image"]), UP_TO_LOSS),
-            "decoded": (lambda: self.model.decode(self.record["latent"]), UP_TO_LOSS),
-        }
-
-
 class MARQuantities:
     """The quantities of a MAR record. If an input is not recorded, the recorded result of the previous step replaces it."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        try:
-            self.config = released_config(record.weights, record.arguments)
-        except ValueError as error:
-            raise NoRecord(f"{record.path} has arguments of an invalid model: {error}") from error
+        self.config = released_config(record.weights, record.arguments)
         self.model = model_without_weights(self.config)
         self.absent = record.fill(self.model)
         self.model.diffloss.diffusion.to(record.device)
@@ -263,11 +246,13 @@ class MARQuantities:
             self.model,
             self.record["train.labels"].long(),
             RecordedNoise(self.record),
-            ar_steps=int(self.record.number("num_iter")),
-            diffusion_steps=self.diffusion_steps(),
-            guidance=self.record.number("cfg_scale", 1.0),
-            guidance_schedule=self.record.arguments.get("cfg_schedule", "linear"),
-            temperature=self.record.number("temperature", 1.0),
+            GenerationOptions(
+                ar_steps=int(self.record.number("num_iter")),
+                diffusion_steps=self.diffusion_steps(),
+                guidance=self.record.number("cfg_scale", 1.0),
+                guidance_schedule=self.record.arguments.get("cfg_schedule", "linear"),
+                temperature=self.record.number("temperature", 1.0),
+            ),
         )
 
 
@@ -290,13 +275,17 @@ class RecordedNoise:
 @torch.no_grad()
 def rows(record: Record) -> Iterator[Row]:
     """All recorded quantities with their errors. Raises NoRecord if the file has none, or no weights."""
-    of_kl = not record.weights.keys() >= {"z_proj.weight"} and {"image", "latent"} & record.shapes.keys()
+    if record.arguments.get("kind") == "metrics":
+        yield from metric_rows(record)
+        return
     try:
-        quantities = (KLQuantities if of_kl else MARQuantities)(record)
+        computations = first_stage(record) if is_first_stage(record) else MARQuantities(record).computations()
+    except ValueError as error:
+        raise NoRecord(f"{record.path} has arguments of an invalid model: {error}") from error
     except Missing as missing:
         raise NoRecord(f"{record.path} is no golden record: it holds no weights and no {missing}") from missing
     checked = 0
-    for name, (compute, bound) in quantities.computations().items():
+    for name, (compute, bound) in computations.items():
         if name in record:
             expected = record[name]
         elif name in record.arguments:
@@ -317,6 +306,22 @@ def rows(record: Record) -> Iterator[Row]:
         checked += 1
     if not checked:
         raise NoRecord(f"{record.path} is no golden record: it holds no quantity with what it is computed from")
+
+
+def metric_rows(record: Record) -> Iterator[Row]:
+    """The rows of a record of metrics. Raises NoRecord if its metadata are incomplete, or its arrays are not features."""
+    arrays = {name: record[name].cpu().numpy() for name in ARRAYS if name in record}
+    try:
+        numbers = {name: int(record.number(name)) for name in NUMBERS}
+        expected = {name: float(value) for name, value in json.loads(record.arguments["expected"]).items()}
+        found = list(metric_errors(arrays, numbers, expected))
+    except Missing as missing:
+        raise NoRecord(f"{record.path} is no record of metrics: it has no {missing}") from missing
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise NoRecord(f"{record.path} is no record of metrics: {error}") from error
+    for name, error, bound in found:
+        remark = "" if error is not None else "not checked: the record lacks its arrays" if bound else "not checked: no metric of this name"
+        yield Row(name, [], error, bound, remark)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

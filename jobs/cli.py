@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
+from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
 from jobs.leaving import last_line
 from jobs.path_options import Command, path_given
 from jobs.released import export_command, import_command
@@ -20,13 +21,7 @@ from pipelines.runtime.cluster.interruption import Terminated, raised
 from pipelines.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from jobs.config.load import ConfigurationFile
     from jobs.config.schema import RunConfig
-
-ConfigFile = Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings that override the preset's")]
-Preset = Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the whole configuration and exit")]
 
 
 class _Interrupted(BaseException):
@@ -90,24 +85,7 @@ def _leave(text: str, status: int) -> None:
     sys.exit(status)
 
 
-def _load(config: "str | ConfigurationFile | None", preset: str | None, assignments: list[str] | None, print_config: bool) -> "RunConfig":
-    """Load the configuration and print its sources to stderr; with --print-config print the configuration and exit."""
-    from jobs.config.load import load
-    from pipelines.runtime.tracking import without_password
-
-    loaded = load(preset, config, assignments or [])
-    file = config if isinstance(config, str | None) else config.name
-    sources = [f"preset {preset}" if preset else "defaults", *([file] if file else []), *(assignments or [])]
-    source = ", ".join(without_password(one) for one in sources)
-    if print_config:
-        print(f"# {source}\n{loaded.yaml()}", end="")
-        raise typer.Exit
-    print(f"configuration: {source}", file=sys.stderr)
-    return loaded
-
-
-def _run(name: str, config: str | None, preset: str | None, assignments: list[str] | None, print_config: bool, **options: bool) -> None:
-    loaded = _load(config, preset, assignments, print_config)
+def _run(name: str, loaded: "RunConfig", **options: bool) -> None:
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
         print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
@@ -115,21 +93,16 @@ def _run(name: str, config: str | None, preset: str | None, assignments: list[st
 
 
 def _stage_command(name: str) -> Callable[..., None]:
-    def run(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-        _run(name, config, preset, assignments, print_config)
+    def run(given: ConfigOptions) -> None:
+        _run(name, given.load())
 
     def run_generate(
-        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "",
-        config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False,
-    ) -> None:  # fmt: skip
-        short = as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})
-        _run(name, config, preset, [*(assignments or []), *short], print_config)
+        label: Label = None, image: Image = "", mask: Mask = "", film: Film = False, out: Out = "", *, given: ConfigOptions
+    ) -> None:
+        _run(name, given.load(as_assignments({"label": label, "image": image, "mask": mask, "film": film, "out": out})))
 
-    def run_cache(
-        check: Check = False, config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None,
-        print_config: PrintConfig = False,
-    ) -> None:  # fmt: skip
-        _run(name, config, preset, assignments, print_config, check=check)
+    def run_cache(check: Check = False, *, given: ConfigOptions) -> None:
+        _run(name, given.load(), check=check)
 
     if name == "cache":
         return run_cache
@@ -137,24 +110,22 @@ def _stage_command(name: str) -> Callable[..., None]:
 
 
 for _name, _stage in STAGES.items():
-    command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(_stage_command(_name))
+    command(_name, help=_stage.help, epilog=f"Example:  {_stage.example}")(expanded(_stage_command(_name)))
 
 
 @command(epilog="Example:  mar report runs/demo")
+@expanded
 def report(
     run: Annotated[
         str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; default: the parent of train.path")
     ] = "",
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
+    *,
+    given: ConfigOptions,
 ) -> None:
     """Write RUN/report.html, one page with all results."""
-    given = {"--config": config, "--preset": preset, "--set": assignments, "--print-config": print_config}
-    if unused := [option for option, value in given.items() if run and value]:
-        raise UserError(f"report {run!r} uses no configuration, but {unused[0]} is given", remedy="give one of the two")
-    run = run or run_directory(_load(config, preset, assignments, print_config))
+    if run and given.given():
+        raise UserError(f"report {run!r} uses no configuration, but {given.given()[0]} is given", remedy="give one of the two")
+    run = run or run_directory(given.load())
 
     def work() -> str:
         from jobs.report.page import report as write_report
@@ -165,11 +136,10 @@ def report(
 
 
 @command(epilog="Example:  mar quickstart --set train.workers=1")
-def quickstart(
-    config: ConfigFile = None, preset: Preset = "demo", assignments: Assignments = None, print_config: PrintConfig = False
-) -> None:
+@expanded
+def quickstart(given: ConfigOptions = ConfigOptions(preset="demo")) -> None:  # noqa: B008  # read, not changed
     """Run all stages, by default of the preset demo."""
-    loaded = _load(config, preset, assignments, print_config)
+    loaded = given.load()
 
     def work() -> dict[str, Any]:
         from jobs.config.load import load
@@ -185,6 +155,7 @@ def quickstart(
     epilog="Example:  mar submit --address http://127.0.0.1:8265 -- doctor --preset demo",
     context_settings={"allow_interspersed_args": False},
 )
+@expanded
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
     address: Annotated[
@@ -192,17 +163,15 @@ def submit(
     ] = "",
     detach: Annotated[bool, typer.Option("--detach", help="print the job's id and exit; the job continues")] = False,
     env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job; repeatable")] = None,
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
+    *,
+    given: ConfigOptions,
 ) -> None:
     """Run a command on a Ray cluster and follow its log."""
     from jobs.submit import environment, job_command, outputs_lost_with_the_job, refuse_password, send
 
-    job = job_command(typer.main.get_command(app), command, config, preset, assignments or [])
+    job = job_command(typer.main.get_command(app), command, given.config, given.preset, given.assignments or [])
     if job.configured:
-        loaded = _load(job.config, job.preset, job.assignments, print_config)
+        loaded = load(job.config, job.preset, job.assignments, given.print_config)
         refuse_password(loaded)
         for warning in outputs_lost_with_the_job(job, loaded):
             print(f"mar: warning: {warning}", file=sys.stderr)
@@ -210,40 +179,26 @@ def submit(
 
 
 @command(epilog="Example:  mar doctor --preset demo")
-def doctor(config: ConfigFile = None, preset: Preset = None, assignments: Assignments = None, print_config: PrintConfig = False) -> None:
-    """Check Ray, paths, MLflow, weights and disk space before a long job."""
-    loaded = _load(config, preset, assignments, print_config)
-    from jobs.doctor import examine, show
+@expanded
+def doctor(given: ConfigOptions) -> None:
+    """Check Ray, paths, MLflow, weights and disk before a long job."""
+    loaded = given.load()
+    from jobs.doctor.examine import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
 
 
 @command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
-def plan(
-    gpus: Annotated[int, typer.Option(metavar="N", help="number of GPUs")] = 16,
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, …; `list` lists them all")] = "h100",
-    epochs: Annotated[float, typer.Option(metavar="X", help="passes over the images")] = 400,
-    images: Annotated[int, typer.Option(metavar="N", help="number of images; 0: the cache's, or ImageNet's without a cache")] = 0,
-    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU, as a share of the peak")] = 0.23,
-    rate: Annotated[
-        float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, instead of --efficiency")
-    ] = None,
-    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16 peak, for a GPU that is not listed")] = None,
-    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="memory, for a GPU that is not listed")] = None,
-    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    config: ConfigFile = None,
-    preset: Preset = None,
-    assignments: Assignments = None,
-    print_config: PrintConfig = False,
-) -> None:
+@expanded
+def plan(options: PlanOptions, given: ConfigOptions) -> None:
     """Estimate memory, time, disk and network of a training."""
-    loaded = _load(config, preset, assignments, print_config)
+    loaded = given.load()
     from jobs import planning
 
-    cached, classes = planning.images_and_classes(loaded)
-    kind = planning.gpu(gpu, peak_tflops, memory_gb)
-    given = planning.Assumptions(kind, gpus, epochs, images or cached, classes, efficiency, rate)
-    print(dumps(planning.plain(loaded, given), indent=2) if json else planning.table(loaded, given))
+    there, classes = planning.images_and_classes(loaded)
+    kind = planning.gpu(options.gpu, options.peak_tflops, options.memory_gb)
+    assumed = planning.Assumptions(kind, options.gpus, options.epochs, options.images or there, classes, options.efficiency, options.rate)
+    print(dumps(planning.plain(loaded, assumed), indent=2) if options.json else planning.table(loaded, assumed))
 
 
 @command("help", epilog="Example:  mar help train")

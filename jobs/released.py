@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.path_options import path_given
+from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 
@@ -45,7 +46,7 @@ def export_command(
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", callback=path_given, help="the folder to write checkpoint-last.pth to")],
     format: Annotated[Format, typer.Option("--format", help="format to write")] = Format.RELEASED,
 ) -> None:
-    """Convert a checkpoint directory to a file for the release's --resume."""
+    """Convert a checkpoint directory to a file of the release."""
     from jobs.stages import guarded
 
     def work() -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _heads(text: str) -> tuple[int | None, int | None]:
 
 def _beside(out: str) -> str:
     """The directory for the traceback of a failure: the parent of the output, which does not exist then."""
-    return out.rstrip("/").rpartition("/")[0] or "."
+    return storage.parent(out)
 
 
 def _show(summary: dict[str, Any]) -> None:

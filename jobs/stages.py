@@ -90,7 +90,9 @@ def value_at(config: "RunConfig", key: str) -> Any:
 
 def run_directory(config: "RunConfig") -> str:
     """The directory of the whole run: the parent of train.path."""
-    return config.train.path.rstrip("/").rpartition("/")[0] or "."
+    from pipelines.runtime import storage
+
+    return storage.parent(config.train.path)
 
 
 def _log(name: str, path: str, error: BaseException) -> str:

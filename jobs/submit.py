@@ -5,7 +5,6 @@ import difflib
 import logging
 import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from jobs.shortcuts import SHORTCUTS, as_assignments
 from jobs.stage_commands import STAGES
 from jobs.stages import value_at
+from pipelines.runtime.cluster.connection import auth_token, unreachable
 from pipelines.runtime.cluster.host_memory import ENVIRONMENT
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.tracking import without_password
@@ -30,7 +30,6 @@ PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("jobs", "pipelines", "mar_model", "pyproject.toml")  # everything that a job imports; no runs, data or virtual environments
 # Ray reads .gitignore patterns. Exclude everything at the top level (but not the top level itself), except PARTS and their contents.
 EXCLUDES = ["/[!.]*", "/.?*", *(f"!/{part}{inside}" for part in PARTS for inside in ("", "/**")), "__pycache__"]
-CONNECT_SECONDS = 10.0
 AGENT_SECONDS = 60.0  # how long to wait for the agent of a head that is starting
 LOST_LOG_SECONDS = 120.0  # how long to retry when the head does not answer
 
@@ -189,13 +188,11 @@ def _client(address: str) -> Any:
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--address is {address!r}, expected the http:// address of a Ray dashboard, e.g. http://127.0.0.1:8265")
-    try:
-        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), CONNECT_SECONDS).close()
-    except OSError as error:
+    if reason := unreachable(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)):
         raise UserError(
-            f"--address {address!r} does not answer ({error}), expected the dashboard of a running Ray head",
+            f"--address {address!r} does not answer ({reason}), expected the dashboard of a running Ray head",
             remedy="check with `ray status` on the head node that it runs, and that the port forward to it is open",
-        ) from error
+        )
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -224,10 +221,7 @@ def _token() -> str:
     """Ray's token, looked up where Ray does and in the same order; empty if there is none or authentication is disabled."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return ""
-    if token := os.environ.get("RAY_AUTH_TOKEN", ""):
-        return token.strip()
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return file.read_text().strip() if file.is_file() else ""
+    return auth_token()
 
 
 def _follow(client: Any, job_id: str, address: str) -> int:

@@ -27,6 +27,30 @@ class Architecture:
     mask_ratio_std: float = 0.25
     mask_ratio_min: float = 0.7
 
+    def check(self) -> None:
+        """Raise ValueError with names and values where sizes do not fit each other."""
+        for name in (
+            "patch_size", "encoder_depth", "encoder_width", "encoder_heads", "decoder_depth", "decoder_width", "decoder_heads",
+            "buffer_size", "denoiser_depth", "denoiser_width", "diffusion_repeats",
+        ):  # fmt: skip
+            _check_count(name, getattr(self, name))
+        for half in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{half}_width"), getattr(self, f"{half}_heads")
+            if width % heads:
+                raise ValueError(f"{half}_heads is {heads}, expected a divisor of {half}_width, which is {width}")
+            if not 1 <= width * self.mlp_ratio < float("inf"):
+                raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected an MLP of at least 1 value at {half}_width {width}")
+        for name in ("attention_dropout", "projection_dropout", "label_drop", "mask_ratio_min"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
+        if not 0.0 < self.mask_ratio_std < float("inf"):
+            raise ValueError(f"mask_ratio_std is {self.mask_ratio_std}, expected a number above 0")
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value}, expected a whole number above 0")
+
 
 def _published(depth: int, width: int, heads: int, denoiser_depth: int, denoiser_width: int) -> Architecture:
     return Architecture(
@@ -54,26 +78,11 @@ class MARConfig(Architecture):
     classes: int = 1000
 
     def __post_init__(self) -> None:
-        for name in (
-            "patch_size", "encoder_depth", "encoder_width", "encoder_heads", "decoder_depth", "decoder_width",
-            "decoder_heads", "buffer_size", "denoiser_depth", "denoiser_width", "diffusion_repeats", "latent_size",
-            "latent_channels", "classes",
-        ):  # fmt: skip
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a whole number, 1 or more")
+        self.check()
+        for name in ("latent_size", "latent_channels", "classes"):
+            _check_count(name, getattr(self, name))
         if self.latent_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} does not divide latent_size {self.latent_size}")
-        for half in ("encoder", "decoder"):
-            width, heads = getattr(self, f"{half}_width"), getattr(self, f"{half}_heads")
-            if width % heads:
-                raise ValueError(f"{half}_heads {heads} does not divide {half}_width {width}")
-            if not 1 <= width * self.mlp_ratio < float("inf"):
-                raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected an MLP of at least 1 value at {half}_width {width}")
-        for name in ("attention_dropout", "projection_dropout", "label_drop", "mask_ratio_min"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
-        if not 0.0 < self.mask_ratio_std < float("inf"):
-            raise ValueError(f"mask_ratio_std is {self.mask_ratio_std}, expected a number above 0")
+            raise ValueError(f"patch_size is {self.patch_size}, expected a divisor of latent_size, which is {self.latent_size}")
 
     @property
     def tokens(self) -> int:

@@ -9,11 +9,12 @@ from itertools import pairwise
 
 from mar_model.config import MARConfig
 from mar_model.head.denoiser import FREQUENCIES
-from mar_model.head.diffusion import TRAINING_STEPS, annealed_steps, respaced_timesteps
+from mar_model.head.diffusion import TRAINING_STEPS, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.sampling.feature_reuse import is_complete
-from mar_model.sampling.token_sampler import Sampling
-from mar_model.tokenizers.kl import IMAGE_CHANNELS, KLConfig
+from mar_model.sampling.options import GenerationOptions
+from mar_model.tokenizers.layers import IMAGE_CHANNELS
+from mar_model.tokenizers.network import NetworkConfig
 
 
 def training_flops(config: MARConfig, images: int, masked: int) -> int:
@@ -36,26 +37,13 @@ def training_flops(config: MARConfig, images: int, masked: int) -> int:
     return 3 * forward - 2 * without_gradient
 
 
-def generation_flops(
-    config: MARConfig,
-    images: int,
-    *,
-    ar_steps: int,
-    diffusion_steps: int,
-    guided: bool,
-    diffusion_steps_end: int | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    reuse_steps: int = 0,
-    filled: int | None = None,
-) -> int:
-    """One generation of `images` images, without the tokenizer; arguments as in `generate`.
+def generation_flops(config: MARConfig, images: int, options: GenerationOptions, filled: int | None = None) -> int:
+    """One generation of `images` images with `options`, without the tokenizer.
 
-    guided: whether guidance differs from 1, which doubles the work. filled: the tokens to fill per image in a completion (None: all).
-    Raises ValueError as `generate` does for an invalid number of steps or interval.
+    Guidance other than 1 doubles the work. filled: the tokens to fill per image in a completion (None: all).
     """
-    steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
-    sampling = Sampling(guidance_interval=guidance_interval)
-    guided_steps = {count: guided * sum(map(sampling.guides, respaced_timesteps(count))) for count in set(steps)}
+    steps, ar_steps, reuse_steps, guided = options.steps, options.ar_steps, options.reuse_steps, options.guidance != 1.0
+    guided_steps = {count: guided * sum(map(options.sampling.guides, respaced_timesteps(count))) for count in set(steps)}
     sequences = 2 * images if any(guided_steps.values()) else images
     flops, drawn_before = 0, 0
     for step, (before, after) in enumerate(pairwise(mask_schedule(config.tokens if filled is None else filled, ar_steps))):
@@ -83,8 +71,8 @@ class TokenizerFlops:
     decode: int
 
 
-def tokenizer_flops(config: KLConfig, image_size: int) -> TokenizerFlops:
-    """An autoencoder of the KL-16 family on one image with sides of `image_size` pixels."""
+def tokenizer_flops(config: NetworkConfig, image_size: int) -> TokenizerFlops:
+    """A convolutional autoencoder on one image with sides of `image_size` pixels; for a quantized one both include the search for codes."""
     widths = [config.width * multiplier for multiplier in config.multipliers]
     sides = [image_size >> level for level in range(len(widths))]
     lowest, side = widths[-1], sides[-1]
@@ -101,13 +89,16 @@ def tokenizer_flops(config: KLConfig, image_size: int) -> TokenizerFlops:
 
     attention = (4 * convolution(side, lowest, lowest, 1) + 4 * side**4 * lowest) if config.attention else 0
     middle = 2 * residual(side, lowest, lowest) + attention
-    moments = 2 * config.channels
-    encode = convolution(image_size, IMAGE_CHANNELS, config.width) + middle + config.encoder_blocks * attention
+    moments = config.channels if config.codebook else 2 * config.channels
+    search = convolution(side, config.channels, config.codebook, 1)
+    encode = convolution(image_size, IMAGE_CHANNELS, config.width) + middle + search
+    encode += config.encoder_blocks * attention * config.encoder_level_attention
     for here, inputs, outputs in zip(sides, [config.width, *widths], widths, strict=False):
         encode += level(here, inputs, outputs, config.encoder_blocks)
     encode += sum(convolution(below, width, width) for below, width in zip(sides[1:], widths, strict=False))
     encode += convolution(side, lowest, moments) + convolution(side, moments, moments, 1)
     decode = convolution(side, config.channels, config.channels, 1) + convolution(side, config.channels, lowest) + middle
+    decode += search + config.decoder_blocks * attention * config.decoder_level_attention
     for here, inputs, outputs in zip(sides, [*widths[1:], lowest], widths, strict=True):
         decode += level(here, inputs, outputs, config.decoder_blocks)
     decode += sum(convolution(above, width, width) for above, width in zip(sides, widths[1:], strict=False))

@@ -137,23 +137,30 @@ def autocast(bench: Bench, precision: str) -> contextlib.AbstractContextManager[
     return torch.autocast(bench.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+@dataclass
 class Trainer:
     """Training steps like the worker's, on one micro-batch of random latents with precomputed draws."""
 
-    def __init__(
-        self, bench: Bench, config: MARConfig, images: int, *, precision: str = "bf16", compiled: bool = False, recompute: bool = False,
-        learning_rate: float = 1e-4, masked: int | None = None, steps_apart: bool = False,
-    ) -> None:  # fmt: skip
-        """masked: the mean number by default. steps_apart: change the seed of dropout in every step."""
-        self.bench, self.config, self.precision, self.steps_apart = bench, config, precision, steps_apart
-        self.masked = masked or masked_tokens(config.tokens, mean_mask_ratio())
+    bench: Bench
+    config: MARConfig
+    images: int
+    precision: str = "bf16"
+    compiled: bool = False
+    recompute: bool = False
+    learning_rate: float = 1e-4
+    masked: int = 0  # 0: the mean number
+    steps_apart: bool = False  # change the seed of dropout in every step
+
+    def __post_init__(self) -> None:
+        bench, config, images = self.bench, self.config, self.images
+        self.masked = self.masked or masked_tokens(config.tokens, mean_mask_ratio())
         self.model = made_model(bench, config).train()
-        if compiled:
+        if self.compiled:
             self.model.compile_blocks(bench.backend)
-        if recompute:
+        if self.recompute:
             self.model.recompute_activations()
         strategy = Replicated(self.model, workers=1)
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=learning_rate, betas=(0.9, 0.95), fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=self.learning_rate, betas=(0.9, 0.95), fused=True)
         self.average = WeightAverage(self.model, 0.9999, warmup=False)
         self.optimizer_step = OptimizerStep(self.model, optimizer, [self.average], strategy, 3.0, micro_batches=1, workers=1, requests=2)
         self.draws, self.seed = micro_batch_draws(config, images, self.masked, seed=0, images_seen=0, micro_batch=0)

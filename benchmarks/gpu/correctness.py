@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import parity
 from benchmarks.gpu.bench import Bench, Line, Trainer, autocast, float32_products, line, made_model, timed, within, without_dropout
-from mar_model import MAR, SampleNoise, TokenSampler, TrainingDraws, generate
+from mar_model import MAR, GenerationOptions, SampleNoise, TokenSampler, TrainingDraws, generate
 from mar_model.noise import to_device
 from mar_model.tokenizers import KLAutoencoder
 from mar_model.training.footprint import activation_bytes, parameter_count
@@ -22,6 +22,7 @@ BF16 = {"loss": 2e-2, "gradient": 5e-2}
 DRAWN = {"float32": 1e-3, "bf16": 1e-1}  # deviations accumulate over sampling steps
 KL = {"float32": 1e-4, "tf32": 5e-3, "bf16": 3e-2}  # of the posterior means, in units of their standard deviation
 MEMORY, COMPILED_LOSS = 0.05, 0.01
+FEW_STEPS = GenerationOptions(ar_steps=4, diffusion_steps=8, guidance=2.0)
 
 
 def golden(bench: Bench) -> Iterator[Line]:
@@ -66,10 +67,10 @@ def precision(bench: Bench) -> Iterator[Line]:
         gradient = torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
         return {"loss": loss.detach(), "gradient": gradient}
 
-    def drawn(model: MAR, kind: str, **options: Any) -> Tensor:
+    def drawn(model: MAR, kind: str, token_sampler: TokenSampler | None = None) -> Tensor:
         with autocast(bench, kind):
             noise = SampleNoise(0, range(images), bench.device)
-            return generate(model, labels.cpu(), noise, ar_steps=4, diffusion_steps=8, guidance=2.0, **options)
+            return generate(model, labels.cpu(), noise, FEW_STEPS, token_sampler=token_sampler)
 
     model = made_model(bench, config, filled=True)
     exact, exact_drawn = passed(model, "float32"), drawn(model, "float32")
@@ -151,7 +152,7 @@ def _generate_strictly(bench: Bench, model: MAR) -> None:
 
     with autocast(bench, "bf16"):
         noise = SampleNoise(0, range(4), bench.device)
-        generate(model, torch.arange(4), noise, ar_steps=5, diffusion_steps=4, guidance=2.0, after_step=after_step)
+        generate(model, torch.arange(4), noise, GenerationOptions(ar_steps=5, diffusion_steps=4, guidance=2.0), after_step=after_step)
 
 
 def _place(error: BaseException) -> str:

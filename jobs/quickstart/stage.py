@@ -1,8 +1,7 @@
 """All stages in one command: images → tokenizer → cache → model → sweeps → evaluation → report."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from jobs import training
@@ -14,7 +13,7 @@ from mar_model.config import Architecture
 from pipelines.caching import stage as caching
 from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
-from pipelines.evaluation.classifier import train_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows, real_and_noise
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.settings import EvaluateSettings
@@ -25,9 +24,11 @@ from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import console
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import FORMAT_VERSION, Stage, open_stage
+from pipelines.runtime.tracking import Tracker
 from pipelines.sweeping import stage as sweeping
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.stage import check_metric
+from pipelines.sweeping.trials import Sections
 from pipelines.tokenizing import stage as tokenizing
 
 if TYPE_CHECKING:
@@ -44,85 +45,96 @@ def quickstart(config: "RunConfig", digits: bool) -> dict[str, Any]:
     Raises UserError if that directory holds a run of another configuration, and before any work if a later stage would fail.
     """
     recorded, config = config.recorded(), config.located()
-    sections, sweep, cluster = sections_of(config), config.sweep, config.cluster
-    images, train, evaluate = sections.images, sections.train, sections.evaluate
-    root = run_directory(config)
-    if digits and not storage.exists(images.settings.source):
-        written = write_digits(images.settings.source)
-        console().print(f"quickstart: writing {written:,} digits to {images.settings.source}", markup=False, soft_wrap=True)
-    compared = _images_compared(images, evaluate)
-    _check_sweep(sweep, evaluate)
-    identity = {
-        **identity_of(
-            images=images.settings, tokenizer=config.tokenizer, cache=config.cache, model=config.model, train=train,
-            generate=config.generate, evaluate=evaluate, sweep=sweep, seed=config.seed,
-        ),
-        "train.images": train.images,  # part of the identity here, because all later stages use the end of training
-        "images.listing": images.listing.digest,
-        "evaluate.network": network_digest(evaluate.features, evaluate.weights),
-    }  # fmt: skip
-    whole = Stage("quickstart", cluster, recorded)
-    source = images.settings.source
-    check_source(root, "folder for train.path and the others", source, images.listing, identity, whole, kept=config.cache.path)
+    sections, root = sections_of(config), run_directory(config)
+    source = config.images.source
+    if digits and not storage.exists(source):
+        _say(f"writing {write_digits(source):,} digits to {source}")
+    compared = _images_compared(sections.images, config.evaluate)
+    _check_sweep(config.sweep, config.evaluate)
+    identity = _identity(config, sections.images.listing.digest)
+    whole = Stage("quickstart", config.cluster, recorded)
+    listing = sections.images.listing
+    check_source(root, "folder for train.path and the others", source, listing, identity, whole, kept=config.cache.path)
     finished = whole.begin(root, identity)
     if finished is not None:
         for stage, took in finished["seconds_by_stage"].items():
-            console().print(f"quickstart: {stage} is complete ({took:.0f} s)", markup=False)
+            _say(f"{stage} is complete ({took:.0f} s)")
         return finished
 
-    seconds: dict[str, float] = {}
     with (
-        Attempts(
-            storage.join(root, "attempts.json"), lambda text: console().print(f"quickstart: {text}", markup=False, soft_wrap=True)
-        ) as attempts,
-        open_stage("quickstart", root, recorded, cluster, config.tracking) as run,
+        Attempts(storage.join(root, "attempts.json"), _say) as attempts,
+        open_stage("quickstart", root, recorded, config.cluster, config.tracking) as run,
     ):
-        parent = run.track()
-
-        @contextmanager
-        def stage(name: str, path: str) -> Iterator[Stage]:
-            with open_stage(name, path, recorded, cluster, config.tracking, parent, config.seed) as child:
-                yield child
-
-        def note(name: str, summary: dict[str, Any]) -> dict[str, Any]:
-            seconds[name] = summary["seconds"]
-            return summary
-
-        with stage("tokenize", config.tokenizer.path) as child:
-            note("tokenize", tokenizing.tokenize(images, config.tokenizer, child))
-        with stage("cache", config.cache.path) as child:
-            note("cache", caching.cache(images, config.tokenizer.path, config.cache, child))
-        with stage("train", train.path) as child:
-            note("train", training.train(**vars(sections), stage=child))
-        classifier = storage.join(root, "classifier")
-        with stage("classifier", classifier) as child:
-            real = note("classifier", train_classifier(images, classifier, child))
-        evaluate = replace(evaluate, classifier=classifier)
-
-        with stage("sweep-generate", sweep.path) as child:
-            # computed once for the sweep, the evaluation and the comparison
-            beside = real_and_noise(images, config.seed, compared).values()
-            evaluate = evaluation.with_reference(images, sections.tokenizer_path, evaluate, child, beside)
-            sections = replace(sections, evaluate=replace(evaluate, actors=1))  # for each trial; trials run in parallel
-            swept = note("sweep-generate", sweeping.sweep(sections, sweep, child))
-        width = width_sweep(sweep, config.model)
-        short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4, workers=1)
-        with stage("sweep-train", width.path) as child:
-            note("sweep-train", sweeping.sweep(replace(sections, train=short), width, child))
-
-        chosen = {name.removeprefix("generate."): value for name, value in swept["best"]["parameters"].items()}
-        drawn = replace(sections.generate, **chosen)
-        with stage("evaluate", evaluate.path) as child:
-            evaluated = note("evaluate", evaluation.evaluate(images, sections.tokenizer_path, train.path, drawn, evaluate, child))
-            rows = frechet_rows(images, evaluate, compared, child)
-
-        caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
+        journey = Journey(config, recorded, run.track())
+        found = journey.run(sections, compared)
         # Ray's start, the reference's features, the comparison, and the time of killed attempts
-        by_stage = {**seconds, "other": max(0.0, attempts.seconds - sum(seconds.values()))}
+        by_stage = {**journey.seconds, "other": max(0.0, attempts.seconds - sum(journey.seconds.values()))}
         summary = {
             "seconds": round(attempts.seconds, 1),
             "seconds_by_stage": {name: round(value, 1) for name, value in by_stage.items()},
             "peak_memory_gb": round(attempts.peak_memory_gb, 2),
+            **found,
+            "resumed": attempts.resumed,
+        }
+        samples = storage.join(config.evaluate.path, "samples.png")
+        storage.write_bytes(storage.join(root, "samples.png"), storage.read_bytes(samples))
+        report(root, {"format_version": FORMAT_VERSION, **summary})
+        return run.complete(root, identity, summary)
+
+
+@dataclass
+class Journey:
+    """The stages of one run, one after the other; `seconds` by stage."""
+
+    config: "RunConfig"  # with absolute paths
+    recorded: dict[str, Any]
+    parent: Tracker | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str, path: str, work: Callable[[Stage], dict[str, Any]]) -> dict[str, Any]:
+        """Run `work` as a stage of this name; its summary."""
+        config = self.config
+        with open_stage(name, path, self.recorded, config.cluster, config.tracking, self.parent, config.seed) as child:
+            summary = work(child)
+        self.seconds[name] = summary["seconds"]
+        return summary
+
+    def run(self, sections: Sections, compared: int) -> dict[str, Any]:
+        """All stages; the figures that the run's summary shows."""
+        config, images, train = self.config, sections.images, sections.train
+        root = run_directory(config)
+        self.stage("tokenize", config.tokenizer.path, lambda stage: tokenizing.tokenize(images, config.tokenizer, stage))
+        self.stage("cache", config.cache.path, lambda stage: caching.cache(images, config.tokenizer.path, config.cache, stage))
+        self.stage("train", train.path, lambda stage: training.train(**vars(sections), stage=stage))
+        classifier = storage.join(root, "classifier")
+        real = self.stage("classifier", classifier, lambda stage: train_classifier(images, classifier, stage))
+        evaluate = replace(config.evaluate, classifier=classifier)
+
+        def sweep_generation(stage: Stage) -> dict[str, Any]:
+            nonlocal evaluate, sections
+            # computed once for the sweep, the evaluation and the comparison
+            beside = real_and_noise(images, config.seed, compared).values()
+            evaluate = evaluation.with_reference(images, sections.tokenizer_path, evaluate, stage, beside)
+            sections = replace(sections, evaluate=replace(evaluate, actors=1))  # for each trial; trials run in parallel
+            return sweeping.sweep(sections, config.sweep, stage)
+
+        swept = self.stage("sweep-generate", config.sweep.path, sweep_generation)
+        width = width_sweep(config.sweep, config.model)
+        short = replace(train, images=int(train.images * WIDTH_SWEEP_SHARE), warmup_images=train.warmup_images // 4, workers=1)
+        self.stage("sweep-train", width.path, lambda stage: sweeping.sweep(replace(sections, train=short), width, stage))
+
+        chosen = {name.removeprefix("generate."): value for name, value in swept["best"]["parameters"].items()}
+        drawn = replace(sections.generate, **chosen)
+        rows: dict[str, float] = {}
+
+        def evaluate_and_compare(stage: Stage) -> dict[str, Any]:
+            summary = evaluation.evaluate(images, sections.tokenizer_path, train.path, drawn, evaluate, stage)
+            rows.update(frechet_rows(images, evaluate, compared, stage))
+            return summary
+
+        evaluated = self.stage("evaluate", evaluate.path, evaluate_and_compare)
+        caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
+        return {
             "samples": evaluated["images"],
             "label_agreement": evaluated["label_agreement"],
             "classifier_accuracy_real": real["accuracy_held_out"],
@@ -130,11 +142,22 @@ def quickstart(config: "RunConfig", digits: bool) -> dict[str, Any]:
             "frechet_images": compared,
             **({"caution": caution} if caution else {}),
             "sampling": chosen,
-            "resumed": attempts.resumed,
         }
-        storage.write_bytes(storage.join(root, "samples.png"), storage.read_bytes(storage.join(evaluate.path, "samples.png")))
-        report(root, {"format_version": FORMAT_VERSION, **summary})
-        return run.complete(root, identity, summary)
+
+
+def _identity(config: "RunConfig", listing: str) -> dict[str, Any]:
+    """What decides the result of a run: every setting, its length, the images and the network that judges."""
+    names = ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed")
+    return {
+        **identity_of(**{name: getattr(config, name) for name in names}),
+        "train.images": config.train.images,  # part of the identity here, because all later stages use the end of training
+        "images.listing": listing,
+        "evaluate.network": network_digest(config.evaluate.features, config.evaluate.weights),
+    }
+
+
+def _say(text: str) -> None:
+    console().print(f"quickstart: {text}", markup=False, soft_wrap=True)
 
 
 def _check_sweep(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -49,12 +49,10 @@ class Pictures:
     """Collects the page's pictures: each is written to `folder` as PNG and embedded in the page."""
 
     folder: str
-    names: list[str] = field(default_factory=list)
 
     def add(self, name: str, data: bytes) -> str:
         """The picture as a `data:` URI."""
         storage.write_bytes(storage.join(self.folder, f"{name}.png"), data)
-        self.names.append(name)
         return "data:image/png;base64," + base64.b64encode(data).decode()
 
     def copy(self, name: str, data: bytes | None) -> str | None:

@@ -30,20 +30,12 @@ def average_file(decay: float) -> str:
     return f"ema-{decay:g}.safetensors"
 
 
-def save_checkpoint(
-    directory: Path,
-    model: MAR,
-    average: dict[str, Tensor],
-    state: dict[str, Any],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> None:
-    """Write a checkpoint into `directory`, `state.json` last. `state` is stored with the model's configuration and the digests."""
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.detach().contiguous().cpu() for name, value in model.state_dict().items()}, directory / WEIGHTS)
-    save_file({name: value.contiguous().cpu() for name, value in average.items()}, directory / AVERAGE)
-    if optimizer is not None:
-        save_file(optimizer_tensors(model, optimizer), directory / OPTIMIZER)
-    write_state(directory, model.config, state)
+def write_checkpoint(directory: Path, config: MARConfig, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write a checkpoint into the folder `directory`: `tensors` (file → name → values, on the CPU) and last `state.json`, which keeps
+    `state` beside the model's configuration and digests."""
+    for file, values in tensors.items():
+        save_file(values, directory / file)
+    write_state(directory, config, state)
 
 
 def write_state(directory: Path, config: MARConfig, state: dict[str, Any]) -> None:

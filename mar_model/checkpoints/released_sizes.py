@@ -9,7 +9,6 @@ from typing import Any
 
 from mar_model.config import PUBLISHED, Architecture, MARConfig
 from mar_model.files import Shapes
-from mar_model.tokenizers import KLConfig
 
 STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16
 
@@ -112,7 +111,7 @@ def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
         ("decoder_depth", "decoder_blocks"),
         ("denoiser_depth", "diffloss.net.res_blocks"),
     ):
-        depth = _count(shapes, prefix)
+        depth = count_modules(shapes, prefix)
         if depth:
             seen[name] = depth
     positions, tokens = seen.get("positions", 0), seen.get("tokens", 0)
@@ -127,7 +126,7 @@ def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
     return seen
 
 
-def _count(names: Collection[str], prefix: str) -> int:
+def count_modules(names: Collection[str], prefix: str) -> int:
     """The length of a module list: one more than the highest number after `prefix.`, but at most the number of names, because a foreign
     file may contain any number."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
@@ -158,19 +157,3 @@ def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
             "give the patch size and the tokenizer"
         )
     return patch, channels
-
-
-def released_kl_config(shapes: Shapes) -> KLConfig:
-    """The sizes of an autoencoder's state dict; KL-16's for missing shapes. Raises ValueError for invalid sizes."""
-    config = KLConfig()
-    width = shapes.get("encoder.conv_in.weight", (config.width,))[0]
-    levels = range(_count(shapes, "encoder.down"))
-    multipliers = tuple(shapes.get(f"encoder.down.{level}.block.0.conv1.weight", (width,))[0] // max(width, 1) for level in levels)
-    return KLConfig(
-        channels=shapes.get("post_quant_conv.weight", (config.channels,))[0],
-        width=width,
-        multipliers=multipliers or config.multipliers,
-        encoder_blocks=_count(shapes, "encoder.down.0.block") or config.encoder_blocks,
-        decoder_blocks=_count(shapes, "decoder.up.0.block") or config.decoder_blocks,
-        attention="encoder.mid.attn_1.q.weight" in shapes or not shapes,
-    )

@@ -1,23 +1,18 @@
 """Generation: tokens in random order, several per step, each drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from mar_model.head.diffusion import annealed_steps, respaced_timesteps
 from mar_model.mar import MAR, check_classes
 from mar_model.masking import filled_first, mask_schedule
 from mar_model.noise import Noise, to_device
 from mar_model.sampling.feature_reuse import FeatureReuse
-from mar_model.sampling.token_sampler import Sampling, TokenSampler, sample_tokens
-
-__all__ = ["SCHEDULES", "generate", "sample_tokens"]
-
-SCHEDULES = ("linear", "constant")
+from mar_model.sampling.options import PUBLISHED, Completion, GenerationOptions
+from mar_model.sampling.token_sampler import TokenSampler
 
 
 @torch.no_grad()
@@ -25,71 +20,47 @@ def generate(
     model: MAR,
     labels: Tensor | None,
     noise: Noise,
+    options: GenerationOptions = PUBLISHED,
     *,
-    ar_steps: int = 64,
-    diffusion_steps: int = 100,
-    guidance: float = 1.0,
-    guidance_schedule: str = "linear",
-    temperature: float = 1.0,
-    sampler: str = "ancestral",
-    eta: float = 0.0,
-    x0_range: tuple[Tensor, Tensor] | None = None,
     orders: Tensor | None = None,
-    known: Tensor | None = None,
-    fill: Tensor | None = None,
-    diffusion_steps_end: int | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    reuse_steps: int = 0,
+    completion: Completion | None = None,
     token_sampler: TokenSampler | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw normalised latents (B, C, H, W) float32 for `labels` (B,), with all random numbers from `noise`.
+    """Draw normalized latents (B, C, H, W) float32 for `labels` (B,), with all random numbers from `noise`.
 
     labels: None draws unconditionally, one image per order of `noise`.
-    guidance: scale s of classifier-free guidance, noise = uncond + s·(cond − uncond). With the schedule *linear* it grows from 1 to s
-        as the image fills.
-    sampler: *ancestral*, as published, or *ddim* with its `eta` (`Diffusion.ddim_step`).
-    x0_range: bounds per channel, two (C,) tensors in normalised units, to which predicted clean tokens are clamped (None: as published).
     orders: generation orders (B, L), one permutation per row, instead of those of `noise`.
-    known, fill: completion. Of the latents `known` (B, C, H, W) float32, the tokens where `fill`, (B, L) or (B, h, w) bool, is true are
-        drawn, equally many per image; all others are known from the start and returned bit for bit. The schedule of AR steps covers the
-        tokens to fill; filling all tokens is plain generation.
-    after_step(i, latents): called with the latents after AR step i, zero where nothing is drawn yet.
+    completion: draw only the tokens to fill. The schedule of AR steps covers these tokens; filling all tokens is plain generation.
     token_sampler: a sampler to reuse between calls, for captured graphs and weights in bf16.
-
-    Fast modes: with `diffusion_steps_end` the diffusion steps decrease linearly over the AR steps (`annealed_steps`), and each token uses
-    the first entries of its noise. `guidance_interval` guides only in a part of the noise schedule (`Sampling`). After each complete
-    AR step, `reuse_steps` AR steps reuse features (`FeatureReuse`).
+    after_step(i, latents): called with the latents after AR step i, zero where nothing is drawn yet.
 
     Raises ValueError before any work for invalid arguments, with the argument, the value found and the value expected.
     """
     config, device = model.config, model.fake_latent.device
-    sampling = Sampling(sampler, eta, temperature, guidance_interval)
+    sampling, steps = options.sampling, options.steps
     orders = _checked_orders(noise.orders(config.tokens) if orders is None else orders, config.tokens)
     batch = orders.shape[0]
     _check_labels(labels, batch, config.classes)
-    _check_guidance(guidance, guidance_schedule, labels)
-    _check_range(x0_range, config.latent_channels)
-    fill = _checked_fill(known, fill, model, batch)
-    if reuse_steps < 0:
-        raise ValueError(f"reuse_steps is {reuse_steps}, expected 0 or more")
-    respaced_timesteps(diffusion_steps)  # raises for an invalid number of steps
-    steps = annealed_steps(diffusion_steps, diffusion_steps if diffusion_steps_end is None else diffusion_steps_end, ar_steps)
+    if labels is None and options.guidance != 1.0:
+        raise ValueError(f"guidance is {options.guidance} without labels, expected 1: guidance needs a class")
+    _check_range(options.x0_range, config.latent_channels)
 
     tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
     to_draw = config.tokens
-    if known is not None and fill is not None:
-        tokens = model.patchify(known.to(device)).masked_fill(to_device(fill, device)[:, :, None], 0.0)
+    if completion is not None:
+        fill = _checked_fill(completion, model, batch)
+        tokens = model.patchify(completion.known.to(device)).masked_fill(to_device(fill, device)[:, :, None], 0.0)
         orders, to_draw = filled_first(orders, fill)
-    lengths = mask_schedule(to_draw, ar_steps)
+    lengths = mask_schedule(to_draw, options.ar_steps)
     draw = TokenSampler(model.diffloss.net) if token_sampler is None else token_sampler
     schedules = [draw.schedule(count, device) for count in set(steps)]
-    guided = guidance != 1.0 and any(sampling.guides(timestep) for schedule in schedules for timestep in schedule.visited)
+    guided = options.guidance != 1.0 and any(sampling.guides(timestep) for schedule in schedules for timestep in schedule.visited)
     embedding = _embedding(model, labels, batch, guided)
-    reuse = FeatureReuse(model, embedding, batch, ar_steps, reuse_steps) if reuse_steps else None
+    reuse = FeatureReuse(model, embedding, batch, options.ar_steps, options.reuse_steps) if options.reuse_steps else None
     token_range = None
-    if x0_range is not None:
-        low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in x0_range)
+    if options.x0_range is not None:
+        low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in options.x0_range)
         token_range = (low, high)
     orders_on_device = to_device(orders, device)
 
@@ -104,8 +75,8 @@ def generate(
             else:
                 z = reuse.conditions(step, tokens, kept, positions)
             predicted = torch.zeros(batch, config.tokens, dtype=torch.bool).scatter_(1, orders[:, after:before], True)
-            step_noise = noise.tokens(step, predicted, diffusion_steps, config.token_dim)[: 1 + steps[step]]
-            scale = _scale(guidance, guidance_schedule, max(after, 1), config.tokens) if guided else None
+            step_noise = noise.tokens(step, predicted, options.diffusion_steps, config.token_dim)[: 1 + steps[step]]
+            scale = options.scale(max(after, 1), config.tokens) if guided else None
             drawn = draw(z.flatten(0, 1), to_device(step_noise, device), sampling, scale, token_range)
             tokens.scatter_(1, positions[:, :, None].expand(-1, -1, config.token_dim), drawn.view(batch, -1, config.token_dim))
             if after_step is not None:
@@ -139,11 +110,6 @@ def _conditions(model: MAR, tokens: Tensor, kept: Tensor, positions: Tensor, emb
     return model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept, positions)
 
 
-def _scale(guidance: float, schedule: str, masked: int, tokens: int) -> float:
-    """The guidance scale of a step that leaves `masked` tokens masked (the last step counts as leaving one)."""
-    return guidance if schedule == "constant" else 1 + (guidance - 1) * (tokens - masked) / tokens
-
-
 def _checked_orders(orders: Tensor, tokens: int) -> Tensor:
     """The orders on the CPU, int64. Raises ValueError if they are not permutations."""
     if orders.ndim != 2 or orders.shape[1] != tokens or orders.is_floating_point() or orders.dtype == torch.bool:
@@ -165,15 +131,6 @@ def _check_labels(labels: Tensor | None, batch: int, classes: int) -> None:
     check_classes(labels, classes)
 
 
-def _check_guidance(guidance: float, schedule: str, labels: Tensor | None) -> None:
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance is {guidance}, expected a finite number")
-    if labels is None and guidance != 1.0:
-        raise ValueError(f"guidance is {guidance} without labels, expected 1: guidance needs a class")
-    if schedule not in SCHEDULES:
-        raise ValueError(f"guidance_schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
-
-
 def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
     if x0_range is None:
         return
@@ -184,13 +141,9 @@ def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
         raise ValueError(f"x0_range ranges from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
 
 
-def _checked_fill(known: Tensor | None, fill: Tensor | None, model: MAR, batch: int) -> Tensor | None:
-    """`fill` on the CPU, (B, L), or None without a completion. Raises ValueError for an invalid `known` or `fill`."""
-    config = model.config
-    if known is None and fill is None:
-        return None
-    if known is None or fill is None:
-        raise ValueError(f"{'known' if known is None else 'fill'} is missing: a completion needs both")
+def _checked_fill(completion: Completion, model: MAR, batch: int) -> Tensor:
+    """`fill` on the CPU, (B, L). Raises ValueError for tensors that make no completion of `batch` images."""
+    config, known, fill = model.config, completion.known, completion.fill
     shape = (batch, config.latent_channels, config.latent_size, config.latent_size)
     if tuple(known.shape) != shape or known.dtype != torch.float32:
         raise ValueError(f"known has shape {tuple(known.shape)} and dtype {known.dtype}, expected {shape} and torch.float32")

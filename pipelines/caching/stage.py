@@ -26,7 +26,7 @@ from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import cluster_resources
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
@@ -150,12 +150,7 @@ def _make(
 
 def _check(images: ImageSettings, tokenizer: str, cache: CacheSettings) -> tuple[int, int]:
     """Latent channels and latents per side; raises UserError where the settings don't fit the tokenizer."""
-    for name, allowed in (("dtype", ("float16", "float32")), ("precision", ("float32", "tf32", "bf16"))):
-        if getattr(cache, name) not in allowed:
-            raise UserError(f"cache.{name} is {getattr(cache, name)!r}, expected {' or '.join(allowed)}")
-    for name, least in (("shard_images", 1), ("batch", 1), ("encoders", 1), ("decoders", 0)):
-        if getattr(cache, name) < least:
-            raise UserError(f"cache.{name} is {getattr(cache, name)}, expected {least} or more")
+    check(images=images, cache=cache)
     if not storage.exists(storage.join(tokenizer, "config.json")):
         raise UserError(f"tokenizer.path {tokenizer!r} holds no tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
     try:

@@ -97,7 +97,7 @@ class Encoder:
         pixels = self._pixels(images)
         _float32_products(tf32=self.precision == "tf32")
         with autocast("bf16" if self.precision == "bf16" else "float32", self.device):
-            return torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1))])
+            return torch.stack([self.tokenizer.moments(view).float() for view in (pixels, pixels.flip(-1))])
 
     @torch.inference_mode()
     def deviation(self, images: torch.Tensor, moments: torch.Tensor) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Encoder:
         _float32_products(tf32=False)
         pixels = self._pixels(images).contiguous()
         self.tokenizer.to(memory_format=torch.contiguous_format)
-        exact = torch.stack([self.tokenizer.encode(view).float() for view in (pixels, pixels.flip(-1).contiguous())])
+        exact = torch.stack([self.tokenizer.moments(view).float() for view in (pixels, pixels.flip(-1).contiguous())])
         self.tokenizer.to(memory_format=torch.channels_last)
         difference = (moments.double() - exact.double()).abs()
         means, log_variances = difference.chunk(2, dim=2)

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mar_model.checkpoints.checkpoint import STATE, read_state, write_state
+from mar_model.checkpoints.checkpoint import STATE, read_state, write_checkpoint
 from mar_model.config import MARConfig
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError
@@ -104,9 +103,7 @@ def publish_checkpoint(train_path: str, model: MARConfig, tensors: Mapping[str, 
         directory = Path(temporary) / "checkpoint"
         directory.mkdir()
         try:
-            for file, values in tensors.items():
-                save_file(values, directory / file)
-            write_state(directory, model, state)
+            write_checkpoint(directory, model, tensors, state)
             storage.publish_directory(directory, path, last=STATE)
         except Exception as error:
             with contextlib.suppress(Exception):  # the first error is the one to tell

@@ -3,24 +3,19 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE
-from mar_model.checkpoints.released import (
-    FILE,
-    LATENT_SCALE,
-    ReleasedFile,
-    export_checkpoint,
-    import_checkpoint,
-    import_tokenizer,
-    is_scaled_as_released,
-)
-from mar_model.tokenizers import kl_config, load_tokenizer
+from mar_model.checkpoints.first_stages import import_tokenizer
+from mar_model.checkpoints.released import LATENT_SCALE, export_checkpoint, import_checkpoint, is_scaled_as_released
+from mar_model.checkpoints.released_file import FILE, ReleasedFile
+from mar_model.tokenizers import load_tokenizer, network_config
 from mar_model.version import __version__
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, CheckpointState, newest_checkpoint
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
@@ -161,6 +156,15 @@ def checkpoint_directory(named: str) -> str:
     return named + IMPORTED
 
 
+def chosen_checkpoint(checkpoint: str, train_path: str, say: Callable[[str], None]) -> str:
+    """The directory of `generate.checkpoint` (a directory, or a released `.pth`), or if it is empty of the newest checkpoint in
+    `train_path`; damaged ones that are newer are named by `say`. Raises UserError where there is none."""
+    found = checkpoint_directory(checkpoint) or newest_checkpoint(train_path, say)
+    if found is None:
+        raise UserError(f"train.path {train_path!r} holds no checkpoint", "run `mar train`, or name one in generate.checkpoint")
+    return found
+
+
 def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     """The state of a checkpoint that is used with the tokenizer at `path`: one imported without a tokenizer takes this one.
 
@@ -168,7 +172,7 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     """
     if state["tokenizer"]["digest"] is not None:
         return state
-    config = kl_config(tokenizer_config(path))
+    config = network_config(tokenizer_config(path))
     channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
         raise UserError(

@@ -13,7 +13,8 @@ from pipelines.checkpoints.directory import VALIDATION
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
 from pipelines.evaluation.record import check_count, metric_name
-from pipelines.evaluation.references import find_reference, source_statistics
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation.planning import plan_drawing
@@ -105,8 +106,7 @@ class Validation:
         stage.say(f"validation at {found.images_seen:,} images: {shown} ({effort})")
         stage.log({f"{VALIDATION}_{name}": value for name, value in metrics.items()}, step=found.images_seen)
         gauges.of_validation(metrics)
-        if storage.is_local(found.picture):
-            stage.artifact(found.picture)
+        stage.artifact(found.picture)
 
 
 def validate(checkpoint: "Checkpoint", path: str, validation: Validation, channel: TrainingChannel) -> dict[str, float]:
@@ -149,7 +149,9 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> Va
         images, _ = model.images(_labels(drawing.labels, numbers), numbers)
         sums.merge(FeatureSums.of(network(images)))
         kept.append(images[: max(0, shown - start)])
-    metrics = {metric_name(validation.features): distance(sums.statistics(validation.features, validation.digest), validation.reference)}
+    metrics = {
+        metric_name(validation.features): distance(FeatureStatistics.of(sums, validation.features, validation.digest), validation.reference)
+    }
     picture = f"{target}.png"
     write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = Validated(drawing.state["images_seen"], metrics, picture, time.monotonic() - began)

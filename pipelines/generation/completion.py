@@ -37,7 +37,7 @@ class Completion:
 
     def known(self, tokenizer: Tokenizer, device: torch.device) -> Tensor:
         """The picture's latents in the tokenizer's own scale, (1, C, h, w): the means of their posterior."""
-        return tokenizer.encode(to_model([self.image]).to(device)).chunk(2, dim=1)[0]
+        return tokenizer.moments(to_model([self.image]).to(device)).chunk(2, dim=1)[0]
 
     def restored(self, images: np.ndarray) -> np.ndarray:
         """uint8 images (N, H, W, 3) with the given picture's own pixels where the mask is black, if they are to be kept."""

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mar_model.checkpoints.checkpoint import config_of, weights_file
 from mar_model.flops import generation_flops, tokenizer_flops
-from mar_model.tokenizers import kl_config
+from mar_model.sampling.options import GenerationOptions
+from mar_model.tokenizers import network_config
 from pipelines.generation import samples
 from pipelines.generation.completion import Completion
 from pipelines.generation.settings import GenerateSettings
@@ -67,17 +69,25 @@ class Drawing:
         drawn = {"checkpoint": self.state["files"][weights], "tokenizer": self.state["tokenizer"]["digest"], "seed": self.seed}
         return drawn if self.completion is None else {**drawn, **self.completion.identity}
 
+    def options(self, latent_range: tuple[Tensor, Tensor] | None = None) -> GenerationOptions:
+        """The model's options; predicted clean tokens are kept in `latent_range` where these settings limit them."""
+        names = (
+            "ar_steps", "diffusion_steps", "guidance", "guidance_schedule", "temperature", "sampler", "eta", "reuse_steps",
+        )  # fmt: skip
+        low, high = self.settings.guidance_interval
+        return GenerationOptions(
+            **{name: getattr(self.settings, name) for name in names},
+            diffusion_steps_end=self.settings.diffusion_steps_end or None,
+            guidance_interval=(low, high),
+            x0_range=latent_range if self.limited else None,
+        )
+
     def flops_per_image(self) -> int:
         """Floating-point operations of one sample: of the model with these settings, and of the tokenizer's decoder."""
-        settings, config = self.settings, config_of(self.state)
-        completion = self.completion
+        config, completion = config_of(self.state), self.completion
         filled = None if completion is None else int(completion.fill(config.latent_size // config.patch_size).sum())
-        flops = generation_flops(
-            config, 1, ar_steps=settings.ar_steps, diffusion_steps=settings.diffusion_steps, guided=settings.guidance != 1.0,
-            diffusion_steps_end=settings.diffusion_steps_end or None, reuse_steps=settings.reuse_steps,
-            guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]), filled=filled,
-        )  # fmt: skip
-        tokenizer = kl_config(tokenizer_config(self.tokenizer))
+        flops = generation_flops(config, 1, self.options(), filled)
+        tokenizer = network_config(tokenizer_config(self.tokenizer))
         return flops + (tokenizer_flops(tokenizer, self.state["image_size"]).decode if tokenizer else 0)
 
     def speed(self, drawn: int, seconds: float) -> dict[str, float]:

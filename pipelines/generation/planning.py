@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Sequence
 
 from mar_model.checkpoints.checkpoint import weights_file
-from pipelines.checkpoints.directory import newest_checkpoint, read_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory, with_tokenizer
+from pipelines.checkpoints.directory import read_checkpoint
+from pipelines.checkpoints.released import chosen_checkpoint, with_tokenizer
 from pipelines.generation.drawing import Drawing
 from pipelines.generation.settings import GenerateSettings
 from pipelines.runtime.errors import UserError
@@ -28,9 +28,7 @@ def plan_drawing(
 
     Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
     """
-    checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(train_path, stage.say)
-    if checkpoint is None:
-        raise UserError(f"train.path {train_path!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
+    checkpoint = chosen_checkpoint(generate.checkpoint, train_path, stage.say)
     try:
         state = read_checkpoint(checkpoint)
         weights_file(state, generate.ema, generate.ema_decay)

@@ -43,8 +43,7 @@ def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, s
         stage.say(f"drawing the first {shown} once more, for {film}")
         task = ray.remote(**worker_resources(drawing.cluster))(draw_film)
         storage.write_bytes(film, ray.get(task.remote(drawing, shown)))
-        if storage.is_local(film):
-            stage.artifact(film)
+        stage.artifact(film)
     return finished
 
 
@@ -67,8 +66,7 @@ def _draw_all(drawing: Drawing, count: int, identity: dict[str, Any], stage: Sta
             bar.update(done)
     picture = storage.join(path, PICTURE)
     write_grid(picture, np.concatenate(images), np.concatenate(labels))
-    if storage.is_local(picture):
-        stage.artifact(picture)
+    stage.artifact(picture)
     if left:
         stage.say(range_warning(left, count, drawing))
     return stage.complete(

@@ -13,6 +13,7 @@ from torch import Tensor
 from mar_model.checkpoints.checkpoint import load_model
 from mar_model.noise import SampleNoise
 from mar_model.sampling.generate import generate
+from mar_model.sampling.options import Completion
 from mar_model.sampling.token_sampler import TokenSampler
 from mar_model.tokenizers import load_tokenizer
 from pipelines.generation import samples
@@ -122,26 +123,16 @@ class LoadedModel:
 
     def _latents(self, labels: np.ndarray, numbers: Sequence[int], after_step: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """Normalised latents (N, C, h, w) float32."""
-        settings, count = self.settings, len(numbers)
-        known, fill = (None, None) if self._completion is None else (one.expand(count, *one.shape[1:]) for one in self._completion)
-        with autocast(settings.precision, self.device):
+        completion = None
+        if self._completion is not None:
+            completion = Completion(*(part.expand(len(numbers), *part.shape[1:]) for part in self._completion))
+        with autocast(self.settings.precision, self.device):
             return generate(
                 self.model,
                 None if self.drawing.unconditional else torch.from_numpy(labels),
                 SampleNoise(self.drawing.seed, numbers, self.device),
-                ar_steps=settings.ar_steps,
-                diffusion_steps=settings.diffusion_steps,
-                guidance=settings.guidance,
-                guidance_schedule=settings.guidance_schedule,
-                temperature=settings.temperature,
-                sampler=settings.sampler,
-                eta=settings.eta,
-                x0_range=self.range if self.drawing.limited else None,
-                known=known,
-                fill=fill,
-                diffusion_steps_end=settings.diffusion_steps_end or None,
-                guidance_interval=(settings.guidance_interval[0], settings.guidance_interval[1]),
-                reuse_steps=settings.reuse_steps,
+                self.drawing.options(self.range),
+                completion=completion,
                 token_sampler=self.token_sampler,
                 after_step=after_step,
             )

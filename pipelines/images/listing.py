@@ -16,6 +16,7 @@ from pipelines.images.sources.imagefolder import SUFFIXES
 from pipelines.images.sources.table import ImageRows, Listed
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import check
 
 MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
 
@@ -90,7 +91,7 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     Raises UserError when there is no source, no class folder, a class folder without images (unless the settings allow it), nothing to
     train on, or nothing held out although the settings ask for it.
     """
-    _check_split(settings)
+    check(images=settings)
     source = sources.find_source(settings.source, settings.format)
     stamp = source.stamp and storage.digest(json.dumps([source.stamp, *_listing_settings(settings)]).encode())
     listing = kept_listing(kept) if kept and stamp else None
@@ -172,17 +173,6 @@ def kept_listing(path: str) -> ImageListing | None:
 def _hash_share(key: str) -> float:
     """A number in [0, 1) that depends on the key alone, so that a growing source never moves an image to the other part."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
-
-
-def _check_split(settings: ImageSettings) -> None:
-    if not 0.0 <= settings.held_out_share < 1.0:
-        raise UserError(f"images.held_out_share is {settings.held_out_share}, expected a share from 0 up to, not including, 1")
-    if settings.held_out_share and settings.held_out_folder:
-        raise UserError(
-            f"images.held_out_share is {settings.held_out_share} and images.held_out_folder {settings.held_out_folder!r}: "
-            "the split is by hash or by folder",
-            remedy="set one of them back",
-        )
 
 
 def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:

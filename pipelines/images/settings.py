@@ -1,10 +1,10 @@
 """Section `images` of the configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pipelines.runtime.errors import ImageError as ImageError
-from pipelines.runtime.settings import identity, operational
+from pipelines.runtime.settings import Count, Share, ShareBelowOne, Whole, identity, operational
 
 
 @dataclass
@@ -15,10 +15,19 @@ class ImageSettings:
     format: Literal["auto", "imagefolder", "ilsvrc", "webdataset", "parquet"] = operational(
         "auto", "form of the source; auto: by what is there"
     )
-    size: int = identity(256, "side of the square centre crop, pixels")
+    size: Count = identity(256, "side of the square centre crop, pixels")
     exif: bool = identity(False, "turn images as their EXIF orientation says (torchvision's loader ignores it)")
-    classes: int = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
+    classes: Whole = identity(0, "number of classes of a source that only numbers them; 0: the largest label + 1")
     allow_empty_classes: bool = operational(False, "class folders without images are classes; off: they are an error")
-    held_out_share: float = identity(0.0, "share of images held out, chosen by a hash of the key")
+    held_out_share: ShareBelowOne = identity(0.0, "share of images held out, chosen by a hash of the key")
     held_out_folder: str = identity("", "hold out by folder instead: SOURCE/<held_out_folder>/class/…; the other folders train")
-    max_rejected: float = operational(0.001, "largest share of unusable images before a stage fails")
+    max_rejected: Share = operational(0.001, "largest share of unusable images before a stage fails")
+
+    def relations(self) -> Iterator[tuple[str, str]]:
+        """(field, what is wrong) of values that do not fit each other."""
+        if self.held_out_share and self.held_out_folder:
+            yield (
+                "held_out_share",
+                f"images.held_out_share is {self.held_out_share} and images.held_out_folder {self.held_out_folder!r}, expected only "
+                "one of them: the split is by hash or by folder; reset one of them",
+            )

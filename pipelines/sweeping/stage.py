@@ -1,22 +1,25 @@
 """Stage *sweep*: Ray Tune over training or over generation."""
 
 import math
+import time
+import traceback
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE, weights_file
-from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, newest_checkpoint
-from pipelines.checkpoints.released import checkpoint_directory
+from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights
+from pipelines.checkpoints.released import chosen_checkpoint
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.record import check_count, metric_name
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.cluster.workers import cluster_resources, require_workers
-from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.cluster.workers import cluster_resources, require_workers, set_up_ray_data
+from pipelines.runtime.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
 from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
@@ -42,10 +45,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
     if _is_scored(sweep):
         check_count("sweep.images", sweep.images)
     if sweep.over == "generate":
-        generate, trained = sections.generate, sections.train.path
-        checkpoint = checkpoint_directory(generate.checkpoint) or newest_checkpoint(trained, stage.say)
-        if checkpoint is None:
-            raise UserError(f"train.path {trained!r} holds no checkpoint", remedy="run `mar train`, or name one in generate.checkpoint")
+        generate = sections.generate
+        checkpoint = chosen_checkpoint(generate.checkpoint, sections.train.path, stage.say)
         # one checkpoint for all trials, also while a training writes more
         sections = replace(sections, generate=replace(generate, checkpoint=checkpoint))
     trials = grid(sections, sweep)
@@ -55,7 +56,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
-        shared = replace(sections.evaluate, path=storage.join(sweep.path, "reference"))
+        metrics = sorted({"fid", *sections.evaluate.metrics})
+        shared = replace(sections.evaluate, path=storage.join(sweep.path, "reference"), metrics=metrics)
         shared = evaluation.with_reference(sections.images, sections.tokenizer_path, shared, stage)
         trials = grid(replace(sections, evaluate=shared), sweep)
     rows = finished_rows(trials, sweep, stage)
@@ -74,7 +76,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
             bar.update(len(rows), **({f"best_{sweep.metric}": found["metric"]} if found else {}))
 
         if left:
-            run_trials(left, sweep, stage, concurrent, ended)
+            run = partial(run_trial, trials={trial.name: trial for trial in left}, sweep=sweep, seed=stage.seed, cluster=stage.cluster)
+            run_trials(left, run, sweep.path, concurrent, ended)
     ordered = [rows[trial.name] for trial in trials]
     best = best_of(ordered, sweep.mode)
     if best is None:
@@ -82,9 +85,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
         raise UserError(f"every trial of {sweep.path} failed ({reasons})", remedy="mend the cause, then run the sweep again")
     write_table(sweep.path, ordered)
     storage.write_bytes(storage.join(sweep.path, "sweep.png"), sweep_plot(ordered, sweep.metric, best["trial"]))
-    if storage.is_local(sweep.path):
-        stage.artifact(storage.join(sweep.path, "table.csv"))
-        stage.artifact(storage.join(sweep.path, "sweep.png"))
+    stage.artifact(storage.join(sweep.path, "table.csv"))
+    stage.artifact(storage.join(sweep.path, "sweep.png"))
     stage.say(f"best: {best['trial']} with {sweep.metric} {best['metric']:.4g}")
     if caution := best.get("caution"):
         stage.say(caution)
@@ -102,6 +104,30 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
             "rows": ordered,
         },
     )
+
+
+def run_trial(
+    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
+) -> dict[str, Any]:
+    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
+    that diverged is one, whatever the metric is."""
+    trial = trials[config["trial"]]
+    set_up_ray_data()
+    began = time.monotonic()
+    outcome: dict[str, Any] = {"metrics": {}, "error": None}
+    try:
+        stage = Stage(trial.name, cluster, seed=seed)
+        one = trial.sections
+        if sweep.over == "train":
+            outcome["metrics"] |= training.train(one.tokenizer_path, one.cache, one.model, one.train, stage)
+            outcome["error"] = diverged(outcome["metrics"]) or None
+        if _is_scored(sweep) and outcome["error"] is None:
+            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer_path, one.train.path, one.generate, one.evaluate, stage)
+    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
+        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
+        mistake, origin = mistake_of(error), origin_of(error)
+        outcome["error"] = str(mistake) if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
+    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
 
 
 def finished_rows(trials: list[Trial], sweep: SweepSettings, stage: Stage) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mar_model.tokenizers import PixelTokenizer, kl_config, load_tokenizer, save_tokenizer
+from mar_model.tokenizers import PixelTokenizer, load_tokenizer, network_config, save_tokenizer
 from pipelines.runtime import storage
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.records import damaged
@@ -36,7 +36,7 @@ def tokenizer_config(path: str) -> dict[str, Any]:
     file = storage.join(path, "config.json")
     config: dict[str, Any] = storage.read_json(file, dict[str, Any], ANOTHER_TOKENIZER)
     try:
-        kl_config(config)
+        network_config(config)
     except ValueError as error:
         raise damaged(file, f"it {error}", ANOTHER_TOKENIZER) from error
     return config

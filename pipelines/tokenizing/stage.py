@@ -11,10 +11,10 @@ from pipelines.images.source_changes import check_source, remember_source
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.channel import MessageChannel, Metrics
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.workers import require_workers, scaling
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import Bar
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import check_tokenizer_files, write_pixels
 from pipelines.tokenizing.settings import TokenizerSettings
@@ -70,8 +70,7 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, stage: Stage) -> dict
         part = "held_out" if "psnr_held_out" in result else "train"
         remark = "" if part == "held_out" else " (nothing is held out: these are images it was trained on)"
         stage.say(f"PSNR {result[f'psnr_{part}']:.2f} dB on {result['psnr_images']} {part.replace('_', '-')} images{remark}")
-        if storage.is_local(path):
-            stage.artifact(storage.join(path, "pairs.png"))
+        stage.artifact(storage.join(path, "pairs.png"))
         summary = stage.complete(path, identity, {"images": tokenizer.images, **result})
     for leftover in (PROGRESS, "ray"):
         storage.delete(storage.join(path, leftover))
@@ -85,7 +84,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     from ray.train.torch import TorchConfig
 
     from pipelines.runtime.cluster.interruption import finish_when_asked
-    from pipelines.runtime.cluster.ray_internals import Trainer
+    from pipelines.runtime.cluster.trainer import Trainer, scaling
     from pipelines.tokenizing.job import TokenizerJob
     from pipelines.tokenizing.worker import tokenize_worker
 
@@ -115,7 +114,7 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
     try:
         with channel.listening(on_metrics):
             finish_when_asked(trainer.fit)
-    except ray.train.v2.api.exceptions.WorkerGroupError as error:
+    except ray.train.WorkerGroupError as error:
         for failure in error.worker_failures.values():
             if isinstance(failure, UserError):
                 raise failure from error
@@ -123,17 +122,10 @@ def _fit(images: ImageSettings, tokenizer: TokenizerSettings, listing: ImageList
 
 
 def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
+    check(images=images, tokenizer=tokenizer)
     try:
         tokenizer.network()
     except ValueError as error:
         raise UserError(f"section tokenizer: {error}") from error
-    if images.size % tokenizer.stride:
-        raise UserError(
-            f"images.size is {images.size}, expected a multiple of {tokenizer.stride}, the stride of {len(tokenizer.multipliers)} "
-            "tokenizer.multipliers"
-        )
-    for name in ("images", "batch", "workers", "checkpoint_images"):
-        if getattr(tokenizer, name) < 1:
-            raise UserError(f"tokenizer.{name} is {getattr(tokenizer, name)}, expected 1 or more")
-    if tokenizer.batch % tokenizer.workers:
-        raise UserError(f"tokenizer.batch is {tokenizer.batch}, expected a multiple of tokenizer.workers, {tokenizer.workers}")
+    if misfit := tokenizer.misfit_of(images.size):
+        raise UserError(misfit)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter
 from typing import NamedTuple
@@ -50,32 +51,34 @@ def share_of(worker: int, workers: int, micro_batches: int) -> range:
     return range(worker * micro_batches // workers, (worker + 1) * micro_batches // workers)
 
 
+def flips(seed: int, images_seen: int, micro_batch: int, images: int) -> np.ndarray:
+    """Which of the `images` of a micro-batch, by its number in the global batch that begins at `images_seen`, are mirrored: bool (N,)."""
+    return (torch.rand(images, generator=stream(seed, images_seen, micro_batch, "flip")) < 0.5).numpy()
+
+
 def owner_of(micro_batch: int, workers: int, micro_batches: int) -> int:
     """The worker that runs this micro-batch."""
     return next(worker for worker in range(workers) if micro_batch in share_of(worker, workers, micro_batches))
 
 
+@dataclass
 class MicroBatches:
     """Global batches from `images_seen` on, without end. What they hold depends on (seed, images seen) alone, never on who asks."""
 
-    def __init__(
-        self,
-        cache: LatentCache,
-        config: MARConfig,
-        *,
-        batch: int,
-        micro_batch: int,
-        flip: bool,
-        seed: int,
-        worker: int,
-        workers: int,
-        shuffle_window: int = 0,
-        checks: tuple[int, int] | None = None,
-    ) -> None:
-        """`checks`: see LatentDataset; None: all workers share the comparison of the shards."""
-        self.config, self.batch, self.micro_batch, self.flip, self.seed = config, batch, micro_batch, flip, seed
-        self.share = share_of(worker, workers, batch // micro_batch)
-        self.latents = LatentDataset(cache, seed, shuffle_window, checks or (worker, workers))
+    cache: LatentCache
+    config: MARConfig
+    batch: int
+    micro_batch: int
+    flip: bool
+    seed: int
+    worker: int
+    workers: int
+    shuffle_window: int = 0
+    checks: tuple[int, int] | None = None  # see LatentDataset; None: all workers share the comparison of the shards
+
+    def __post_init__(self) -> None:
+        self.share = share_of(self.worker, self.workers, self.batch // self.micro_batch)
+        self.latents = LatentDataset(self.cache, self.seed, self.shuffle_window, self.checks or (self.worker, self.workers))
         self.seconds_waited = 0.0
 
     def from_images(self, images_seen: int) -> Iterator[GlobalBatch]:
@@ -100,9 +103,7 @@ class MicroBatches:
 
     def _micro_batch(self, images_seen: int, index: int, masked: int) -> MicroBatch:
         first, images = images_seen + index * self.micro_batch, self.micro_batch
-        flipped = np.zeros(images, dtype=bool)
-        if self.flip:
-            flipped = (torch.rand(images, generator=stream(self.seed, images_seen, index, "flip")) < 0.5).numpy()
+        flipped = flips(self.seed, images_seen, index, images) if self.flip else np.zeros(images, bool)
         moments, labels = self.latents.read(first, first + images, flipped)
         size, channels = self.config.latent_size, self.config.latent_channels
         noise = torch.randn(images, channels, size, size, generator=stream(self.seed, images_seen, index, "posterior"))
@@ -171,16 +172,24 @@ class LatentDataset:
             checks.begin(range(mine, len(self.cache.manifest.shards), count))
         checks.raise_found()
 
-    def batches(self, position: int, batch: int, *, flip: bool = True, worker: int = 0, workers: int = 1) -> Iterator[LatentBatch]:
-        """This worker's share of each global batch of `batch` records from `position` on, without end; the shares of any number of
-        workers make the same global batches. A record is its mirror image half of the time if `flip`."""
+    def batches(
+        self, position: int, batch: int, *, micro_batch: int = 0, flip: bool = True, worker: int = 0, workers: int = 1
+    ) -> Iterator[LatentBatch]:
+        """This worker's share of each global batch of `batch` records from `position` on, without end: the records, and with `flip` the
+        mirror images, of a training with this seed, `train.batch` and `train.micro_batch` (0: the whole batch). The shares of any number
+        of workers make up the same global batches.
+
+        Raises ValueError unless `micro_batch` divides `batch`.
+        """
+        images, unit = micro_batch or batch, micro_batch or 1
+        if batch % images:
+            raise ValueError(f"batch is {batch}, expected a multiple of micro_batch, which is {images}")
+        share = share_of(worker, workers, batch // unit)
+        start, stop = share.start * unit, share.stop * unit
 
         def prepare(first: int) -> LatentBatch:
-            flipped = np.zeros(batch, bool)
-            if flip:
-                flipped = (torch.rand(batch, generator=stream(self.seed, first, "flip")) < 0.5).numpy()
-            share = range(worker * batch // workers, (worker + 1) * batch // workers)
-            return LatentBatch(first, *self.read(first + share.start, first + share.stop, flipped[share.start : share.stop]))
+            whole = [flips(self.seed, first, index, images) if flip else np.zeros(images, bool) for index in range(batch // images)]
+            return LatentBatch(first, *self.read(first + start, first + stop, np.concatenate(whole)[start:stop]))
 
         with ThreadPoolExecutor(1, thread_name_prefix="latents") as thread:
             upcoming = deque(thread.submit(prepare, position + number * batch) for number in range(AHEAD))

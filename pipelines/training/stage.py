@@ -14,11 +14,9 @@ from pipelines.checkpoints.released import checkpoint_directory
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.interruption import finish_when_asked
 from pipelines.runtime.cluster.precision import resolved
-from pipelines.runtime.cluster.ray_internals import Trainer
-from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.cluster.workers import require_workers, scaling
+from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
-from pipelines.runtime.settings import identity_of
+from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import IDENTITY, Stage, read_identity
 from pipelines.training.data import LatentDataset
 from pipelines.training.job import TrainingJob
@@ -50,6 +48,7 @@ def train(
     images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
+    check(train=train)
     train = replace(train, precision=resolved(train.precision, stage.cluster))
     latents = LatentCache(cache.path)
     start, begun = begun_with(train, model_config(model, latents), latents.manifest.class_names)
@@ -120,7 +119,8 @@ def training_job(
     latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
     config = model_config(model, latents)
     LatentDataset(latents, stage.seed, train.shuffle_window)  # raises UserError if the local disk can't hold what that order reads
-    _check_batches(train, stage.cluster)
+    fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
+    require_workers(fewest, stage.cluster)
     _check_best(train, validator)
     validated_as = validator.identity if validator else ""
     return TrainingJob(config, train, latents, tokenizer_path, stage.seed, stage.cluster, TrainingChannel(), start, validated_as)
@@ -133,7 +133,7 @@ def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None
     import ray.train
     from ray.train import ControllerError
 
-    from pipelines.runtime.cluster.process_group import ProcessGroupConfig
+    from pipelines.runtime.cluster.trainer import ProcessGroupConfig, Trainer, scaling
 
     train = job.train
     forget_lost_attempts(train.path)
@@ -204,20 +204,3 @@ def _check_best(train: TrainSettings, validator: Validator | None) -> None:
     if train.keep_best and train.keep_best not in metrics:
         known = f"{', '.join(metrics)}{'' if validator else ', or the metric of a validation where train.validation_images is set'}"
         raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")
-
-
-def _check_batches(train: TrainSettings, cluster: ClusterSettings) -> None:
-    micro_batches = train.batch // train.micro_batch
-    if train.batch % train.micro_batch:
-        raise UserError(f"train.batch is {train.batch}, expected a multiple of train.micro_batch, {train.micro_batch}")
-    if micro_batches < train.workers:
-        raise UserError(
-            f"train.workers is {train.workers}, but a batch of {train.batch} has only {micro_batches} micro-batches of "
-            f"{train.micro_batch}: expected at least one a worker",
-            remedy="lower train.workers or train.micro_batch",
-        )
-    decays = [train.ema_decay, *train.ema_decays]
-    if len(set(decays)) < len(decays) or not all(0 <= decay < 1 for decay in decays):
-        raise UserError(f"train.ema_decays is {train.ema_decays}, expected shares below 1, none twice and none train.ema_decay's")
-    fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
-    require_workers(fewest, cluster)

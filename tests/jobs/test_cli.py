@@ -134,8 +134,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, work: Any) -> list[dict[str, Any]]
         return work()
 
     class Opened:
-        def __init__(self, *arguments: Any) -> None:
-            self.arguments = arguments
+        def __init__(self, *arguments: Any, seed: int) -> None:
+            self.arguments, self.seed = arguments, seed
 
         def __enter__(self) -> "Opened":
             return self
@@ -151,8 +151,10 @@ def test_a_stage_gets_its_sections_and_its_summary_is_shown(mar: Mar, monkeypatc
     calls = stand_in(monkeypatch, lambda: {"format_version": 1, "images_seen": 1280, "loss": 0.123456, "rows": {"noise": 297.5}})
     result = mar("train", "--preset", "demo", "--set", "seed=5")
     assert result.status == 0
-    assert set(calls[0]) == {"images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "seed", "stage"}
-    assert calls[0]["seed"] == 5
+    assert set(calls[0]) == {"images", "tokenizer_path", "cache", "model", "train", "generate", "evaluate", "stage"}
+    assert calls[0]["stage"].seed == 5
+    assert calls[0]["tokenizer_path"] == str(Path("runs/demo/tokenizer").absolute())
+    assert calls[0]["images"].settings == load("demo").located().images
     name, path, configuration, cluster, tracking = calls[0]["stage"].arguments
     assert (name, path) == ("train", str(Path("runs/demo/train").absolute()))
     assert (configuration, cluster, tracking) == (load("demo", assignments=["seed=5"]).plain(), load("demo").cluster, load("demo").tracking)
@@ -169,7 +171,7 @@ def test_the_cache_is_asked_to_read_every_image_again(mar: Mar, monkeypatch: pyt
     calls = stand_in(monkeypatch, lambda: {"images": 1})
     assert [mar("cache", *options, "--preset", "demo").status for options in ((), ("--check",))] == [0, 0]
     assert [call["check"] for call in calls] == [False, True]
-    assert set(calls[0]) == {"images", "tokenizer", "cache", "stage", "check"}
+    assert set(calls[0]) == {"images", "tokenizer_path", "cache", "stage", "check"}
 
 
 def test_what_looks_like_markup_of_the_terminal_is_text(
@@ -245,13 +247,14 @@ def test_every_stage_takes_the_sections_it_is_called_with(name: str) -> None:
     there = getattr(importlib.import_module(module), function, None)
     assert there is not None, f"{STAGES[name].function} is not there"
     needed = {one.name for one in inspect.signature(there).parameters.values() if one.default is one.empty}
-    assert needed == {*STAGES[name].sections, "stage"}
+    assert needed == {*STAGES[name].arguments, "stage"}
 
 
-def test_quickstart_takes_every_section() -> None:
-    from jobs.quickstart.stage import quickstart
+def test_every_section_decides_what_a_quickstart_is() -> None:
+    from jobs.quickstart.stage import _identity
 
-    assert set(inspect.signature(quickstart).parameters) == {*RunConfig.model_fields, "configuration", "digits"}
+    config = load("demo")
+    assert {name.partition(".")[0] for name in _identity(config, "listing")} == RunConfig.model_fields.keys() - {"tracking", "cluster"}
 
 
 def test_passwords_are_not_shown(mar: Mar, monkeypatch: pytest.MonkeyPatch) -> None:

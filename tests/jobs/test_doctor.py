@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from command_line import DemoIn, Mar
 
-from jobs import doctor
 from jobs.config.load import load
+from jobs.doctor import examine as doctor
+from jobs.doctor.paths import _bucket_refuses
 from jobs.estimate import cache_bytes, checkpoint_bytes, latent_shape, parameters, sample_bytes
 from pipelines.evaluation.statistics import FeatureStatistics
 
@@ -178,7 +179,7 @@ def test_s3(bucket: str) -> None:
     assert doctor.output_check("train.path", "s3://there/run/train").ok
     left = [one["Key"] for one in boto3.client("s3").list_objects_v2(Bucket="there").get("Contents", [])]
     assert left in ([], ["run/train/"])  # at most the empty marker of a folder that Arrow keeps
-    assert doctor._bucket_refuses(f"s3://there/run?{bucket}") is None
+    assert _bucket_refuses(f"s3://there/run?{bucket}") is None
     missing = doctor.output_check("train.path", "s3://absent/run/train")
     assert not missing.ok
     assert "bucket absent does not exist" in missing.found

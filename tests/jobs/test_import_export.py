@@ -11,7 +11,7 @@ import torch
 from command_line import Mar
 
 from jobs.config.load import load
-from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model import MAR, GenerationOptions, MARConfig, SampleNoise, generate
 from mar_model.checkpoints.checkpoint import load_model
 from mar_model.checkpoints.released_sizes import released_config
 from mar_model.config import Architecture
@@ -69,7 +69,9 @@ def test_images_of_an_imported_checkpoint_and_back(mar: Mar, folder: Path, tmp_p
     autoencoder.load_state_dict(random_weights(autoencoder, 3))
     for ema, seed in ((True, 2), (False, 1)):
         model.load_state_dict(random_weights(model, seed))
-        latents = generate(model, torch.tensor([0, 2]), SampleNoise(5, [0, 1]), ar_steps=2, diffusion_steps=3, guidance=2.0)
+        latents = generate(
+            model, torch.tensor([0, 2]), SampleNoise(5, [0, 1]), GenerationOptions(ar_steps=2, diffusion_steps=3, guidance=2.0)
+        )
         with torch.no_grad():
             expected = to_uint8(autoencoder.decode(latents / 0.2325))
         assert np.abs(drawn(checkpoint, tokenizer, ema=ema).astype(int) - expected).max() <= 1
@@ -133,7 +135,7 @@ def test_raw_weights_and_options(mar: Mar, folder: Path, tmp_path: Path) -> None
         (("text.pth",), "text.pth is not a PyTorch file, or is truncated or damaged"),
         (("half.pth",), "missing (4): decoder_blocks.0.attn.proj.bias, "),
         (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two, e.g. 12,16"),
-        (("release", "--heads", "5"), "encoder_heads 5 does not divide encoder_width 64"),
+        (("release", "--heads", "5"), "encoder_heads is 5, expected a divisor of encoder_width, which is 64"),
         (("release", "--patch-size", "3"), "tokens have 16 values"),
         (("release", "--latent-scale", "0"), "--latent-scale is 0.0, expected a number above 0"),
         (("release", "--tokenizer", "release"), "is no tokenizer directory"),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import save_checkpoint
 from command_line import Mar, Result
 from PIL import Image
 
 from jobs.stage_commands import STAGES
 from mar_model import MAR, MARConfig
-from mar_model.checkpoints.checkpoint import save_checkpoint
 
 KINDS = ("a file", "below a file", "no permission", "a loop", "no folder can be made there")
 COMMANDS = {name: (name, "--set", f"{stage.writes}=OUT") for name, stage in STAGES.items()} | {

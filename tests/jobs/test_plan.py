@@ -103,7 +103,7 @@ def test_known_gpus_and_others() -> None:
     assert gpu("mi300x", 1307, 192).source == "as given"
     assert (gpu("h100", memory_gb=96).tflops, gpu("h100", memory_gb=96).memory_gb) == (989, 96)
     with pytest.raises(
-        UserError, match=r"--gpu 'a100' is not known, expected one of h200, h100, .*nearest: a100-80gb or a100-40gb; of another"
+        UserError, match=r"--gpu 'a100' is not known, expected one of h200, h100, .*nearest: a100-80gb or a100-40gb; for another"
     ):
         gpu("a100")
     with pytest.raises(UserError, match=r"--gpu 'mi300x' is not known.*--peak-tflops \(dense bf16\) and --memory-gb"):

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn import generate
 from torch import Tensor, nn
 
-from mar_model import MAR, MARConfig, SampleNoise, TokenSampler, generate
+from mar_model import MAR, MARConfig, SampleNoise, TokenSampler
 from mar_model.masking import draw_mask_ratio, masked_tokens
 from mar_model.noise import stream
 from mar_model.training.recipe import micro_batch_draws

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import generate
 from fake_cuda import CUDA, FakeCuda, FakeReducer, Waited, fake_cuda, without_backward
 from tiny_model import TINY, TOKENS, latents
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from mar_model import MAR, SampleNoise, TokenSampler, generate
+from mar_model import MAR, SampleNoise, TokenSampler
 from mar_model.head.diffusion import TokenLoss
 from mar_model.tokenizers import KLAutoencoder, KLConfig, PixelTokenizer, sample_posterior
 from mar_model.training.ema import WeightAverage

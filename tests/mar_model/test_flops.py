@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import generate
 from torch.utils.flop_counter import FlopCounterMode
 
-from mar_model import MAR, Architecture, MARConfig, SampleNoise, TrainingDraws, generate
+from mar_model import MAR, Architecture, GenerationOptions, MARConfig, SampleNoise, TrainingDraws
 from mar_model.config import PUBLISHED
 from mar_model.flops import generation_flops, tokenizer_flops, training_flops
-from mar_model.tokenizers import KLAutoencoder, KLConfig
+from mar_model.tokenizers import KLConfig, NetworkConfig, VQConfig, without_weights
 from mar_model.training.recipe import micro_batch_draws
 
 UNEVEN = Architecture(
@@ -57,7 +58,7 @@ def test_generation(architecture: Architecture, side: int, ar_steps: int, guidan
     model = MAR(config).eval()
     with FlopCounterMode(display=False) as counter:
         generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), ar_steps=ar_steps, diffusion_steps=6, guidance=guidance)
-    expected = generation_flops(config, 2, ar_steps=ar_steps, diffusion_steps=6, guided=guidance != 1.0)
+    expected = generation_flops(config, 2, GenerationOptions(ar_steps=ar_steps, diffusion_steps=6, guidance=guidance))
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -80,26 +81,33 @@ def test_fast_modes_and_completion(fast: dict[str, Any], guidance: float) -> Non
     model = MAR(config).eval()
     options: dict[str, Any] = {"ar_steps": 9, "diffusion_steps": 6}
     filled = fast.get("filled")
-    given: dict[str, Any] = {name: value for name, value in fast.items() if name != "filled"}
+    options |= {name: value for name, value in fast.items() if name != "filled"}
+    given: dict[str, Any] = {}
     if filled:
-        given |= {"known": torch.zeros(2, 4, 12, 12), "fill": (torch.arange(config.tokens) < filled).repeat(2, 1)}
+        given = {"known": torch.zeros(2, 4, 12, 12), "fill": (torch.arange(config.tokens) < filled).repeat(2, 1)}
     with FlopCounterMode(display=False) as counter:
         generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), **options, **given, guidance=guidance)
-    expected = generation_flops(config, 2, **options, **fast, guided=guidance != 1.0)
+    expected = generation_flops(config, 2, GenerationOptions(**options, guidance=guidance), filled)
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(KLConfig(), 64), (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16)],
+    [
+        (KLConfig(), 64),
+        (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16),
+        (KLConfig(level_attention="both"), 64),
+        (KLConfig(channels=4, multipliers=(1, 2, 4, 4), level_attention="none"), 64),
+        (VQConfig(level_attention="both"), 64),
+    ],
 )
-def test_tokenizer(config: KLConfig, size: int) -> None:
+def test_tokenizer(config: NetworkConfig, size: int) -> None:
     found = tokenizer_flops(config, size)
+    tokenizer = without_weights(config)
     with torch.device("meta"):
-        tokenizer = KLAutoencoder(config)
         with FlopCounterMode(display=False) as encoding, torch.no_grad():
-            moments = tokenizer.encode(torch.empty(1, 3, size, size))
+            encoded = tokenizer.encode(torch.empty(1, 3, size, size))
         with FlopCounterMode(display=False) as decoding, torch.no_grad():
-            tokenizer.decode(moments[:, : config.channels])
+            tokenizer.decode(encoded.latents if config.codebook else encoded[:, : config.channels])
     assert found.encode == pytest.approx(encoding.get_total_flops(), rel=0.02)
     assert found.decode == pytest.approx(decoding.get_total_flops(), rel=0.02)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import generate
 from tiny_model import TINY, TOKENS, latents, tiny_model
 from torch import Tensor, nn
 
-from mar_model import MAR, SampleNoise, generate
+from mar_model import MAR, SampleNoise
 from mar_model.head.diffusion import Diffusion, annealed_steps, respaced_timesteps
 from mar_model.masking import mask_schedule
 from mar_model.noise import stream

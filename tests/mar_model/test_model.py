@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import generate
 
-from mar_model import MAR, MARConfig, SampleNoise, generate
+from mar_model import MAR, MARConfig, SampleNoise
 from mar_model.training.recipe import band_sums, learning_rate, micro_batch_draws, parameter_groups
 
 TINY = MARConfig(

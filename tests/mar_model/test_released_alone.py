@@ -14,17 +14,19 @@ sys.path[:] = [entry for entry in sys.path if "site-packages" not in entry and "
 import mar_model, numpy, safetensors, torch
 for module in pkgutil.walk_packages(mar_model.__path__, "mar_model."):
     importlib.import_module(module.name)
-from mar_model import MAR, MARConfig, SampleNoise, generate
-from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
+from mar_model import MAR, GenerationOptions, MARConfig, SampleNoise, generate
+from mar_model.checkpoints.checkpoint import AVERAGE, WEIGHTS, load_model, write_checkpoint
 from mar_model.checkpoints.released import export_checkpoint, import_checkpoint
 config = MARConfig(encoder_depth=1, encoder_width=64, encoder_heads=1, decoder_depth=1, decoder_width=64, decoder_heads=1, buffer_size=2,
                    denoiser_depth=1, denoiser_width=32, latent_size=4, classes=3)
 model, folder = MAR(config), pathlib.Path(sys.argv[2])
-save_checkpoint(folder / "checkpoint", model, model.state_dict(), {})
+weights = {name: value.clone() for name, value in model.state_dict().items()}
+(folder / "checkpoint").mkdir()
+write_checkpoint(folder / "checkpoint", model.config, {WEIGHTS: weights, AVERAGE: weights}, {})
 export_checkpoint(folder / "checkpoint", folder / "checkpoint-last.pth")
 import_checkpoint(folder / "checkpoint-last.pth", folder / "imported", {})
 model, _ = load_model(folder / "imported")
-latents = generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), ar_steps=2, diffusion_steps=2)
+latents = generate(model, torch.tensor([0, 2]), SampleNoise(0, [0, 1]), GenerationOptions(ar_steps=2, diffusion_steps=2))
 print(tuple(latents.shape), *sorted({name.partition(".")[0] for name in sys.modules} & {"jobs", "pipelines", "ray", "mlflow", "pyarrow"}))
 """
 

@@ -6,8 +6,9 @@ index) raises an error there, as it would make the host wait on a GPU.
 
 import pytest
 import torch
+from drawn import generate
 
-from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws, generate
+from mar_model import MAR, MARConfig, SampleNoise, TrainingDraws
 from mar_model.training.ema import WeightAverage
 from mar_model.training.recipe import band_sums, micro_batch_draws, parameter_groups
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from checkpoint_files import save_checkpoint
 from PIL import Image
 
-from mar_model.checkpoints.checkpoint import save_checkpoint
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
 from mar_model.noise import stream

@@ -19,7 +19,7 @@ from pipelines.images.sources.imagefolder import SUFFIXES, Files, list_files, li
 from pipelines.images.sources.parquet import list_parquet
 from pipelines.images.sources.patterns import FILES, expanded, root_of
 from pipelines.images.sources.table import Listed
-from pipelines.images.sources.tars import members, open_at
+from pipelines.images.sources.tars import members, opened
 from pipelines.images.sources.webdataset import list_webdataset
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
@@ -125,6 +125,6 @@ def _form(root: str, files: Files) -> str:
 
 
 def _holds_tars(path: str) -> bool:
-    with open_at(path) as read_at:
-        first = next(members(path, read_at), None)
+    with opened(path) as file:
+        first = next(members(path, file), None)
     return first is not None and first.name.endswith(".tar")

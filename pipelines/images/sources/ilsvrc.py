@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.images.sources.table import Listed, listed
-from pipelines.images.sources.tars import Member, members, open_at
+from pipelines.images.sources.tars import Member, members, opened
 from pipelines.runtime.errors import UserError
 
 READS_AT_ONCE = 32  # inner tars indexed at a time: on S3 each header is a request
@@ -15,19 +15,19 @@ def list_ilsvrc(file: str, path: str) -> Listed:
 
     Nothing is unpacked: an image is a byte range of the outer tar. Raises UserError when the tar holds no inner tars, or links to them.
     """
-    with open_at(path) as read_at:
-        inner = [one for one in members(path, read_at) if one.name.endswith(".tar")]
-        if not inner:
-            raise UserError(f"images.source {path!r} holds no inner tars; expected one a synset, as in ILSVRC2012_img_train.tar")
+    with opened(path) as outer:
+        inner = [one for one in members(path, outer) if one.name.endswith(".tar")]
+    if not inner:
+        raise UserError(f"images.source {path!r} holds no inner tars; expected one a synset, as in ILSVRC2012_img_train.tar")
+    if linked := next((one for one in inner if one.link), None):
+        raise UserError(f"{path}: {linked.name} {linked.reason}")
 
-        if linked := next((one for one in inner if one.link), None):
-            raise UserError(f"{path}: {linked.name} {linked.reason}")
+    def of(synset: Member) -> list[Member]:
+        with opened(path) as tar:
+            return list(members(path, tar, synset.offset, synset.offset + synset.size))
 
-        def of(synset: Member) -> list[Member]:
-            return list(members(path, read_at, synset.offset, synset.offset + synset.size))
-
-        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            images = list(pool.map(of, inner))
+    with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+        images = list(pool.map(of, inner))
     synsets = [one.name.rpartition("/")[2].removesuffix(".tar") for one in inner]
     class_names = sorted(set(synsets))
     numbers = {name: number for number, name in enumerate(class_names)}

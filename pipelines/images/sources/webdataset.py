@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO
 
 import pyarrow as pa
 
 from pipelines.images.sources.table import Listed, listed
-from pipelines.images.sources.tars import Member, ReadAt, members, open_at
+from pipelines.images.sources.tars import Member, members, opened
 from pipelines.runtime import storage
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -28,11 +29,11 @@ def list_webdataset(root: str, files: list[str]) -> Listed:
 def _samples(root: str, file: str) -> pa.Table:
     path = storage.join(root, file)
     found: list[tuple[str, int | None, int, int, str | None]] = []
-    with open_at(path) as read_at:
-        for name, sample in _grouped(members(path, read_at)):
+    with opened(path) as opened_file:
+        for name, sample in _grouped(members(path, opened_file)):
             images = [one for one in sample if one.lower() in IMAGES]
             image = sample[images[0]] if len(images) == 1 else None
-            label, reason = _label(sample, read_at)
+            label, reason = _label(sample, opened_file)
             if not images:
                 reason = f"the sample has no image ({', '.join(IMAGES)}), only {', '.join(sample)}"
             elif image is None:
@@ -68,7 +69,7 @@ def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
         yield name, sample
 
 
-def _label(sample: dict[str, Member], read_at: ReadAt) -> tuple[int | None, str | None]:
+def _label(sample: dict[str, Member], file: BinaryIO) -> tuple[int | None, str | None]:
     """The label, or the reason why there is none."""
     kind, names = next(((one, found) for one in LABELS if (found := [name for name in sample if name.lower() == one])), ("", []))
     if not kind:
@@ -78,7 +79,8 @@ def _label(sample: dict[str, Member], read_at: ReadAt) -> tuple[int | None, str 
         return None, f"the sample has {len(names)} labels ({', '.join(names)}), expected one"
     if member.link:
         return None, f"no label: {names[0]} {member.reason}"
-    content = member.start if len(member.start) == member.size else read_at(member.offset, member.size)
+    file.seek(member.offset)
+    content = file.read(member.size)
     try:
         value = content.decode().strip() if kind == "cls" else _field(json.loads(content))
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()) or (isinstance(value, str) and "_" in value):

@@ -10,17 +10,18 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train.v2._internal.exceptions import (
+
+from pipelines.runtime.cluster.ray_internals import (
+    ControllerCallback,
+    TrainController,
+    WorkerGroup,
+    WorkerGroupCallback,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
-
-from pipelines.runtime.cluster.connection import environment
+from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import UserError, carried_by, in_one_line, origin_of
 from pipelines.training.supervision.channel import PREEMPTED, RESIZED, TrainingChannel
 from pipelines.training.supervision.messages import GroupFailed

@@ -123,7 +123,7 @@ def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path:
         verify_command(str(made / "cache"), sample=4, source=other)
     assert "✗ 4 images encoded again" in capsys.readouterr().out
     save_tokenizer(KLAutoencoder(KLConfig(channels=2, width=8, multipliers=(1, 2))), tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="was written with the tokenizer"):
+    with pytest.raises(UserError, match="was made with the tokenizer of digest"):
         verify_command(str(made / "cache"), sample=4, tokenizer=str(tmp_path / "tokenizer"))
     first = next(iter(sorted(IMAGES)))
     (tmp_path / "images" / first).write_bytes(b"")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import save_checkpoint
 from tiny_cache import ARCHITECTURE
 
-from mar_model.checkpoints.checkpoint import save_checkpoint
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
 from pipelines.checkpoints.directory import checkpoint_path

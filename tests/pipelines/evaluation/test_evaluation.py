@@ -7,11 +7,12 @@ import torch
 from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest, load_classifier, train_classifier
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest, load_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows
 from pipelines.evaluation.features import EfficientNetLite0, network_digest
-from pipelines.evaluation.image_sets import NoiseImages
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.image_sets.sets import NoiseImages
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate, with_reference
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
@@ -68,7 +69,7 @@ def network() -> EfficientNetLite0:
 
 
 def statistics(network: EfficientNetLite0, images: np.ndarray) -> FeatureStatistics:
-    return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+    return FeatureStatistics.of(FeatureSums.of(network(images)), network.name, network.digest)
 
 
 def drawn(path: str) -> np.ndarray:
@@ -184,7 +185,7 @@ def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
     assert {name for name, when in written.items() if (path / "shards" / name).stat().st_mtime_ns != when} == {
         "samples-00000008-00000016.parquet"
     }
-    with pytest.raises(UserError, match=r"evaluate\.images \(there: 30, asked for: 31\)"):
+    with pytest.raises(UserError, match=r"evaluate\.images \(found 30, expected 31\)"):
         evaluate(**sections(run, images=31))
 
 

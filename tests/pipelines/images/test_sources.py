@@ -19,7 +19,7 @@ from pipelines.images.listing import keep_listing, kept_listing, list_images
 from pipelines.images.reading import decode_row, read_image
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.patterns import expanded
-from pipelines.images.sources.tars import members, open_at
+from pipelines.images.sources.tars import members, opened
 from pipelines.runtime.errors import ImageError, UserError
 
 FORMS = {"imagefolder": write_tree, "ilsvrc": write_ilsvrc, "webdataset": write_webdataset, "parquet": write_parquet}
@@ -92,8 +92,8 @@ def test_tar_headers_of_every_kind_agree_with_tarfile(tmp_path: Path) -> None:
             link = tarfile.TarInfo("link")
             link.type, link.linkname = tarfile.SYMTYPE, "short"
             tar.addfile(link)
-        with open_at(str(path)) as read_at, tarfile.open(path) as tar:
-            found = [(one.name, one.offset, one.size) for one in members(str(path), read_at)]
+        with opened(str(path)) as file, tarfile.open(path) as tar:
+            found = [(one.name, one.offset, one.size) for one in members(str(path), file)]
             assert found == [(one.name, one.offset_data, one.size) for one in tar if one.isreg() or one.issym()]
 
 

@@ -29,10 +29,9 @@ from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import Tracker, TrackingSettings
 from pipelines.sweeping.settings import SweepSettings
-from pipelines.sweeping.stage import best_of, concurrency, finished_rows, sweep, sweep_identity
+from pipelines.sweeping.stage import best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
 from pipelines.sweeping.table import row_of, write_table
 from pipelines.sweeping.trials import Sections, grid
-from pipelines.sweeping.tune import run_trial
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import train
 
@@ -197,7 +196,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     assert math.isfinite(good["metric"])
     assert trained["images_seen"] == 64
     assert (bad["trial"], bad["metric"], summary["failed"]) == ("decoder_width=9", None, 1)
-    assert "decoder_heads 2 does not divide decoder_width 9" in bad["error"]
+    assert "decoder_heads is 2, expected a divisor of decoder_width, which is 9" in bad["error"]
     assert summary["best"] == {"trial": "decoder_width=12", "parameters": good["parameters"], "metric": good["metric"]}
     assert json.loads((trial / "trial.json").read_text()) == good
     assert json.loads((path / "table.json").read_text()) == summary["rows"]
@@ -224,7 +223,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     assert again["rows"][0] == good
     assert again["rows"][1]["error"] == bad["error"]
     other = SweepSettings(path=str(path), over="train", metric="loss_band_0", parameters=parameters)
-    with pytest.raises(UserError, match=r"sweep\.metric \(there: 'loss', asked for: 'loss_band_0'\)"):
+    with pytest.raises(UserError, match=r"sweep\.metric \(found 'loss', expected 'loss_band_0'\)"):
         run(sections, other, Stage("sweep", ray_local))
 
 
@@ -285,7 +284,7 @@ def strict_json(text: str) -> Any:
 
 def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_path: Path) -> None:
     settings = SweepSettings(path=str(tmp_path), over="train", metric="loss", parameters={"model.decoder_width": [9]})
-    with pytest.raises(UserError, match=r"every trial of .* failed \(decoder_width=9: .*does not divide"):
+    with pytest.raises(UserError, match=r"every trial of .* failed \(decoder_width=9: .*expected a divisor of decoder_width"):
         run(sections, settings, Stage("sweep", ray_local))
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
-from pipelines.training.data import MicroBatches, share_of
+from pipelines.training.data import LatentDataset, MicroBatches, share_of
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import model_config, newest_checkpoint, train
 from pipelines.training.state import initial_model
@@ -93,7 +94,7 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(sections: tuple[str, CacheS
     assert longer["loss"] == summary["loss"]
 
     assert train(*sections, ARCHITECTURE, parts, stage)["images_seen"] == 96  # complete: nothing is trained again
-    with pytest.raises(UserError, match=r"train\.learning_rate \(there: 0\.001, asked for: 0\.5\)"):
+    with pytest.raises(UserError, match=r"train\.learning_rate \(found 0\.001, expected 0\.5\)"):
         train(*sections, ARCHITECTURE, replace(parts, learning_rate=0.5), stage)
 
     weights_there = damaged.with_name("images-000000000096") / "model.safetensors"
@@ -142,6 +143,18 @@ def test_every_image_once_an_epoch_whatever_the_workers(sections: tuple[str, Cac
     order = MicroBatches(cache_, config, batch=20, micro_batch=4, flip=True, seed=5, worker=0, workers=1).latents.order
     assert sorted(order.indices(0, 40).tolist()) == list(range(40))
     assert [list(share_of(worker, 3, 5)) for worker in range(3)] == [[0], [1, 2], [3, 4]]
+
+
+def test_the_documented_loader_draws_what_training_draws(sections: tuple[str, CacheSettings]) -> None:
+    cache_ = LatentCache(sections[1].path)
+    trained = MicroBatches(cache_, model_config(ARCHITECTURE, cache_), batch=20, micro_batch=4, flip=True, seed=5, worker=1, workers=2)
+    documented = LatentDataset(cache_, seed=5).batches(20, 20, micro_batch=4, worker=1, workers=2)
+    for share, batch in zip(trained.from_images(20), islice(documented, 3), strict=False):
+        assert batch.position == share.images_seen
+        assert torch.equal(torch.cat([one.moments for one in share.micro_batches]), batch.moments)
+        assert torch.equal(torch.cat([one.labels for one in share.micro_batches]), batch.labels)
+    with pytest.raises(ValueError, match="batch is 20, expected a multiple of micro_batch, which is 3"):
+        next(LatentDataset(cache_, seed=5).batches(0, 20, micro_batch=3))
 
 
 def test_what_cannot_be_is_said_before_any_work(sections: tuple[str, CacheSettings], stage: Stage, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import psutil
 import pytest
 import ray
 import torch
+from checkpoint_files import save_checkpoint
 from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
-from mar_model.checkpoints.checkpoint import load_model, save_checkpoint
+from mar_model.checkpoints.checkpoint import load_model
 from mar_model.mar import MAR
 from mar_model.training.sample_order import SampleOrder
 from pipelines.caching.latent_cache import LatentCache
@@ -269,7 +270,7 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     ended = newest_checkpoint(str(tmp_path))
     assert ended is not None
     assert int(ended[-12:]) not in (320, 640, 800)
-    assert stage.said[-1] == f"ended with {ended}; the same command goes on from there"
+    assert stage.said[-1] == f"ended with {ended}; the same command resumes there"
     train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
     assert_bitwise(tmp_path, undisturbed)
 

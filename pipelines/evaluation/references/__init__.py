@@ -1,0 +1,1 @@
+"""What samples are compared with: where a reference comes from, and its statistics, computed once and kept."""
