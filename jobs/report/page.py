@@ -7,6 +7,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from jobs.report.metrics import metrics
 from jobs.report.reading import Classes, Reading, ReportedSummary
 from pipelines.images.grid import GRID_CLASSES
 from pipelines.runtime import storage
@@ -99,6 +100,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         cautions=cautions.of_run(run, [one.summary for one in stages if one.stage == "evaluate"]),
         samples=_samples(path, stages, pictures, run, reading),
         distances=distances(run, stages),
+        metrics=metrics([one.summary for one in stages if one.stage == "evaluate"]),
         training=_training(stages, pictures, reading),
         tokenizer=_tokenizer(stages, pictures, reading),
         sweeps=_sweeps(stages, pictures, reading),
@@ -153,7 +155,8 @@ def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str
         count = f"{number(known['images_held_out'])} " if "images_held_out" in known else ""
         note = f"{count}real images {100 * real:.1f}\u00a0%" if real is not None else ""
         tile("label agreement", f"{100 * agreement:.1f}\u00a0%", note)
-    for row in distances(run, stages)[:1]:
+    rows = distances(run, stages)
+    for row in [row for row in rows if row["name"] == "generated"] or rows[:1]:
         tile("Fréchet distance", number(row["distance"]), row["name"].replace("_", " "))
     if known.get("psnr_held_out") is not None:
         tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", f"PSNR, {_measured_on(known)}")

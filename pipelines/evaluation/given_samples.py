@@ -80,7 +80,7 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
         "samples": {"path": evaluate.samples, "height": given.shape[0], "width": given.shape[1], **given.about},
         "identity": identity,
     }
-    return write_record(found, {}, record, None, evaluate, stage)
+    return write_record(found, {}, record, given.labels, evaluate, stage)
 
 
 def _of_their_size(images: Images, given: GivenSamples, evaluate: EvaluateSettings) -> Images:

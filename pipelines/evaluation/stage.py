@@ -108,8 +108,9 @@ def evaluate(
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
         "identity": identity,
     }
-    figures = {"out_of_range": scores.out_of_range, **drawing.speed(scores.drawn, scores.seconds)}
-    return write_record(found, figures, record, scores.images_per_second, evaluate, stage)
+    speed = {**drawing.speed(scores.drawn, scores.seconds), "images_per_second": scores.images_per_second}
+    labels = drawing.labels_of(range(evaluate.images))
+    return write_record(found, {"out_of_range": scores.out_of_range, **speed}, record, labels, evaluate, stage)
 
 
 def scoring_identity(

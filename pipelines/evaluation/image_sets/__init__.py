@@ -7,8 +7,19 @@ from pipelines.evaluation.image_sets.sets import (
     ImageSource,
     NoiseImages,
     RealImages,
+    ReconstructedImages,
     ranges,
     read_sources,
-)  # fmt: skip
+)
 
-__all__ = ["Block", "CachedLatents", "DrawnSamples", "ImageSource", "NoiseImages", "RealImages", "ranges", "read_sources"]
+__all__ = [
+    "Block",
+    "CachedLatents",
+    "DrawnSamples",
+    "ImageSource",
+    "NoiseImages",
+    "RealImages",
+    "ReconstructedImages",
+    "ranges",
+    "read_sources",
+]
