@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.evaluation.classifier import load_classifier
+from pipelines.evaluation.classifier.network import load_classifier
 from pipelines.evaluation.features import load_network
-from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings

@@ -13,7 +13,7 @@ from mar_model.config import Architecture
 from pipelines.caching import stage as caching
 from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
-from pipelines.evaluation.classifier import train_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows, real_and_noise
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.settings import EvaluateSettings

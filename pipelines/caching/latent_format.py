@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
-from pipelines.caching.shard_checks import FOLDER
+from mar_model.tokenizers.posterior import LOG_VARIANCE_RANGE
 
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 
-SHARDS = FOLDER
+SHARDS = "shards"  # the folder of the shards
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from pipelines.caching.shard_checks import FOLDER, compare_data, mapped
+from pipelines.caching.latent_format import SHARDS
+from pipelines.caching.shard_checks import compare_data, mapped
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.storage import PARTIAL
@@ -83,7 +84,7 @@ class LocalShards:
                 return str(target)
         except FileNotFoundError:
             pass
-        data = storage.read_bytes(storage.join(self.cache, FOLDER, entry["name"]))
+        data = storage.read_bytes(storage.join(self.cache, SHARDS, entry["name"]))
         compare_data(self.cache, entry, data)
         self._compared.add(number)
         with self._lock:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.caching.latent_format import SHARDS
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
-FOLDER = "shards"
 CONDEMNED = "condemned.json"
 SHOWN = 10  # names in one message
 REPAIR = "run `mar cache` with the same settings, which makes exactly these shards again"
@@ -44,7 +44,7 @@ def refuse_condemned(path: str, shards: int) -> None:
 
 def compare(path: str, entry: dict[str, Any]) -> None:
     """Read a shard of the cache at `path` and compare it with its entry in the manifest. Raises UserError where it is another one."""
-    file = storage.join(path, FOLDER, entry["name"])
+    file = storage.join(path, SHARDS, entry["name"])
     check_size(file, entry["bytes"])
     compare_data(path, entry, mapped(storage.filesystem(file)[1]))  # only copies of what is on S3 are opened
 

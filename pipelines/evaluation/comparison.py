@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, NoiseImages, RealImages, ReconstructedImages
+from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, NoiseImages, RealImages, ReconstructedImages
 from pipelines.evaluation.record import RECORD, Record
-from pipelines.evaluation.references import source_statistics
+from pipelines.evaluation.references.made import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import distance
 from pipelines.images.listing import Images

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.given import find_samples
 from pipelines.evaluation.image_sets.readers import GivenSamples
 from pipelines.evaluation.metrics.definitions import METRICS, names_of
 from pipelines.evaluation.record import LABEL_AGREEMENT, LABEL_AGREEMENT_DEFINITION, PICTURE, features_path, write_record
-from pipelines.evaluation.references import find_reference, reference_parts, source_statistics
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import reference_parts, source_statistics
 from pipelines.evaluation.scoring.actor import Judges
 from pipelines.evaluation.scoring.measure import measure, share_error
 from pipelines.evaluation.scoring.sources import features_of

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.given_samples import evaluate_given
-from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, RealImages
+from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
 from pipelines.evaluation.metrics.definitions import METRICS, names_of
 from pipelines.evaluation.record import (
     LABEL_AGREEMENT,
@@ -21,7 +21,8 @@ from pipelines.evaluation.record import (
     metric_name,
     write_record,
 )  # fmt: skip
-from pipelines.evaluation.references import find_reference, reference_parts, source_statistics, statistics_path
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import reference_parts, source_statistics, statistics_path
 from pipelines.evaluation.scoring.actor import Judges, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.measure import HERE, measure, share_error

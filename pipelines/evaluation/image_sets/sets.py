@@ -11,6 +11,7 @@ import torch
 from mar_model.noise import stream
 from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
+from pipelines.evaluation.image_sets.blocks import Block
 from pipelines.generation import samples
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import decode_row
@@ -21,15 +22,6 @@ from pipelines.tokenizing.directory import tokenizer_digest
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some images of a set."""
-
-    images: np.ndarray  # uint8 (N, H, W, 3)
-    index: np.ndarray  # int64 (N,): their numbers in the set
-    labels: np.ndarray  # int64 (N,): −1 where unknown
 
 
 class ImageSource(Protocol):

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pipelines.evaluation import npz
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.image_sets import RealImages, ranges
+from pipelines.evaluation.image_sets.sets import RealImages, ranges
 from pipelines.evaluation.reference_file import chosen_rows
 from pipelines.evaluation.references.made import source_statistics, statistics_path
 from pipelines.evaluation.settings import EvaluateSettings

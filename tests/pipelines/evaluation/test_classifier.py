@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mar_model.noise import stream
-from pipelines.evaluation.classifier import Classifier, fit, load_classifier, shifted
+from pipelines.evaluation.classifier.network import Classifier, load_classifier
+from pipelines.evaluation.classifier.training import fit, shifted
 from pipelines.runtime.errors import UserError
 
 

@@ -8,14 +8,15 @@ from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
 from mar_model.tokenizers import load_tokenizer
-from pipelines.evaluation.classifier import check_classes, classifier_digest, load_classifier, train_classifier
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest, load_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows
 from pipelines.evaluation.features import EfficientNetLite0, network_digest
-from pipelines.evaluation.image_sets import NoiseImages
+from pipelines.evaluation.image_sets.sets import NoiseImages
 from pipelines.evaluation.metrics.inception_score import inception_score
 from pipelines.evaluation.metrics.kid import kernel_distance
 from pipelines.evaluation.metrics.precision_recall import precision_recall
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate, with_reference
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance

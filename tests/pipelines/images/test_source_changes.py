@@ -7,7 +7,7 @@ import pytest
 from listening import Listening
 
 from benchmarks.source_forms import encoded, write_parquet, write_tree
-from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.images.listing import ImageListing, list_images
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings

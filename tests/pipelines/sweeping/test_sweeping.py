@@ -29,10 +29,9 @@ from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import Tracker, TrackingSettings
 from pipelines.sweeping.settings import SweepSettings
-from pipelines.sweeping.stage import best_of, concurrency, finished_rows, sweep, sweep_identity
+from pipelines.sweeping.stage import best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
 from pipelines.sweeping.table import row_of, write_table
 from pipelines.sweeping.trials import Sections, grid
-from pipelines.sweeping.tune import run_trial
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import train
 
