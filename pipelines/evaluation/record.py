@@ -1,5 +1,6 @@
 """The evaluation record: its files, its fields and the definitions of its metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +86,16 @@ def write_record(
             **{f"{metric}_standard_error": error for metric, error in found.errors.items()},
             **{f"{metric}_extrapolated": value for metric, value in found.extrapolated.items()},
             **({"frechet_distance": found.values[name]} if name in found.values else {}),
+            **({"left_out": sorted(found.left_out)} if found.left_out else {}),
             **known,
         },
     )
+
+
+def has_metrics(summary: Mapping[str, Any], evaluate: EvaluateSettings) -> bool:
+    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't."""
+    known = {*summary, *summary.get("left_out", ())}
+    return known.issuperset(name for metric in evaluate.metrics for name in names_of(metric, evaluate.features))
 
 
 def features_path(path: str, features: str, digest: str) -> str:

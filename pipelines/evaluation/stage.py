@@ -11,13 +11,14 @@ from pipelines.evaluation.classifier.network import check_classes, classifier_di
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
-from pipelines.evaluation.metrics.definitions import METRICS, names_of
+from pipelines.evaluation.metrics.definitions import METRICS
 from pipelines.evaluation.record import (
     LABEL_AGREEMENT,
     LABEL_AGREEMENT_DEFINITION,
     PICTURE,
     check_count,
     features_path,
+    has_metrics,
     metric_name,
     write_record,
 )  # fmt: skip
@@ -70,8 +71,7 @@ def evaluate(
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
     reference = find_reference(images, tokenizer_path, evaluate, digest)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
-    wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
-    finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
+    finished = stage.begin(evaluate.path, identity, enough=lambda summary: has_metrics(summary, evaluate))
     if finished is not None:
         if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
             stage.say(
