@@ -31,7 +31,9 @@ class ReleasedFile:
             content = {RAW: {name: value for name, value in content[LIGHTNING].items() if not str(name).startswith(LOSS)}}
         if not isinstance(content, dict) or not isinstance(content.get(RAW, content.get(EMA)), dict):
             found = sorted(str(key) for key in content)[:8] if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}, or a Lightning checkpoint of an autoencoder")
+            raise ValueError(
+                f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}, or a Lightning checkpoint of an autoencoder"
+            )
         self.path = path
         self.weights = {key: _tensors(path, key, content[key]) for key in (RAW, EMA) if key in content}
         arguments = content.get("args")
@@ -58,9 +60,7 @@ def _read(path: Path) -> Any:
     except Exception as error:  # whatever a pickle or an archive can hold that it should not
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise ValueError(
-                f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are"
-            ) from error
+            raise ValueError(f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is not a PyTorch file, or cut off or damaged: {reason[:200]}") from error
 

@@ -93,9 +93,13 @@ def test_fast_modes_and_completion(fast: dict[str, Any], guidance: float) -> Non
 
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(KLConfig(), 64), (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16),
-     (KLConfig(level_attention="both"), 64), (KLConfig(channels=4, multipliers=(1, 2, 4, 4), level_attention="none"), 64),
-     (VQConfig(level_attention="both"), 64)],
+    [
+        (KLConfig(), 64),
+        (KLConfig(channels=4, width=24, multipliers=(1, 3, 2), encoder_blocks=1, decoder_blocks=1, attention=False), 16),
+        (KLConfig(level_attention="both"), 64),
+        (KLConfig(channels=4, multipliers=(1, 2, 4, 4), level_attention="none"), 64),
+        (VQConfig(level_attention="both"), 64),
+    ],
 )
 def test_tokenizer(config: NetworkConfig, size: int) -> None:
     found = tokenizer_flops(config, size)
