@@ -76,7 +76,7 @@ def main() -> None:
     classifier = load_classifier(str(run / "classifier"))
 
     def features(images: np.ndarray) -> FeatureStatistics:
-        return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+        return FeatureStatistics.of(FeatureSums.of(network(images)), network.name, network.digest)
 
     source = ImageSettings(source=str(run / "digits"), size=drawing.state["image_size"], held_out_folder="held_out")
     rows = list_images(source).held_out()

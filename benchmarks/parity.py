@@ -5,6 +5,7 @@
 A record is a safetensors file with inputs and outputs of the release's model, its arguments in the metadata, and its weights or the
 phase of the formula that fills them. What it holds is checked, each quantity from the rawest inputs that are there. Error: largest
 absolute error over the largest magnitude of the quantity. Bound: 1e-4 up to the loss, 1e-3 for sampled values, 0 for code indices.
+A record of metrics (`kind=metrics` in its metadata) holds features, logits and expected values; bounds: benchmarks/parity_metrics.py.
 Exit status: 0; 1 where an error is over its bound or not finite; 2 where a file is no record.
 """
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from benchmarks.parity_first_stages import first_stage, is_first_stage, release_arithmetic
+from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors
 from mar_model import GenerationOptions, TrainingDraws, generate
 from mar_model.checkpoints.checkpoint import model_without_weights
 from mar_model.checkpoints.released_sizes import released_config
@@ -274,6 +276,9 @@ class RecordedNoise:
 @torch.no_grad()
 def rows(record: Record) -> Iterator[Row]:
     """Every recorded quantity with its error. Raises NoRecord where the file holds none, or no weights."""
+    if record.arguments.get("kind") == "metrics":
+        yield from metric_rows(record)
+        return
     of_tokenizer = is_first_stage(record)
     try:
         computations = first_stage(record) if of_tokenizer else MARQuantities(record).computations()
@@ -304,6 +309,22 @@ def rows(record: Record) -> Iterator[Row]:
         checked += 1
     if not checked:
         raise NoRecord(f"{record.path} is no golden record: it holds no quantity with what it is computed from")
+
+
+def metric_rows(record: Record) -> Iterator[Row]:
+    """The rows of a record of metrics. Raises NoRecord where its metadata are incomplete, or its arrays no features."""
+    arrays = {name: record[name].cpu().numpy() for name in ARRAYS if name in record}
+    try:
+        numbers = {name: int(record.number(name)) for name in NUMBERS}
+        expected = {name: float(value) for name, value in json.loads(record.arguments["expected"]).items()}
+        found = list(metric_errors(arrays, numbers, expected))
+    except Missing as missing:
+        raise NoRecord(f"{record.path} is no record of metrics: it has no {missing}") from missing
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise NoRecord(f"{record.path} is no record of metrics: {error}") from error
+    for name, error, bound in found:
+        remark = "" if error is not None else "not checked: the record lacks its arrays" if bound else "not checked: no metric of this name"
+        yield Row(name, [], error, bound, remark)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The console script `mar`, and `python -m jobs`: answers Ctrl-C and SIGTERM before the command line is imported."""
+"""The console script `mar`, and `python -m jobs`. Handles Ctrl-C and SIGTERM even before the command line is imported."""
 
 from jobs.leaving import leave_at_once
 

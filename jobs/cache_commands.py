@@ -1,4 +1,4 @@
-"""The commands `mar inspect` and `mar verify`: what is in a latent cache, and whether it is whole."""
+"""The commands `mar inspect` (contents of a latent cache) and `mar verify` (its integrity)."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,18 +17,18 @@ KEYS_SHOWN = 10
 BARS = " ▁▂▃▄▅▆▇█"
 
 Cache = Annotated[str, typer.Argument(metavar="CACHE", callback=path_given, help="directory of the latent cache")]
-Check = Annotated[bool, typer.Option("--check", help="read every image again, and compare it with what a finished cache was made of")]
-Tokenizer = Annotated[str, typer.Option(metavar="DIR", callback=path_given, help="its tokenizer, where it has moved since")]
+Check = Annotated[bool, typer.Option("--check", help="read every image again and compare it with the digests of a finished cache")]
+Tokenizer = Annotated[str, typer.Option(metavar="DIR", callback=path_given, help="the cache's tokenizer, if it has moved")]
 
 
 def inspect_command(
     cache: Cache,
     tokenizer: Tokenizer = "",
     wall: Annotated[
-        str, typer.Option(metavar="FILE.png", callback=path_given, help="picture of decoded images; else CACHE/inspect.png")
+        str, typer.Option(metavar="FILE.png", callback=path_given, help="picture of decoded images; default: CACHE/inspect.png")
     ] = "",
 ) -> None:
-    """Show what is in a latent cache, and decode some of it."""
+    """Show the contents of a latent cache, and decode some images."""
     from jobs.stages import guarded
 
     def work() -> None:
@@ -39,7 +39,7 @@ def inspect_command(
         _show(found)
         where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
         if not where or not storage.exists(storage.join(where, "config.json")):
-            print(f"no picture: {storage.join(cache, 'configuration.json')} names no tokenizer that is there; give one with --tokenizer")
+            print(f"no picture: {storage.join(cache, 'configuration.json')} names no existing tokenizer; set --tokenizer")
             return
         path = wall or storage.join(cache, "inspect.png")
         print(f"{write_wall(found.cache, where, path)} images decoded: {path}")
@@ -51,9 +51,9 @@ def verify_command(
     cache: Cache,
     sample: Annotated[int, typer.Option("--sample", metavar="N", help="images to encode again from the source")] = 0,
     tokenizer: Tokenizer = "",
-    source: Annotated[str, typer.Option(metavar="SOURCE", callback=path_given, help="the images, where they have moved since")] = "",
+    source: Annotated[str, typer.Option(metavar="SOURCE", callback=path_given, help="the image source, if it has moved")] = "",
 ) -> None:
-    """Compare a latent cache with its checksums."""
+    """Verify the checksums of a latent cache."""
     from jobs.stages import guarded
 
     def work() -> bool:
@@ -67,25 +67,25 @@ def verify_command(
         found, records = list(damages(opened)), list(damaged_records(cache))
         for text in [*(text for _, text in found), *records]:
             print(f"✗ {text}")
-        print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards are as the manifest says")
+        print(f"{len(opened.manifest.shards) - len(found)} of {len(opened.manifest.shards)} shards match the manifest")
         if found:
             try:
                 condemn(cache, [name for name, _ in found])
             except (OSError, UserError) as error:
-                print(f"they still count as finished, for nothing can be written there ({error}); verify where that is possible")
+                print(f"they still count as finished, because the cache is not writable ({error}); run `mar verify` where it is")
                 return False
-            print("nothing reads this cache until they are repaired: `mar cache` with the same settings makes exactly these again")
+            print("the cache is not readable until they are repaired: `mar cache` with the same settings makes exactly these shards again")
             return False
         if condemned(cache):
             absolve(cache)
-            print("shards that were marked as damaged are sound: the mark is removed")
+            print("shards that were marked as damaged are intact: the mark is removed")
         if sample:
             where = tokenizer or _recorded(cache, "tokenizer").get("path", "")
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             again = encode_again(opened, _image_settings(cache, source), where, sample, device)
             same = again.largest <= again.allowed
             print(
-                f"{'✓' if same else '✗'} {again.images} images encoded again: at most {again.largest:.2g} standard deviations apart "
+                f"{'✓' if same else '✗'} {again.images} images encoded again: largest difference {again.largest:.2g} standard deviations "
                 f"({again.allowed:.2g} allowed)"
             )
             for key, distance in again.differing[:KEYS_SHOWN]:
@@ -100,12 +100,12 @@ def verify_command(
 
 
 def _recorded(cache: str, section: str) -> dict[str, Any]:
-    """That section of the configuration that the cache was made with; empty where it was not kept."""
+    """One section of the configuration that the cache was made with; empty if it was not stored."""
     from pipelines.runtime import storage
     from pipelines.runtime.stage import CONFIGURATION, Configuration
 
     path = storage.join(cache, CONFIGURATION)
-    remedy = "name what is missing with --tokenizer or --source; or run `mar cache` with the cache's settings: it writes the file again"
+    remedy = "set --tokenizer or --source, or run `mar cache` with the cache's settings, which writes the file again"
     found: dict[str, Any] = storage.read_json(path, Configuration, remedy) if storage.exists(path) else {}
     return found.get(section) or {}
 
@@ -120,9 +120,7 @@ def _image_settings(cache: str, source: str) -> "ImageSettings":
     settings = ImageSettings(**{name: value for name, value in recorded.items() if name in known})
     settings.source = source or settings.source
     if not recorded or not settings.source:
-        raise UserError(
-            f"{cache!r} keeps no configuration.json that says how its images were read", remedy="`mar verify` can't encode them again"
-        )
+        raise UserError(f"{cache!r} has no configuration.json with the settings of its images", remedy="run `mar verify` without --sample")
     return settings
 
 
@@ -145,7 +143,7 @@ def _show(found: "Inspection") -> None:
         "latents": f"{latent} of {manifest.image_size} px images, {manifest.dtype}",
         "tokenizer": f"{manifest.tokenizer.get('config', {}).get('kind', '?')}, digest {manifest.tokenizer.get('digest', '?')[:12]}…",
         "precision": manifest.precision.get("name", "float32")
-        + (f", means {deviation['means_rms']:.2g} standard deviations from float32's (root mean square)" if deviation else ""),
+        + (f", means {deviation['means_rms']:.2g} standard deviations from float32 (root mean square)" if deviation else ""),
         "classes": f"{len(found.images):,}, from {fewest:,} to {most:,} images",
         "mean": _channels(manifest.latent_mean),
         "standard deviation": _channels(manifest.latent_std),
@@ -170,7 +168,7 @@ def _show(found: "Inspection") -> None:
 
 
 def _channels(values: list[float]) -> str:
-    """All of a few channels, the range of many."""
+    """The values of up to four channels; the range of more."""
     if len(values) <= 4:
         return "  ".join(f"{value:.4g}" for value in values)
     return f"{min(values):.4g} to {max(values):.4g} over {len(values)} channels"

@@ -1,4 +1,4 @@
-"""The command `mar`: one command a stage, the whole demo, submission to a cluster, and the check before a long job."""
+"""The command `mar`: one subcommand per stage, plus quickstart, report, submit, doctor, plan, import, export, inspect and verify."""
 
 import signal
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Interrupted(BaseException):
-    """Ctrl-C. A type of its own: the command line library would end on KeyboardInterrupt without a word."""
+    """Ctrl-C. A separate type, because click exits silently on KeyboardInterrupt."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -60,13 +60,13 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and stop")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")] = False,
 ) -> None:
     """Masked autoregressive image models (MAR) on Ray."""
 
 
 def main() -> None:
-    """Console script: exit status 0, 2 for a mistake of the person's, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Console script. Exit status: 0, 2 for a user error, 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         with raised():
             guarded("mar", "runs", lambda: typer.main.get_command(app)(prog_name="mar"))
@@ -117,12 +117,12 @@ for _name, _stage in STAGES.items():
 @expanded
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; else the one that holds train.path")
+        str, typer.Argument(metavar="[RUN]", callback=path_given, help="directory of the run; default: the parent of train.path")
     ] = "",
     *,
     given: ConfigOptions,
 ) -> None:
-    """Write RUN/report.html, one page of all results."""
+    """Write RUN/report.html, one page with all results."""
     if run and given.given():
         raise UserError(f"report {run!r} uses no configuration, but {given.given()[0]} is given", remedy="give one of the two")
     run = run or run_directory(given.load())
@@ -138,7 +138,7 @@ def report(
 @command(epilog="Example:  mar quickstart --set train.workers=1")
 @expanded
 def quickstart(given: ConfigOptions = ConfigOptions(preset="demo")) -> None:  # noqa: B008  # read, not changed
-    """Run every stage, of the preset demo by default."""
+    """Run all stages, by default of the preset demo."""
     loaded = given.load()
 
     def work() -> dict[str, Any]:
@@ -158,9 +158,11 @@ def quickstart(given: ConfigOptions = ConfigOptions(preset="demo")) -> None:  # 
 @expanded
 def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND…", help="e.g. train --preset mar_base")],
-    address: Annotated[str, typer.Option(metavar="URL", callback=path_given, help="dashboard of the head node")] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and leave; the job goes on")] = False,
-    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment of the job; repeatable")] = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", callback=path_given, help="the head node's dashboard; or RAY_API_SERVER_ADDRESS")
+    ] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="print the job's id and exit; the job continues")] = False,
+    env: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="environment variable of the job; repeatable")] = None,
     *,
     given: ConfigOptions,
 ) -> None:
@@ -181,7 +183,7 @@ def submit(
 def doctor(given: ConfigOptions) -> None:
     """Check Ray, paths, MLflow, weights and disk before a long job."""
     loaded = given.load()
-    from jobs.doctor import examine, show
+    from jobs.doctor.examine import examine, show
 
     raise typer.Exit(0 if show(examine(loaded)) else 1)
 
@@ -189,7 +191,7 @@ def doctor(given: ConfigOptions) -> None:
 @command(epilog="Example:  mar plan --preset mar_large --gpus 16 --gpu h100")
 @expanded
 def plan(options: PlanOptions, given: ConfigOptions) -> None:
-    """Print what training takes: memory, time, disk, network."""
+    """Estimate memory, time, disk and network of a training."""
     loaded = given.load()
     from jobs import planning
 
@@ -200,7 +202,7 @@ def plan(options: PlanOptions, given: ConfigOptions) -> None:
 
 
 @command("help", epilog="Example:  mar help train")
-def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="of which; else of mar itself")] = "") -> None:
+def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", help="command to explain; default: mar itself")] = "") -> None:
     """Show the help of a command."""
     typer.main.get_command(app)([*([command] if command else []), "--help"], prog_name="mar")
 
@@ -212,8 +214,8 @@ command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(ve
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    """The summary's figures as a table on stdout; those of a mapping, such as the rows of a comparison, one by one. A number that is not
-    finite is `nan`, and `none` where it was read from a file."""
+    """Print the summary's figures as a table on stdout, one row for each entry of a mapping. A number that is not finite is shown as `nan`,
+    or as `none` if it was read from a file."""
     from rich.console import Console
     from rich.table import Table
 
@@ -233,8 +235,8 @@ def _print_next_steps(root: str, tracking_uri: str) -> None:
 
     print(f"report: {root}/report.html")
     served = tracking_uri.startswith(("http://", "https://"))
-    print(f"every number: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
-    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and the paths in it, then")
+    print(f"all metrics: {'' if served else 'mlflow ui --host 127.0.0.1 --backend-store-uri '}{without_password(tracking_uri)}")
+    print("your own images: mar quickstart --print-config > mine.yaml, change images.source and all paths in it, then")
     print("                 mar quickstart --config mine.yaml")
 
 

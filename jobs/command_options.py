@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class ConfigOptions:
     """Where a command's configuration comes from."""
 
-    config: Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings over the preset's")] = None
+    config: Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings that override the preset's")] = None
     preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")] = None
-    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="one setting; repeatable")] = None
-    print_config: Annotated[bool, typer.Option("--print-config", help="print the whole configuration and stop")] = False
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")
+    ] = None
+    print_config: Annotated[bool, typer.Option("--print-config", help="print the whole configuration and exit")] = False
 
     def given(self) -> list[str]:
         """The options that are given."""
@@ -53,15 +55,15 @@ def load(config: "str | ConfigurationFile | None", preset: str | None, assignmen
 class PlanOptions:
     """What `mar plan` assumes."""
 
-    gpus: Annotated[int, typer.Option(metavar="N", help="how many")] = 16
-    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, … (another name lists them all)")] = "h100"
-    epochs: Annotated[float, typer.Option(metavar="X", help="times through the images")] = 400
-    images: Annotated[int, typer.Option(metavar="N", help="images; 0: the cache's, else ImageNet's")] = 0
-    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU: share of the peak that is used")] = 0.23
-    rate: Annotated[float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, in its place")] = None
-    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16, of another GPU")] = None
-    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="of another GPU")] = None
-    json: Annotated[bool, typer.Option("--json", help="as JSON")] = False
+    gpus: Annotated[int, typer.Option(metavar="N", help="number of GPUs")] = 16
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="h100, a100-80gb, …; `list` lists them all")] = "h100"
+    epochs: Annotated[float, typer.Option(metavar="X", help="passes over the images")] = 400
+    images: Annotated[int, typer.Option(metavar="N", help="number of images; 0: the cache's, or ImageNet's without a cache")] = 0
+    efficiency: Annotated[float, typer.Option(metavar="X", help="MFU, as a share of the peak")] = 0.23
+    rate: Annotated[float | None, typer.Option("--images-per-second-per-gpu", metavar="X", help="measured, for --efficiency")] = None
+    peak_tflops: Annotated[float | None, typer.Option(metavar="X", help="dense bf16 peak, for a GPU that is not listed")] = None
+    memory_gb: Annotated[float | None, typer.Option(metavar="X", help="memory, for a GPU that is not listed")] = None
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
 
 
 def expanded(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a command answers them: one line, and an exit status of their own."""
+"""How a command reacts to Ctrl-C and SIGTERM: it prints one line and exits with status 130 or 143."""
 
 import os
 import shlex
@@ -10,12 +10,12 @@ WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
 def last_line(number: int) -> str:
-    """What a command prints when it ends by this signal: the command that goes on."""
-    return f"mar: {WORDS[signal.Signals(number)]}; to go on: {shlex.join(['mar', *sys.argv[1:]])}"
+    """The line that a command prints when this signal ends it: the command to resume with."""
+    return f"mar: {WORDS[signal.Signals(number)]}; to resume: {shlex.join(['mar', *sys.argv[1:]])}"
 
 
 def leave_at_once() -> None:
-    """From now on these signals end the process immediately. For as long as it has nothing to stop: not even an import is in their way."""
+    """Make both signals end the process immediately. Use it while there is nothing to clean up; not even an import delays the exit."""
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)

@@ -1,4 +1,4 @@
-"""What a training run will take, before it does: memory, time, disk and network, each figure with what it is made of."""
+"""An estimate of a training run: memory, time, disk and network, each figure with its derivation."""
 
 import difflib
 import math
@@ -13,9 +13,9 @@ from pipelines.runtime.errors import UserError
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
 
-IMAGENET = (1_281_167, 1000)  # images and classes, while there is no cache to ask
-EFFICIENCY = 0.23  # MFU: what the release's measured 254 images/s an H100 come to for mar_large
-CONTEXT_BYTES = 1_500_000_000  # CUDA's context, kernels and NCCL's buffers, about
+IMAGENET = (1_281_167, 1000)  # images and classes, used if there is no cache
+EFFICIENCY = 0.23  # MFU of the release's measured 254 images/s per H100 for mar_large
+CONTEXT_BYTES = 1_500_000_000  # CUDA's context, kernels and NCCL's buffers, approximately
 GB, MB = 1e9, 1e6
 
 
@@ -32,7 +32,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan is made under, apart from the configuration."""
+    """The inputs of a plan besides the configuration."""
 
     gpu: GPU
     gpus: int
@@ -40,11 +40,11 @@ class Assumptions:
     images: int = IMAGENET[0]
     classes: int = IMAGENET[1]
     efficiency: float = EFFICIENCY
-    images_per_second_per_gpu: float | None = None  # in the place of `efficiency`
+    images_per_second_per_gpu: float | None = None  # instead of `efficiency`
 
 
 def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = None) -> GPU:
-    """The known GPU of that name, with the given figures in place of its own, or a GPU of which both figures are given.
+    """The known GPU of that name, with the given figures replacing its own, or another GPU with both figures given.
 
     Raises UserError for an unknown name without both figures.
     """
@@ -63,7 +63,7 @@ def gpu(name: str, peak_tflops: float | None = None, memory_gb: float | None = N
 
 
 def images_and_classes(config: "RunConfig") -> tuple[int, int]:
-    """Of the cache at `cache.path` where it is on this machine, else ImageNet's."""
+    """Images and classes of the cache at `cache.path`, if it is on this machine; otherwise ImageNet's."""
     from pipelines.caching.latent_cache import LatentCache
     from pipelines.caching.latent_format import MANIFEST
     from pipelines.runtime import storage
@@ -75,7 +75,7 @@ def images_and_classes(config: "RunConfig") -> tuple[int, int]:
 
 
 def figures(config: "RunConfig", given: Assumptions) -> list[Figure]:
-    """Every figure of training `config` under these assumptions. Raises UserError where they do not fit each other."""
+    """All figures of training `config` under these assumptions. Raises UserError if they are inconsistent."""
     _check(config, given)
     parameters, memory = _memory(config, given)
     speed, images_per_second = _speed(config, given)
@@ -96,12 +96,12 @@ def _check(config: "RunConfig", given: Assumptions) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{name} is {value}, expected a number above 0")
     if given.efficiency > 1:
-        raise UserError(f"--efficiency is {given.efficiency}, expected a share of the GPU's peak, up to 1 (the release's: {EFFICIENCY})")
+        raise UserError(f"--efficiency is {given.efficiency}, expected a share of the GPU's peak, at most 1 (the release: {EFFICIENCY})")
     micro_batches = config.train.batch // config.train.micro_batch
     if given.gpus > micro_batches:
         raise UserError(
             f"--gpus is {given.gpus}, but train.batch {config.train.batch} has only {micro_batches} micro-batches of "
-            f"{config.train.micro_batch}, expected one a GPU or more",
+            f"{config.train.micro_batch}, expected at least one per GPU",
             remedy=f"set train.micro_batch={max(1, config.train.batch // given.gpus)}",
         )
 
@@ -123,10 +123,10 @@ def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]
     if sharded:
         largest, outside = gathered_parameters(sizes)
         gathered = 2 * largest * value_bytes + 4 * outside
-        held["gathered weights"] = (gathered, f"two blocks of {largest:,} parameters, and {outside:,} that are in none")
+        held["gathered weights"] = (gathered, f"two blocks of {largest:,} parameters, and {outside:,} parameters outside blocks")
     elif value_bytes == 2:
-        held["bf16 weights"] = (2 * parameters, "copies that matrix products take, for one forward and backward pass")
-    held["CUDA"] = (CONTEXT_BYTES, "context, kernels and communication buffers, about")
+        held["bf16 weights"] = (2 * parameters, "copies for matrix products, during one forward and backward pass")
+    held["CUDA"] = (CONTEXT_BYTES, "context, kernels and communication buffers, approximately")
     kept, again = (
         micro_batch * activation_bytes(sizes, sizes.tokens, value_bytes=value_bytes, recompute=recompute) for recompute in (False, True)
     )
@@ -142,8 +142,8 @@ def _memory(config: "RunConfig", given: Assumptions) -> tuple[int, list[Figure]]
 
     return parameters, [
         *(figure(name, value, made_of) for name, (value, made_of) in held.items()),
-        figure("activations", kept, f"{an_image} × {kept / micro_batch / MB:.0f} MB, all tokens masked (the most)"),
-        figure("activations, checkpointed", again, f"{an_image} × {again / micro_batch / MB:.0f} MB: inputs of blocks, and one block"),
+        figure("activations", kept, f"{an_image} × {kept / micro_batch / MB:.0f} MB, all tokens masked (the maximum)"),
+        figure("activations, checkpointed", again, f"{an_image} × {again / micro_batch / MB:.0f} MB: inputs of all blocks, and one block"),
         figure("in all", fixed + kept, room(fixed + kept)),
         figure("in all, checkpointed", fixed + again, room(fixed + again)),
     ]
@@ -170,7 +170,7 @@ def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float
     total = given.gpus * rate * micro_batches / (given.gpus * turns)
     images = given.epochs * given.images
     hours = images / total / 3600
-    even = "" if micro_batches % given.gpus == 0 else f", {micro_batches} micro-batches dealt unevenly: {turns} on the busiest"
+    even = "" if micro_batches % given.gpus == 0 else f", {micro_batches} micro-batches divided unevenly: {turns} on the busiest"
     peaks = f"{given.gpu.tflops:g} TFLOP/s dense bf16"
 
     def figure(name: str, value: float, unit: str, made_of: str) -> Figure:
@@ -179,7 +179,7 @@ def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float
     return [
         figure("an image", flops / 1e9, "GFLOP", f"forward and backward, {masked} of {sizes.tokens} tokens masked (the mean)"),
         figure("MFU", efficiency, "", f"from --images-per-second-per-gpu, of {peaks}" if measured else f"--efficiency, of {peaks}"),
-        figure("speed of a GPU", rate, "images/s", "as given" if measured else "MFU × peak / FLOP an image"),
+        figure("speed of a GPU", rate, "images/s", "as given" if measured else "MFU × peak / FLOP per image"),
         figure("speed", total, "images/s", f"{given.gpus} GPUs{even}"),
         figure("a step", config.train.batch / total, "s", f"train.batch, {config.train.batch} images"),
         figure("steps", math.ceil(images / config.train.batch), "", f"{given.epochs:g} epochs of {given.images:,} images"),
@@ -190,7 +190,7 @@ def _speed(config: "RunConfig", given: Assumptions) -> tuple[list[Figure], float
 
 def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
     cache, record, each = cache_bytes(config, given.images), record_bytes(config), bytes_a_parameter(config)
-    checkpoint, there = parameters * each, checkpoints_on_disk(config)
+    checkpoint, kept = parameters * each, checkpoints_on_disk(config)
     averages = f"{1 + len(config.train.ema_decays)} averages" if config.train.ema_decays else "EMA"
     both = f"{given.images:,} images × 2 (mirrored) × {record:,} bytes, {config.cache.dtype}"
 
@@ -199,15 +199,15 @@ def _storage(config: "RunConfig", given: Assumptions, parameters: int, images_pe
 
     return [
         figure("latent cache", cache, "GB", both),
-        figure("read from the cache", images_per_second * record, "MB/s", "speed × one record, by all GPUs"),
-        figure("a checkpoint", checkpoint, "GB", f"weights, {averages}, Adam: {each} bytes a parameter"),
-        figure("checkpoints", checkpoint * sum(there.values()), "GB", ", ".join(f"{count} {why}" for why, count in there.items() if count)),
+        figure("read from the cache", images_per_second * record, "MB/s", "speed × one record, for all GPUs"),
+        figure("a checkpoint", checkpoint, "GB", f"weights, {averages}, Adam: {each} bytes per parameter"),
+        figure("checkpoints", checkpoint * sum(kept.values()), "GB", ", ".join(f"{count} {why}" for why, count in kept.items() if count)),
     ]
 
 
 def _network(config: "RunConfig", given: Assumptions, parameters: int, images_per_second: float) -> list[Figure]:
     others = (given.gpus - 1) / given.gpus
-    sent, made_of = 2 * others * 4 * parameters, "all-reduce: 2(n − 1)/n of the float32 gradients sent, as much received"
+    sent, made_of = 2 * others * 4 * parameters, "all-reduce: 2(n − 1)/n of the float32 gradients sent, and as much received"
     if _sharded(config, given):
         turns = math.ceil(config.train.batch // config.train.micro_batch / given.gpus)
         value_bytes = 4 if config.train.precision == "float32" else 2
@@ -216,12 +216,12 @@ def _network(config: "RunConfig", given: Assumptions, parameters: int, images_pe
     steps = images_per_second / config.train.batch
     return [
         Figure("network a GPU", "a step", sent / GB, "GB", made_of),
-        Figure("network a GPU", "a second", sent * steps / GB, "GB/s", "each way, if it is spread over the whole step"),
+        Figure("network a GPU", "a second", sent * steps / GB, "GB/s", "each way, spread over the whole step"),
     ]
 
 
 def table(config: "RunConfig", given: Assumptions) -> str:
-    """The figures for a person."""
+    """The figures as text."""
     kind = f"{given.gpu.name} ({given.gpu.tflops:g} TFLOP/s dense bf16, {given.gpu.memory_gb:g} GB; {given.gpu.source})"
     lines = [f"{given.gpus} × {kind}, {given.epochs:g} epochs of {given.images:,} images in {given.classes:,} classes"]
     section = ""
@@ -235,7 +235,7 @@ def table(config: "RunConfig", given: Assumptions) -> str:
 
 
 def plain(config: "RunConfig", given: Assumptions) -> dict[str, Any]:
-    """The same for a program: the assumptions, and section → name → value, unit, made_of."""
+    """The figures as JSON values: the assumptions, and section → name → value, unit, made_of."""
     sections: dict[str, dict[str, Any]] = {}
     for one in figures(config, given):
         sections.setdefault(one.section, {})[one.name] = {"value": one.value, "unit": one.unit, "made_of": one.made_of}

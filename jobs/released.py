@@ -1,4 +1,4 @@
-"""The commands `mar import` and `mar export`: checkpoints of the public release in and out."""
+"""The commands `mar import` and `mar export`, which convert checkpoints of the public release (LTH14/mar)."""
 
 from enum import StrEnum
 from typing import Annotated, Any
@@ -11,22 +11,22 @@ from pipelines.runtime.errors import UserError
 
 
 class Format(StrEnum):
-    """What a checkpoint can be exported as."""
+    """The formats that a checkpoint can be exported to."""
 
     RELEASED = "released"
 
 
 def import_command(
     file: Annotated[str, typer.Argument(metavar="FILE", callback=path_given, help="checkpoint-last.pth, its folder, or kl16.ckpt")],
-    out: Annotated[str, typer.Option("--out", metavar="DIR", callback=path_given, help="the directory to make")],
-    ema: Annotated[bool, typer.Option("--ema/--raw", help="weights to draw with: their average, or the raw ones alone")] = True,
+    out: Annotated[str, typer.Option("--out", metavar="DIR", callback=path_given, help="the directory to create")],
+    ema: Annotated[bool, typer.Option("--ema/--raw", help="weights to sample with: the moving average, or the raw weights")] = True,
     tokenizer: Annotated[str, typer.Option(metavar="DIR", callback=path_given, help="its tokenizer; else the first it is used with")] = "",
-    latent_scale: Annotated[float, typer.Option(metavar="X", help="what latents were multiplied by")] = 0.2325,
+    latent_scale: Annotated[float, typer.Option(metavar="X", help="factor that latents were multiplied by")] = 0.2325,
     heads: Annotated[str, typer.Option(metavar="N[,M]", help="attention heads of encoder and decoder")] = "",
     patch_size: Annotated[int | None, typer.Option(metavar="N", help="latents per token side", show_default=False)] = None,
     stride: Annotated[int | None, typer.Option(metavar="N", help="pixels per latent side", show_default=False)] = None,
 ) -> None:
-    """Turn a released checkpoint into a directory of ours."""
+    """Convert a released checkpoint to a checkpoint directory."""
     from jobs.stages import guarded
 
     def work() -> dict[str, Any]:
@@ -43,10 +43,10 @@ def import_command(
 
 def export_command(
     checkpoint: Annotated[str, typer.Argument(metavar="DIR", callback=path_given, help="a checkpoint directory")],
-    out: Annotated[str, typer.Option("--out", metavar="FOLDER", callback=path_given, help="the folder that gets checkpoint-last.pth")],
-    format: Annotated[Format, typer.Option("--format", help="whose files to write")] = Format.RELEASED,
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", callback=path_given, help="the folder to write checkpoint-last.pth to")],
+    format: Annotated[Format, typer.Option("--format", help="format to write")] = Format.RELEASED,
 ) -> None:
-    """Write a checkpoint as the release's --resume takes it."""
+    """Convert a checkpoint directory to a file of the release."""
     from jobs.stages import guarded
 
     def work() -> dict[str, Any]:
@@ -61,12 +61,12 @@ def _heads(text: str) -> tuple[int | None, int | None]:
     """`12` or `12,16`: heads of encoder and decoder."""
     parts = text.split(",") if text else []
     if len(parts) > 2 or not all(part.strip().isdigit() and int(part) for part in parts):
-        raise UserError(f"--heads is {text!r}, expected one whole number above 0, or two as in 12,16")
+        raise UserError(f"--heads is {text!r}, expected one whole number above 0, or two, e.g. 12,16")
     return (int(parts[0]), int(parts[-1])) if parts else (None, None)
 
 
 def _beside(out: str) -> str:
-    """Where the traceback of a failure goes: nothing is written into an output that did not come about."""
+    """The directory for the traceback of a failure: the parent of the output, which does not exist then."""
     return storage.parent(out)
 
 

@@ -1,4 +1,4 @@
-"""The stages as commands: what each reads and writes, and the function that does its work."""
+"""The stages as commands: what each reads and writes, and the function that implements it."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ STAGES = {
         ("images", "tokenizer_path", "cache"),
         ("images.source", "tokenizer.path"),
         "cache.path",
-        "Encode every image once: the latent cache.",
+        "Encode every image once into the latent cache.",
         "mar cache --preset demo --set cache.encoders=2",
     ),
     "train": StageCommand(
@@ -37,7 +37,7 @@ STAGES = {
         ("images", "tokenizer_path", "cache", "model", "train", "generate", "evaluate"),
         ("cache.path", "tokenizer.path"),
         "train.path",
-        "Train a MAR model on the cache, or go on with it.",
+        "Train a MAR model on the cache, or resume training.",
         "mar train --preset demo --set train.workers=1",
     ),
     "generate": StageCommand(
@@ -45,7 +45,7 @@ STAGES = {
         ("tokenizer_path", "train_path", "generate"),
         ("train.path", "tokenizer.path"),
         "generate.path",
-        "Draw images of given classes from a checkpoint.",
+        "Draw samples of given classes from a checkpoint.",
         "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
@@ -53,7 +53,7 @@ STAGES = {
         ("images", "tokenizer_path", "train_path", "generate", "evaluate"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",
-        "Measure samples against a reference: FID and more.",
+        "Compare samples with a reference: FID and more.",
         "mar evaluate --preset demo --set evaluate.path=runs/evaluation",
     ),
     "sweep": StageCommand(
@@ -61,7 +61,7 @@ STAGES = {
         ("sections", "sweep"),
         ("images.source", "cache.path", "tokenizer.path", "train.path"),
         "sweep.path",
-        "Compare settings of training or of generation.",
+        "Compare settings of training or generation.",
         "mar sweep --preset demo --set sweep.path=runs/sweep",
     ),
 }  # fmt: skip

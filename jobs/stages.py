@@ -1,4 +1,4 @@
-"""Running a stage as a command: a user's mistake, a failure and its log."""
+"""Run a stage as a command, and turn what it raises into a user error or a logged failure."""
 
 import importlib
 import traceback
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 class StageFailed(Exception):
-    """A stage ended with an error that is no user's mistake; its text is the cause and where the traceback is."""
+    """A stage failed with an error that is not a user error. The text gives the cause and the location of the traceback."""
 
 
 def run_stage(name: str, config: "RunConfig", **options: bool) -> dict[str, Any]:
-    """Run one stage on Ray and return its summary. `options`: arguments of its function that are no settings.
+    """Run one stage on Ray and return its summary. `options`: arguments of its function that are not settings.
 
-    Raises UserError for a mistake of the person's, wherever it was found (also in a Ray worker), and StageFailed for any
-    other error, whose traceback is then in `error.log` beside the output.
+    Raises UserError for a user error, also if a Ray worker raised it, and StageFailed for any other error. The traceback of the
+    latter is written to `error.log` in the output directory.
     """
     command = STAGES[name]
     located = config.located()
@@ -43,7 +43,7 @@ def run_stage(name: str, config: "RunConfig", **options: bool) -> dict[str, Any]
 
 
 def sections_of(config: "RunConfig") -> "Sections":
-    """The sections that trainings and evaluations share."""
+    """The sections that training and evaluation share."""
     from pipelines.images.listing import Images
     from pipelines.images.source_changes import LISTING
     from pipelines.runtime import storage
@@ -54,7 +54,7 @@ def sections_of(config: "RunConfig") -> "Sections":
 
 
 def _argument(name: str, config: "RunConfig") -> Any:
-    """The value of one argument of a stage's function: a section, a path such as `train_path`, the images, or the sections of a sweep."""
+    """The value of one argument of a stage's function: a section, a path such as `train_path`, the images, or a sweep's sections."""
     if name == "sections":
         return sections_of(config)
     if name == "images":
@@ -63,7 +63,7 @@ def _argument(name: str, config: "RunConfig") -> Any:
 
 
 def guarded(name: str, path: str, work: Callable[[], T]) -> T:
-    """`work()`, with whatever it raises turned into UserError, or into StageFailed with the traceback in `path/error.log`."""
+    """Return `work()`. Turns any exception into UserError, or into StageFailed with the traceback in `path/error.log`."""
     try:
         return work()
     except StageFailed:
@@ -78,7 +78,7 @@ def guarded(name: str, path: str, work: Callable[[], T]) -> T:
             raise UserError(mistake.text, mistake.remedy) from error
         text = in_one_line(origin)
         if s3.refused(origin):
-            raise UserError(text, remedy="fix that and run the same command again: finished work is kept") from error
+            raise UserError(text, remedy="fix this and run the same command again; finished work is kept") from error
         raise StageFailed(f"{name} failed: {type(origin).__name__}: {text}\n{_log(name, path, error)}") from error
 
 
@@ -89,14 +89,14 @@ def value_at(config: "RunConfig", key: str) -> Any:
 
 
 def run_directory(config: "RunConfig") -> str:
-    """The folder that holds train.path, and with it the whole run."""
+    """The directory of the whole run: the parent of train.path."""
     from pipelines.runtime import storage
 
     return storage.parent(config.train.path)
 
 
 def _log(name: str, path: str, error: BaseException) -> str:
-    """Write the traceback into `path`, or where that can't be written into the working directory; says where it is."""
+    """Write the traceback to `path`, or to the working directory if `path` is not writable. Returns a text with its location."""
     from pipelines.runtime import storage
 
     text = "".join(traceback.format_exception(error)).encode()
@@ -106,4 +106,4 @@ def _log(name: str, path: str, error: BaseException) -> str:
             return f"the traceback is in {target}"
         except Exception as unwritten:
             reason = unwritten
-    return f"the traceback is nowhere: {reason}"
+    return f"the traceback could not be written: {reason}"

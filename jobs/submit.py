@@ -1,4 +1,4 @@
-"""Send a `mar` command to a Ray cluster through Ray's Jobs API, follow its log, and end with its exit status."""
+"""Send a `mar` command to a Ray cluster through Ray's Jobs API, follow its log, and exit with its status."""
 
 import asyncio
 import difflib
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 CONFIGURATION = ("config", "preset", "assignments")  # parameters of every command that uses a configuration
 PROJECT = Path(__file__).resolve().parent.parent
-PARTS = ("jobs", "pipelines", "mar_model", "pyproject.toml")  # all that a job imports: no runs, data or virtual environments
-# In .gitignore's language, as Ray reads it: everything at the top (but not the top itself), except the parts and what is in them
+PARTS = ("jobs", "pipelines", "mar_model", "pyproject.toml")  # everything that a job imports; no runs, data or virtual environments
+# Ray reads .gitignore patterns. Exclude everything at the top level (but not the top level itself), except PARTS and their contents.
 EXCLUDES = ["/[!.]*", "/.?*", *(f"!/{part}{inside}" for part in PARTS for inside in ("", "/**")), "__pycache__"]
-AGENT_SECONDS = 60.0  # for a head that is starting
-LOST_LOG_SECONDS = 120.0  # without a word from the head before following is given up
+AGENT_SECONDS = 60.0  # how long to wait for the agent of a head that is starting
+LOST_LOG_SECONDS = 120.0  # how long to retry when the head does not answer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A `mar` command to run elsewhere: its name, its own arguments, and where its configuration comes from, if it uses one."""
+    """A `mar` command to run on a cluster: its name, its arguments, and the sources of its configuration, if it uses one."""
 
     name: str
     arguments: list[str]
@@ -46,7 +46,7 @@ class Job:
     configured: bool = True
 
     def entrypoint(self) -> str:
-        """The shell line that runs it in the job's working directory. A configuration file travels as its settings."""
+        """The shell command that runs it in the job's working directory. A configuration file is passed as --set options."""
         from jobs.config.load import file_as_assignments
 
         assignments = [*(file_as_assignments(self.config) if self.config else []), *self.assignments]
@@ -56,9 +56,9 @@ class Job:
 
 
 def job_command(group: Any, words: Sequence[str], config: str | None, preset: str | None, assignments: list[str]) -> Job:
-    """Read `train --preset …` with the command line's own rules; what `mar submit` itself was given comes underneath.
+    """Parse `train --preset …` with the rules of the command line. Options of `mar submit` itself have lower precedence.
 
-    Raises UserError for a command that is not there or can't be a job, for a configuration file that can't be read, and for a
+    Raises UserError for a command that does not exist or cannot be a job, for an unreadable configuration file, and for a
     configuration that the command does not use.
     """
     from jobs.config.load import read_file
@@ -68,7 +68,7 @@ def job_command(group: Any, words: Sequence[str], config: str | None, preset: st
     if name not in possible:
         close = difflib.get_close_matches(name, possible, n=1)
         raise UserError(
-            f"submit has the command {name!r}, expected one of {', '.join(possible)}" + (f"; nearest: {close[0]}" if close else "")
+            f"submit got the command {name!r}, expected one of {', '.join(possible)}" + (f"; nearest: {close[0]}" if close else "")
         )
     context = group.commands[name].make_context(name, list(rest))
     given = context.params
@@ -92,7 +92,7 @@ def _is_given(context: Any, name: str) -> bool:
 
 
 def _arguments(context: Any, skipped: set[str]) -> list[str]:
-    """The words that give a command the same options and arguments again, apart from the `skipped` parameters."""
+    """The command-line words that reproduce the command's options and arguments, without the `skipped` parameters."""
     options, arguments = list[str](), list[str]()
     for one in context.command.params:
         if one.name in skipped or not _is_given(context, one.name):
@@ -109,28 +109,28 @@ def _arguments(context: Any, skipped: set[str]) -> list[str]:
 
 
 def environment(pairs: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE texts as a mapping. Raises UserError for one without a key or a value."""
+    """Parse KEY=VALUE texts into a mapping. Raises UserError for a text without key or `=`."""
     variables = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise UserError(f"--env {pair!r} is no variable, expected KEY=VALUE, e.g. --env AWS_REGION=eu-central-1")
+            raise UserError(f"--env {pair!r} is not a variable, expected KEY=VALUE, e.g. --env AWS_REGION=eu-central-1")
         variables[key] = value
     return variables
 
 
 def refuse_password(config: "RunConfig") -> None:
-    """Raise UserError where a job's command line would hold a password: everyone who may see the cluster's jobs reads it there."""
+    """Raise UserError if the job's command line would contain a password: everyone who can list the cluster's jobs could read it."""
     shown = without_password(config.tracking.uri)
     if shown != config.tracking.uri:
         raise UserError(
-            f"tracking.uri {shown!r} is given with a password, which the cluster would show to everyone who may list its jobs",
-            remedy="give it without, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's own environment",
+            f"tracking.uri {shown!r} contains a password, which the cluster would show to everyone who can list its jobs",
+            remedy="remove it, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the cluster's environment",
         )
 
 
 def outputs_lost_with_the_job(job: Job, config: "RunConfig") -> list[str]:
-    """A warning if the job writes to relative paths: they lie in a directory of Ray's own, which goes with the job."""
+    """Warnings if the job writes to relative paths: they lie in Ray's working directory, which is deleted with the job."""
     stages = [STAGES[job.name]] if job.name in STAGES else list(STAGES.values()) if job.name == "quickstart" else []
     if not stages:
         return []
@@ -140,15 +140,15 @@ def outputs_lost_with_the_job(job: Job, config: "RunConfig") -> list[str]:
     if not relative:
         return []
     return [
-        f"{', '.join(f'{key} ({paths[key]})' for key in relative)}: a relative path of a job lies in Ray's own copy of the project "
-        f"on one node and goes with it; give a path that all nodes share, e.g. --set {relative[0]}=s3://bucket/… or /shared/…"
+        f"{', '.join(f'{key} ({paths[key]})' for key in relative)}: a job's relative paths lie in Ray's copy of the project "
+        f"on one node and are deleted with it; use a path that all nodes share, e.g. --set {relative[0]}=s3://bucket/… or /shared/…"
     ]
 
 
 def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int:
-    """Submit the job; with `detach` print its id and return 0, else stream its log and return its exit status.
+    """Submit the job. With `detach` print its id and return 0, otherwise stream its log and return its exit status.
 
-    Raises UserError for an address that does not answer or refuses the token.
+    Raises UserError for an address that does not answer or rejects the token.
     """
     client = _client(address)
     runtime = {"working_dir": str(PROJECT), "excludes": EXCLUDES, "env_vars": ENVIRONMENT | variables}
@@ -161,12 +161,12 @@ def send(address: str, job: Job, variables: dict[str, str], detach: bool) -> int
     try:
         return _follow(client, job_id, address)
     except KeyboardInterrupt:
-        print(f"\nmar: job {job_id} goes on; to stop it: ray job stop --address {address} {job_id}", file=sys.stderr)
+        print(f"\nmar: job {job_id} keeps running; to stop it: ray job stop --address {address} {job_id}", file=sys.stderr)
         return 130
 
 
 def _submitted(client: Any, entrypoint: str, runtime: dict[str, Any]) -> str:
-    """The job's id. A head that has just started answers before its agent can take a job: then wait a little."""
+    """Submit and return the job's id. A head that has just started answers before its agent accepts jobs, so retry for a while."""
     give_up = time.monotonic() + AGENT_SECONDS
     while True:
         try:
@@ -176,9 +176,9 @@ def _submitted(client: Any, entrypoint: str, runtime: dict[str, Any]) -> str:
                 raise
             if time.monotonic() > give_up:
                 raise UserError(
-                    f"the Ray head takes no jobs ({str(error).strip()}): its agent is not up",
-                    remedy="dashboard_agent.log on the head says why, "
-                    "often a port that another Ray holds (`ray start --dashboard-agent-listen-port=…`)",
+                    f"the Ray head accepts no jobs ({str(error).strip()}): its agent is not running",
+                    remedy="dashboard_agent.log on the head has the reason, "
+                    "often a port in use by another Ray (`ray start --dashboard-agent-listen-port=…`)",
                 ) from error
             time.sleep(1.0)
 
@@ -191,7 +191,7 @@ def _client(address: str) -> Any:
     if reason := unreachable(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)):
         raise UserError(
             f"--address {address!r} does not answer ({reason}), expected the dashboard of a running Ray head",
-            remedy="`ray status` on the head node shows whether it runs, a port forward to it must be open",
+            remedy="check with `ray status` on the head node that it runs, and that the port forward to it is open",
         )
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -199,33 +199,33 @@ def _client(address: str) -> Any:
     for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(variable, None)  # Ray prefers them to the address it is given
+        os.environ.pop(variable, None)  # they would override the given address
     token = _token()
     try:
         client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
-        client.list_jobs()  # the version, which the constructor asks for, needs no token
+        client.list_jobs()  # the constructor only requests the version, which needs no token
     except AuthenticationError as error:
-        found = "a token that it refuses" if token else "no token"
+        found = "the token found here is rejected" if token else "no token was found"
         raise UserError(
-            f"--address {address!r} asks for Ray's token, and there is {found}",
-            remedy="put the cluster's own (`ray get-auth-token` on its head "
-            "node) into RAY_AUTH_TOKEN, into the file that RAY_AUTH_TOKEN_PATH names, or into ~/.ray/auth_token",
+            f"--address {address!r} requires Ray's token: {found}",
+            remedy="put the cluster's token (`ray get-auth-token` on its head "
+            "node) into RAY_AUTH_TOKEN, the file in RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token",
         ) from error
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--address {address!r} answers, but not as a Ray dashboard: {reason[:200]}") from error
+        raise UserError(f"--address {address!r} is not a Ray dashboard: {reason[:200]}") from error
     return client
 
 
 def _token() -> str:
-    """Where Ray itself looks, in its order; empty if there is none or authentication is switched off here."""
+    """Ray's token, looked up where Ray does and in the same order; empty if there is none or authentication is disabled."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return ""
     return auth_token()
 
 
 def _follow(client: Any, job_id: str, address: str) -> int:
-    """Print the job's log as it grows, over lost connections too; returns the exit status of the job's own command."""
+    """Print the job's log as it grows, reconnecting if necessary. Returns the exit status of the job's command."""
     printed, heard = 0, time.monotonic()
     while True:
         try:
@@ -253,7 +253,7 @@ def _follow(client: Any, job_id: str, address: str) -> int:
 
 
 async def _print_log(client: Any, job_id: str, printed: int) -> int:
-    """Print what of the log comes after its first `printed` characters; returns the characters printed in all."""
+    """Print the log after its first `printed` characters. Returns the total number of characters printed."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
         seen += len(text)

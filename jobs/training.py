@@ -1,4 +1,4 @@
-"""The stage *train* with the validations that the settings ask for."""
+"""The stage *train*, with validation if the settings ask for it."""
 
 from contextlib import closing
 from typing import Any
@@ -20,7 +20,7 @@ def train(
     images: Images, tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings,
     generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage,
 ) -> dict[str, Any]:  # fmt: skip
-    """Stage *train* with the validations that `train.validation_images` asks for; else `training.train` alone."""
+    """Run `training.train`, with validation every `train.validation_images` if that is not 0."""
     if not train.validation_images:
         return training.train(tokenizer_path, cache, model, train, stage)
     validation = plan_validation(images, tokenizer_path, train, generate, evaluate, stage)

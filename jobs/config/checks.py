@@ -1,4 +1,4 @@
-"""Which settings of a configuration do not fit."""
+"""Checks of a configuration: ranges, divisibility, contradictions."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def misfits(config: "RunConfig") -> Iterator[tuple[str, str]]:
-    """(section.key, what is wrong with it) for every setting that does not fit: by itself, within its section, or to another section."""
+    """Yield (section.key, message) for every setting that is out of range, or does not fit another."""
     sections = {name: getattr(config, name) for name in type(config).model_fields if name not in ("seed", "model")}
     found = [misfit for name, settings in sections.items() for misfit in settings_misfits(name, settings)]
     try:

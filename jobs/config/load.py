@@ -1,4 +1,4 @@
-"""The run configuration from defaults, preset, file and --set."""
+"""Builds the run configuration from defaults, preset, file and --set."""
 
 import difflib
 import json
@@ -24,7 +24,7 @@ YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 @dataclass
 class _Layers:
-    """Values as they come in, later layers over earlier ones, and for each key the layer that its value is from."""
+    """The merged values, where later layers override earlier ones, and for each key the layer that set it."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
@@ -44,14 +44,14 @@ class _Layers:
         if mapping is None:
             return
         if not isinstance(mapping, Mapping):
-            raise UserError(f"{origin} holds {_shown(mapping)}, expected sections: {', '.join([*SECTIONS, 'seed'])}")
+            raise UserError(f"{origin} contains {_shown(mapping)}, expected sections: {', '.join([*SECTIONS, 'seed'])}")
         for section, values in mapping.items():
             if section not in SECTIONS:
                 key = str(section)
                 nested = mapping.get(key.partition(".")[0])
                 if isinstance(nested, Mapping) and key.partition(".")[2] in nested:
                     raise UserError(
-                        f"{origin}: {key} is given twice, in section {key.partition('.')[0]} and as {key}", remedy="keep one of them"
+                        f"{origin}: {key} is given twice, in section {key.partition('.')[0]} and as {key}", remedy="remove one of them"
                     )
                 self.put(key, values, origin)
             elif not isinstance(values, Mapping | None):
@@ -67,28 +67,28 @@ class _Layers:
             missing = "key" if equals else "value"
             raise UserError(f"--set {text!r} has no {missing}, expected section.key=value, e.g. --set train.batch=128")
         if key in SECTIONS:
-            raise UserError(f"--set {key!r} names a whole section, expected one of its keys: {', '.join(_keys_of(key))}")
+            raise UserError(f"--set {key!r} is a section, expected one of its keys: {', '.join(_keys_of(key))}")
         try:
             parsed = parse_text(value) if TYPES.get(key) is str else parse(value)
         except DuplicateKey as error:
             raise UserError(f"--set {text!r}: {error}") from error
         except yaml.YAMLError as error:
-            raise UserError(f"--set {text!r} is no YAML value: {_one_line(error)}") from error
+            raise UserError(f"--set {text!r} is not a YAML value: {_one_line(error)}") from error
         self.put(key, parsed, "--set")
 
 
 @dataclass(frozen=True)
 class ConfigurationFile:
-    """A configuration file as it was read. A pipe can be read only once, so nothing else holds its values."""
+    """The values of a configuration file. They are kept because a pipe can be read only once."""
 
     name: str
     values: Any
 
 
 def load(preset: str | None = None, file: str | ConfigurationFile | None = None, assignments: Sequence[str] = ()) -> RunConfig:
-    """The configuration: defaults, then the preset, then the YAML file, then each `section.key=value` (YAML values).
+    """The configuration: defaults, overridden by the preset, the YAML file, and each `section.key=value` (YAML values), in this order.
 
-    Raises UserError with one line for each fault: the key, the value found, where it is from, and what is allowed.
+    Raises UserError with one line per fault: the key, the value, its origin, and the allowed values.
     """
     layers = _Layers()
     if preset is not None:
@@ -101,21 +101,21 @@ def load(preset: str | None = None, file: str | ConfigurationFile | None = None,
 
 
 def read_file(name: str) -> ConfigurationFile:
-    """Read a YAML file, or a pipe such as the shell's <(…). Raises UserError for one that is not there or is no YAML."""
+    """Read a YAML file, or a pipe such as the shell's <(…). Raises UserError if it does not exist or is not YAML."""
     path = Path(name).expanduser()
     if name and path.is_dir() and name not in presets():
         raise UserError(f"--config {name!r} is a directory, expected a YAML file{_nearest(name, _yaml_files(path))}")
     if name and path.exists() and not path.is_dir():
         return _read_yaml(path, name)
     if name in presets():
-        raise UserError(f"--config {name!r} is no file", remedy=f"the preset of that name is --preset {name}")
-    raise UserError(f"--config {name!r} is not there, expected a YAML file{_nearest(name, _yaml_files(path.parent))}")
+        raise UserError(f"--config {name!r} is a preset, not a file", remedy=f"use --preset {name}")
+    raise UserError(f"--config {name!r} does not exist, expected a YAML file{_nearest(name, _yaml_files(path.parent))}")
 
 
 def file_as_assignments(file: str | ConfigurationFile) -> list[str]:
-    """A configuration file as `section.key=value` texts that `load` takes in its place, where the file itself can't go along.
+    """A configuration file as `section.key=value` texts for `load`, for a job on a cluster that cannot read the file.
 
-    Raises UserError as `load` does for the file's name, its syntax and its keys.
+    Raises UserError as `load` does for the file's name, syntax and keys.
     """
     layers = _Layers()
     layers.put_file(read_file(file) if isinstance(file, str) else file)
@@ -133,8 +133,8 @@ def presets() -> list[str]:
 
 def _preset_file(name: str) -> Path:
     if name not in presets():
-        hint = "; a file of your own goes to --config" if name.endswith((".yaml", ".yml")) else _nearest(name, presets())
-        raise UserError(f"preset {name!r} is not there, expected one of {', '.join(presets())}{hint}")
+        hint = "; to load a file use --config" if name.endswith((".yaml", ".yml")) else _nearest(name, presets())
+        raise UserError(f"preset {name!r} does not exist, expected one of {', '.join(presets())}{hint}")
     return PRESETS / f"{name}.yaml"
 
 
@@ -144,9 +144,9 @@ def _read_yaml(path: Path, origin: str) -> ConfigurationFile:
     except DuplicateKey as error:
         raise UserError(f"{origin}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{origin} is no YAML: {_one_line(error)}") from error
+        raise UserError(f"{origin} is not YAML: {_one_line(error)}") from error
     except OSError as error:
-        raise UserError(f"{origin} can't be read: {error.strerror}", remedy="give a file that you may read") from error
+        raise UserError(f"{origin} can't be read: {error.strerror}", remedy="check the file's permissions") from error
 
 
 def _validated(layers: _Layers) -> RunConfig:
@@ -156,7 +156,7 @@ def _validated(layers: _Layers) -> RunConfig:
         holder, name = (layers.values[section], name) if name else (layers.values, section)
         given = holder[name] if isinstance(holder[name], list) else [holder[name]]
         if any(isinstance(one, bool) for one in given) and TYPES[key] is not bool and TYPES[key] is not str:
-            faults.append(_wrong_value(key, holder[name], layers))  # pydantic would take true for 1
+            faults.append(_wrong_value(key, holder[name], layers))  # pydantic would accept true as 1
         holder[name] = _number(holder[name], TYPES[key])
         if key == "sweep.parameters" and isinstance(holder[name], dict):
             for swept, values in holder[name].items():
@@ -171,7 +171,7 @@ def _validated(layers: _Layers) -> RunConfig:
         lines = [_wrong_value(key, _value_at(layers.values, key), layers, kind) for key, kind in kinds.items()]
         raise UserError("\n".join(lines)) from error
     written = [key for key in WRITTEN if not _value_at(config.plain(), key).strip()]
-    faults = [f"{key} is empty{_origin(key, layers)}, expected where to write; give a path, or leave {key} out" for key in written]
+    faults = [f"{key} is empty{_origin(key, layers)}, expected an output path; set it, or leave {key} out" for key in written]
     faults = faults or [f"{text}{_origin(key, layers)}" for key, text in misfits(config)] or _sweep_faults(config)
     if faults:
         raise UserError("\n".join(faults))
@@ -179,7 +179,7 @@ def _validated(layers: _Layers) -> RunConfig:
 
 
 def _sweep_faults(config: RunConfig) -> list[str]:
-    """Every value of the sweep's grid must make a valid configuration of its own."""
+    """The faults of the sweep's grid: the configuration must be valid with each of its values."""
     faults = []
     swept = SWEPT_SECTIONS[config.sweep.over]
     known = [key for key in TYPES if key.startswith(tuple(f"{section}." for section in swept)) and not key.endswith(".path")]
@@ -202,7 +202,7 @@ def _sweep_faults(config: RunConfig) -> list[str]:
 
 
 def _number(value: Any, kind: Any) -> Any:
-    """`parse` gives 1e6 and `off` as text; where a number, or true or false, is expected they are that."""
+    """Convert text such as 1e6 or `off`, which `parse` returns as text, to the number or boolean that `kind` expects."""
     if kind is bool and isinstance(value, str):
         return YES_NO.get(value.lower(), value)
     if kind in (int, float) and isinstance(value, str) and "e" in value.lower():
@@ -233,7 +233,7 @@ def _unknown_key(key: str, origin: str) -> str:
         allowed = f"section {section} has {', '.join(one.partition('.')[2] for one in _keys_of(section))}"
     else:
         allowed = f"the sections are {', '.join(SECTIONS)}, and seed"
-    return f"{key} is no known key{nearest} ({allowed}; from {origin})"
+    return f"{key} is not a known key{nearest} ({allowed}; from {origin})"
 
 
 def _keys_of(section: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The run configuration: one schema over the settings of every stage."""
+"""The run configuration: one schema for the settings of all stages."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from pipelines.training.settings import TrainSettings
 
 
 class RunConfig(BaseModel):
-    """Everything a run can be told. Each section is the dataclass of the stage it belongs to."""
+    """All settings of a run. Each section is the settings dataclass of its stage."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -40,12 +40,12 @@ class RunConfig(BaseModel):
     seed: Whole = 0
 
     def plain(self) -> dict[str, Any]:
-        """{section: {key: value}} and `seed`, as YAML and MLflow take it."""
+        """{section: {key: value}} and `seed`, as plain values for YAML and MLflow."""
         sections = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for name, value in sections.items()}  # type: ignore[arg-type]
 
     def located(self) -> "RunConfig":
-        """The same with every local path absolute: Ray's workers have working directories of their own."""
+        """The same configuration with absolute local paths, because Ray's workers have other working directories."""
         changed: dict[str, dict[str, str]] = {}
         for key in LOCATIONS:
             section, _, name = key.partition(".")
@@ -55,20 +55,21 @@ class RunConfig(BaseModel):
         return self.model_copy(update={name: dataclasses.replace(getattr(self, name), **values) for name, values in changed.items()})
 
     def recorded(self) -> dict[str, Any]:
-        """`plain()` as outputs and MLflow keep it: without the password that a tracking address may hold."""
+        """`plain()` for outputs and MLflow: without a password in the tracking address."""
         values = self.plain()
         values["tracking"]["uri"] = without_password(values["tracking"]["uri"])
         return values
 
     def yaml(self) -> str:
-        """The whole configuration; given back through --config it is the same configuration."""
+        """The whole configuration as YAML. Loading it with --config gives the same configuration."""
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
 
-WRITTEN = (*(stage.writes for stage in STAGES.values()), "tracking.uri")  # settings that name where something is written
+WRITTEN = (*(stage.writes for stage in STAGES.values()), "tracking.uri")  # settings with output locations
 LOCATIONS = (
     "images.source", "tokenizer.path", "cache.path", "cache.local", "train.path", "train.init_from", "generate.path", "generate.checkpoint",
-    "generate.image", "generate.mask", "evaluate.path", "evaluate.reference", "evaluate.weights", "evaluate.classifier", "sweep.path",
+    "generate.image", "generate.mask", "evaluate.path", "evaluate.samples", "evaluate.reference", "evaluate.weights",
+    "evaluate.classifier", "sweep.path",
 )  # fmt: skip
 
 

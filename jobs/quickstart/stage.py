@@ -1,4 +1,4 @@
-"""The whole journey in one command: images → tokenizer → cache → model → sweeps → evaluation → report."""
+"""All stages in one command: images → tokenizer → cache → model → sweeps → evaluation → report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,16 +34,15 @@ from pipelines.tokenizing import stage as tokenizing
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
 
-WIDTH_SWEEP_SHARE = 0.04  # of train.images: long enough to tell two denoiser widths apart, short enough for a demo
-FRECHET_IMAGES = 500  # at most, in each row of the comparison: distances are comparable only at equal numbers
+WIDTH_SWEEP_SHARE = 0.04  # share of train.images: long enough to distinguish two denoiser widths, short enough for a demo
+FRECHET_IMAGES = 500  # maximum per row of the comparison; distances are comparable only for equal numbers of images
 
 
 def quickstart(config: "RunConfig", digits: bool) -> dict[str, Any]:
-    """Run every stage of `config` that is not complete yet, all on one Ray instance, and write `summary.json` and `report.html` in the
-    folder that holds train.path.
+    """Run all unfinished stages of `config` on one Ray instance, and write `summary.json` and `report.html` to the parent of train.path.
 
-    `digits`: the demo's digits are written to `images.source` if nothing is there. Returns the summary.
-    Raises UserError when that folder holds a run of another configuration, and before any work for what would fail hours later.
+    `digits`: write the demo's digits to `images.source` if it does not exist. Returns the summary.
+    Raises UserError if that directory holds a run of another configuration, and before any work if a later stage would fail.
     """
     recorded, config = config.recorded(), config.located()
     sections, root = sections_of(config), run_directory(config)
@@ -68,7 +67,7 @@ def quickstart(config: "RunConfig", digits: bool) -> dict[str, Any]:
     ):
         journey = Journey(config, recorded, run.track())
         found = journey.run(sections, compared)
-        # Ray's start, the reference's features, the comparison, and the work of killed attempts
+        # Ray's start, the reference's features, the comparison, and the time of killed attempts
         by_stage = {**journey.seconds, "other": max(0.0, attempts.seconds - sum(journey.seconds.values()))}
         summary = {
             "seconds": round(attempts.seconds, 1),
@@ -113,10 +112,10 @@ class Journey:
 
         def sweep_generation(stage: Stage) -> dict[str, Any]:
             nonlocal evaluate, sections
-            # computed once, for the sweep, the evaluation and the comparison
+            # computed once for the sweep, the evaluation and the comparison
             beside = real_and_noise(images, config.seed, compared).values()
             evaluate = evaluation.with_reference(images, sections.tokenizer_path, evaluate, stage, beside)
-            sections = replace(sections, evaluate=replace(evaluate, actors=1))  # of each of the trials, which run side by side
+            sections = replace(sections, evaluate=replace(evaluate, actors=1))  # for each trial; trials run in parallel
             return sweeping.sweep(sections, config.sweep, stage)
 
         swept = self.stage("sweep-generate", config.sweep.path, sweep_generation)
@@ -151,7 +150,7 @@ def _identity(config: "RunConfig", listing: str) -> dict[str, Any]:
     names = ("images", "tokenizer", "cache", "model", "train", "generate", "evaluate", "sweep", "seed")
     return {
         **identity_of(**{name: getattr(config, name) for name in names}),
-        "train.images": config.train.images,  # here the run's length decides the result: all that follows is made from its end
+        "train.images": config.train.images,  # part of the identity here, because all later stages use the end of training
         "images.listing": listing,
         "evaluate.network": network_digest(config.evaluate.features, config.evaluate.weights),
     }
@@ -162,35 +161,35 @@ def _say(text: str) -> None:
 
 
 def _check_sweep(sweep: SweepSettings, evaluate: EvaluateSettings) -> None:
-    """Raise UserError before any work for a sweep that the quickstart can't end in."""
+    """Raise UserError before any work if the quickstart cannot use this sweep."""
     if sweep.over != "generate":
         raise UserError(
             f"sweep.over is {sweep.over!r}",
-            remedy="the quickstart draws with what a sweep over generate finds best, and sweeps the denoiser's "
-            "width by itself: set sweep.over=generate, or run `mar sweep` after `mar train`",
+            remedy="the quickstart samples with the best trial of a sweep over generate, and adds a sweep over the denoiser's "
+            "width: set sweep.over=generate, or run `mar sweep` after `mar train`",
         )
     check_metric(sweep, replace(evaluate, classifier="classifier"))  # the quickstart trains one
 
 
 def _images_compared(images: Images, evaluate: EvaluateSettings) -> int:
-    """Images in each row of the comparison. Raises UserError before any work where nothing is held out to compare with."""
+    """The number of images per row of the comparison. Raises UserError before any work if there are too few."""
     held_out, to_train_on = len(images.listing.held_out()), len(images.listing.train())
     if held_out < 2:
         raise UserError(
-            f"{images.settings.source} has {held_out} held-out images, and the quickstart compares what it draws with those: "
+            f"{images.settings.source} has {held_out} held-out images, but the quickstart compares its samples with held-out images: "
             "set images.held_out_share, e.g. 0.1, or images.held_out_folder"
         )
     compared = min(FRECHET_IMAGES, held_out, to_train_on, evaluate.images)
     if compared < 2:
         raise UserError(
-            f"the quickstart compares {to_train_on} images to train on, {held_out} held-out images and evaluate.images "
-            f"{evaluate.images}: expected 2 or more of each, since one image has no covariance"
+            f"the quickstart compares {to_train_on} training images, {held_out} held-out images and {evaluate.images} samples "
+            "(evaluate.images): expected at least 2 of each, because one image has no covariance"
         )
     return compared
 
 
 def width_sweep(sweep: SweepSettings, model: Architecture) -> SweepSettings:
-    """The demo's second sweep: short trainings of two widths of the denoiser, beside the first sweep's folder."""
+    """The demo's second sweep: short trainings with two denoiser widths, written next to the first sweep's directory."""
     widths = [model.denoiser_width // 2, model.denoiser_width]
     return replace(
         sweep,

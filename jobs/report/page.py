@@ -1,4 +1,4 @@
-"""One self-contained page about a run: what it drew, how good that is, what it cost, how to repeat it."""
+"""One self-contained page about a run: samples, quality, cost, and how to repeat it."""
 
 import base64
 import math
@@ -18,7 +18,7 @@ from pipelines.runtime.tracking import without_password
 from pipelines.training.metrics.divergence import diverged, skipped_steps
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # as the work flows
+ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # order of the stages on the page
 NOT_FIGURES = ("format_version", "stage", "identity", "rows", "loss_curve", "seconds_by_stage")
 
 
@@ -36,7 +36,7 @@ class StageOutput:
 
     @property
     def images(self) -> int | None:
-        """What it made, encoded or drew; of a training, the images that the model has seen."""
+        """The number of images encoded or drawn; for training, the images seen."""
         return self.summary.get("images", self.summary.get("images_seen"))
 
     def file(self, name: str) -> str | None:
@@ -46,7 +46,7 @@ class StageOutput:
 
 @dataclass
 class Pictures:
-    """Collects the page's pictures: each is written to `folder` as PNG and goes into the page itself."""
+    """Collects the page's pictures: each is written to `folder` as PNG and embedded in the page."""
 
     folder: str
 
@@ -62,14 +62,13 @@ class Pictures:
 def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     """Write `path/report.html` and its pictures to `path/report/`; returns the page's path.
 
-    `path` is a run's folder with the folders of its stages, or the folder of one stage. Parts that are missing are left out; those whose
-    files are damaged are left out too, and the files are named on the page and in the terminal.
-    `run_summary` stands in for the run's `summary.json`, which is written last of all.
-    Raises UserError when no finished stage is found there.
+    `path` is a run's directory with one directory per stage, or the directory of one stage. Missing and damaged parts are left out;
+    damaged files are listed on the page and in the terminal. `run_summary` replaces the run's `summary.json`, which is written last.
+    Raises UserError if there is no finished stage.
     """
     from jinja2 import Environment
 
-    from pipelines.evaluation import cautions  # with torch behind it
+    from pipelines.evaluation import cautions  # imports torch
 
     path = path.rstrip("/")
     reading = Reading()
@@ -77,9 +76,9 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     if not stages:
         raise UserError(
             "".join(f"{problem}\n" for problem in reading.problems)
-            + f"{path!r} holds no finished stage: expected folders with a summary.json each, as `mar quickstart` or `mar train` leave "
+            + f"{path!r} holds no finished stage: expected directories with a summary.json, as `mar quickstart` or `mar train` write "
             "them",
-            remedy="give the run's folder, e.g. `mar report runs/demo`",
+            remedy="give the run's directory, e.g. `mar report runs/demo`",
         )
     summary = run_summary or reading.object(storage.join(path, "summary.json"), ReportedSummary)
     run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
@@ -117,7 +116,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
 
 
 def find_stages(path: str, reading: Reading) -> list[StageOutput]:
-    """The finished stages in the folders of `path` and `path` itself, in the order the work flows."""
+    """The finished stages in `path` and its directories, in the order of ORDER."""
     found = []
     for name in ["", *storage.list_directory(path)] if storage.is_directory(path) else []:
         folder = storage.join(path, name) if name else path
@@ -128,7 +127,7 @@ def find_stages(path: str, reading: Reading) -> list[StageOutput]:
 
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
-    """All plain values of a summary, null as "none"; those of nested mappings under `name · key`."""
+    """All plain values of a summary, those of nested mappings as `name · key`."""
     found: list[tuple[str, Any]] = []
     for name, value in summary.items():
         if name in NOT_FIGURES:
@@ -141,7 +140,7 @@ def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, str]]:
-    """The few numbers at the top of the page."""
+    """The main figures at the top of the page."""
     known = {name: value for one in stages for name, value in one.summary.items()} | run
     trained = next((one.summary for one in stages if one.stage == "train"), {})
     tiles = []
@@ -163,16 +162,16 @@ def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str
     if "images_per_second" in trained:
         tile("training speed", f"{number(trained['images_per_second'])}/s", f"images, {trained.get('workers', 1)} workers")
     if "samples" in run:
-        tile("samples", number(run["samples"]), "drawn and measured")
+        tile("samples", number(run["samples"]), "drawn and evaluated")
     if "seconds" in run:
-        tile("whole run", duration(run["seconds"]), "gone on after a stop" if run.get("resumed") else "in one go")
+        tile("whole run", duration(run["seconds"]), "with a resume" if run.get("resumed") else "without interruption")
     if "peak_memory_gb" in run:
         tile("peak memory", f"{run['peak_memory_gb']:.1f} GB", "all processes")
     return tiles
 
 
 def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
-    """Rows {name, distance, share of the largest} of the Fréchet table: the run's comparison, else each evaluation's own distance."""
+    """Rows {name, distance, share of the largest} of the Fréchet table: the run's comparison, or else each evaluation's distance."""
     rows: dict[str, float] = {}
     if isinstance(compared := run.get("frechet_distance"), dict):
         rows = {name: value for name, value in compared.items() if isinstance(value, int | float)}
@@ -184,7 +183,7 @@ def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, 
 
 
 def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
-    """Rows {name, seconds, share of the longest, images, images_per_second, tflops (of a worker), mfu}, a line a stage."""
+    """One row {name, seconds, share of the longest, images, images_per_second, tflops (per worker), mfu} per stage."""
     rows = [
         {
             "name": one.name,
@@ -202,7 +201,7 @@ def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]
 
 
 def number(value: Any) -> str:
-    """For reading: thousands separated, four significant digits; "none" for a number that is not there or not finite."""
+    """Format with thousands separators and four significant digits; "none" for a number that is missing or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "none"
     if isinstance(value, bool):
@@ -224,7 +223,7 @@ def duration(seconds: float) -> str:
 
 
 def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any], reading: Reading) -> dict[str, Any] | None:
-    """The grid of the evaluation, else of the generation; it becomes `path/samples.png` too."""
+    """The grid of the evaluation, or else of the generation; also copied to `path/samples.png`."""
     for one in sorted(stages, key=lambda one: one.stage != "evaluate"):
         data = reading.picture(one.file("samples.png")) if one.stage in ("evaluate", "generate") else None
         if data:
@@ -235,14 +234,14 @@ def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict
             names = classes_drawn(one, manifest.get("class_names", []))
             return {
                 "picture": pictures.add("samples", data),
-                "classes": names if len(names) <= GRID_CLASSES else [],  # the grid has a row a class up to that number
+                "classes": names if len(names) <= GRID_CLASSES else [],  # up to this number the grid has one row per class
                 "sampling": run.get("sampling", {}),
             }
     return None
 
 
 def classes_drawn(one: StageOutput, names: list[str]) -> list[str]:
-    """Of all classes those that a generation or an evaluation drew, in their order; none where they are not known."""
+    """The classes that a generation or an evaluation drew, in order; empty if they are unknown."""
     chosen = one.summary.get("identity", {}) if one.stage == "generate" else {}
     labels = [names.index(label) if label in names else label for label in chosen.get("generate.labels") or range(len(names))]
     numbers = chosen.get("generate.samples") or range(one.images or 0)
@@ -293,7 +292,7 @@ def _sweeps(stages: list[StageOutput], pictures: Pictures, reading: Reading) -> 
 
 
 def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> dict[str, dict[str, Any]]:
-    """{section: {key: value}}; without a run's configuration, what the summaries say of their identity."""
+    """{section: {key: value}}; without a run's configuration, the identities in the summaries."""
     if configuration:
         top = {name: value for name, value in configuration.items() if not isinstance(value, dict)}
         return {**({"run": top} if top else {}), **{name: value for name, value in configuration.items() if isinstance(value, dict)}}
@@ -301,22 +300,22 @@ def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> 
 
 
 def _measured_on(tokenized: dict[str, Any]) -> str:
-    """The images of `psnr_held_out`; their number is missing in summaries of earlier versions."""
+    """The images of `psnr_held_out`; summaries of earlier versions do not have their number."""
     return f"{number(tokenized['psnr_images'])} held-out images" if "psnr_images" in tokenized else "held-out images"
 
 
 def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what it does, command line)."""
+    """Rows (description, command line)."""
     if not configuration:
-        return [("write this page again", f"mar report {quote(path)}")]
+        return [("this page", f"mar report {quote(path)}")]
     file = quote(storage.join(path, "configuration.json"))
     commands = (
-        [("the whole run, into an empty folder", f"mar quickstart --config {file}")]
+        [("the whole run, in an empty directory", f"mar quickstart --config {file}")]
         if run.get("stage", "quickstart") == "quickstart"
         else []
     )
-    commands += [("one stage of it", f"mar train --config {file}"), ("write this page again", f"mar report {quote(path)}")]
+    commands += [("one stage", f"mar train --config {file}"), ("this page", f"mar report {quote(path)}")]
     if uri := (configuration.get("tracking") or {}).get("uri"):
         command = uri if uri.startswith("http") else f"mlflow ui --host 127.0.0.1 --backend-store-uri {quote(uri)}"
-        commands.append(("its numbers in MLflow", command))
+        commands.append(("all metrics in MLflow", command))
     return commands

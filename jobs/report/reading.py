@@ -1,4 +1,4 @@
-"""What the report reads of a run: damaged files are left out of the page and named on it."""
+"""Reads a run's files for the report. Damaged files are left out, and listed on the page."""
 
 import io
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from pipelines.runtime.stage import Summary
 from pipelines.sweeping.table import Row
 from pipelines.training.metrics.log import read_metrics
 
-RUN_AGAIN = "run the command of that stage again: what it has made is kept"
+RUN_AGAIN = "run the command of that stage again: finished work is kept"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Best:
 
 @dataclass(frozen=True)
 class ReportedSummary(Summary):
-    """The figures of a stage, or of a whole run, that the page does not only list."""
+    """The figures of a stage or a whole run that the page uses by name."""
 
     loss: float | None = None
     loss_curve: list[tuple[float, float]] | None = None
@@ -46,19 +46,19 @@ class ReportedSummary(Summary):
 
 @dataclass(frozen=True)
 class Classes:
-    """What the page shows of a cache's manifest."""
+    """The part of a cache's manifest that the page uses."""
 
     class_names: list[str]
 
 
 @dataclass
 class Reading:
-    """Reads a run's files, and collects what is wrong with those that it can't read."""
+    """Reads a run's files, and collects the problems of unreadable ones."""
 
     problems: list[str] = field(default_factory=list)
 
     def object(self, path: str, shape: Any = dict[str, Any], remedy: str = RUN_AGAIN) -> dict[str, Any]:
-        """A JSON object of the type `shape`; empty where the file is missing or damaged."""
+        """A JSON object of type `shape`; empty if the file is missing or damaged."""
         try:
             return dict(storage.read_json(path, shape, remedy)) if storage.exists(path) else {}
         except DamagedFileError as error:
@@ -66,18 +66,18 @@ class Reading:
             return {}
 
     def metrics(self, path: str | None, images_seen: int) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl` that can be read, of a run that ended at `images_seen`."""
+        """The readable rows of the `metrics.jsonl` of a run that ended at `images_seen`."""
         if path is None:
             return []
         rows, error = read_metrics(path)
         if error is None and (last := rows[-1]["images_seen"] if rows else 0) < images_seen:
-            error = damaged(path, f"it ends at {last:,} images seen, the run at {images_seen:,}", "the training curves show what is there")
+            error = damaged(path, f"it ends at {last:,} images seen, the run at {images_seen:,}", "the training curves end there")
         if error is not None:
             self._found(error)
         return rows
 
     def picture(self, path: str | None) -> bytes | None:
-        """The bytes of a picture; None where it is missing or damaged."""
+        """The bytes of a picture; None if it is missing or damaged."""
         if path is None:
             return None
         data = storage.read_bytes(path)

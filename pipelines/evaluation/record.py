@@ -3,20 +3,26 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.evaluation import cautions
+from pipelines.evaluation.metrics.definitions import names_of
+from pipelines.evaluation.scoring.measure import ERRORS, Measured
+from pipelines.evaluation.settings import EvaluateSettings
+from pipelines.evaluation.statistics import FeatureStatistics
+from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.records import null_for_nan
+from pipelines.runtime.stage import Stage
 
-STATISTICS, RECORD, PICTURE = "statistics.npz", "evaluation.json", "samples.png"
+STATISTICS, RECORD, PICTURE, FEATURES = "statistics.npz", "evaluation.json", "samples.png", "features"
 
-DEFINITIONS = {
-    "fid": "Fréchet distance of Inception-v3's 2,048 pooled features (arXiv 1706.08500), weights of 2015, images as drawn",
-    "frechet_distance_efficientnet-lite0": "Fréchet distance of EfficientNet-Lite0's 1,280 pooled features; not comparable with FID",
-    "label_agreement": "share of samples that the classifier assigns to the class they were drawn for",
-}
+FORMAT_VERSION = 2  # 1: a Fréchet distance and label agreement alone
+LABEL_AGREEMENT = "label_agreement"
+LABEL_AGREEMENT_DEFINITION = "share of samples that the classifier assigns to the class they were drawn for"
 
 
 def metric_name(features: str) -> str:
     """What a Fréchet distance is called, by its feature network: only Inception's is the FID."""
-    return "fid" if features == "inception" else f"frechet_distance_{features}"
+    return names_of("fid", features)[0]
 
 
 def check_count(setting: str, images: int) -> None:
@@ -31,3 +37,62 @@ class Record:
 
     images: int
     identity: dict[str, Any]
+
+
+def write_record(
+    found: Measured,
+    figures: dict[str, Any],
+    record: dict[str, Any],
+    images_per_second: float | None,
+    evaluate: EvaluateSettings,
+    stage: Stage,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the record, the statistics and the summary, which is returned; print what to keep in mind about the numbers.
+
+    `figures`: more values for both, `record`: for the record alone, with `reference` (and its `images`), `network` and `identity`.
+    """
+    assert found.moments is not None
+    FeatureStatistics.of(found.moments, evaluate.features, record["network"]["digest"]).save(storage.join(evaluate.path, STATISTICS))
+    count, reference_images = found.moments.count, record["reference"]["images"]
+    figures = {"images": count, **found.values, **figures}
+    cautioned = cautions.of_evaluation({**figures, "features": evaluate.features, "reference_images": reference_images})
+    for caution in cautioned:
+        stage.say(caution)
+    for reason in dict.fromkeys(found.left_out.values()):
+        stage.say(f"left out: {', '.join(name for name, why in found.left_out.items() if why == reason)}: {reason}")
+    if cautioned:
+        figures["caution"] = "; ".join(cautioned)
+    written = {
+        "format_version": FORMAT_VERSION,
+        **figures,
+        "metrics": found.values,
+        "standard_errors": found.errors,
+        "standard_error_method": ERRORS,
+        "extrapolated": found.extrapolated,
+        "left_out": found.left_out,
+        "definitions": found.definitions,
+        **record,
+    }
+    storage.write_json(storage.join(evaluate.path, RECORD), null_for_nan(written))
+    for file in (RECORD, PICTURE):
+        if storage.is_local(evaluate.path) and storage.exists(storage.join(evaluate.path, file)):
+            stage.artifact(storage.join(evaluate.path, file))
+    name = metric_name(evaluate.features)
+    return stage.complete(
+        evaluate.path,
+        record["identity"],
+        {
+            **figures,
+            **{f"{metric}_standard_error": error for metric, error in found.errors.items()},
+            **{f"{metric}_extrapolated": value for metric, value in found.extrapolated.items()},
+            **({} if images_per_second is None else {"images_per_second": images_per_second}),
+            **({"frechet_distance": found.values[name]} if name in found.values else {}),
+            "features": evaluate.features,
+            "reference_images": reference_images,
+        },
+    )
+
+
+def features_path(path: str, features: str, digest: str) -> str:
+    """Where the features of the samples of an evaluation are kept, by the feature network."""
+    return storage.join(path, FEATURES, f"{features}-{digest[:12]}")

@@ -12,11 +12,17 @@ class EvaluateSettings:
 
     path: str = operational("runs/mar/evaluation", "directory of the evaluation record")
     images: Count = identity(50_000, "samples drawn, equal per class")
+    samples: str = operational(
+        "", "samples to evaluate in place of drawn ones: folder of images, .npz with arr_0, WebDataset, Parquet, or a folder with shards/"
+    )
     reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
     features: Literal["inception", "efficientnet-lite0"] = identity(
         "inception", "feature network: inception (result named fid) or efficientnet-lite0"
     )
     weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
+    metrics: list[Literal["fid", "sfid", "inception_score", "kid", "precision", "recall"]] = operational(
+        help="metrics to compute; empty: all that the feature network and the reference allow", factory=list
+    )
     classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
     batch: Count = operational(64, "images a batch of the feature network")
     actors: Count = operational(1, "actors that hold the feature network")

@@ -1,4 +1,4 @@
-"""Stage *evaluate*: samples → feature network → streaming statistics → Fréchet distance, label agreement."""
+"""Stage *evaluate*: samples → feature network → kept features → metrics."""
 
 import json
 from collections.abc import Iterable
@@ -7,15 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation import cautions
 from pipelines.evaluation.classifier import check_classes, classifier_digest
-from pipelines.evaluation.features import DIMENSIONS, network_digest
+from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, RealImages
-from pipelines.evaluation.record import DEFINITIONS, PICTURE, RECORD, STATISTICS, check_count, metric_name
-from pipelines.evaluation.references import find_reference, source_statistics, statistics_path
-from pipelines.evaluation.scoring import Judges, scored
+from pipelines.evaluation.metrics.definitions import METRICS, names_of
+from pipelines.evaluation.record import (
+    LABEL_AGREEMENT,
+    LABEL_AGREEMENT_DEFINITION,
+    PICTURE,
+    check_count,
+    features_path,
+    metric_name,
+    write_record,
+)  # fmt: skip
+from pipelines.evaluation.references import find_reference, reference_parts, source_statistics, statistics_path
+from pipelines.evaluation.scoring.actor import Judges, scored
+from pipelines.evaluation.scoring.feature_shards import KeptFeatures
+from pipelines.evaluation.scoring.measure import HERE, measure, share_error
+from pipelines.evaluation.scoring.sums import sums_of
+from pipelines.evaluation.scoring.tasks import Tasks
 from pipelines.evaluation.settings import EvaluateSettings
-from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
+from pipelines.evaluation.statistics import FeatureStatistics, distance
 from pipelines.generation import samples
 from pipelines.generation.dataset import draw
 from pipelines.generation.drawing import Drawing, range_warning
@@ -27,7 +40,7 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.settings import identity_of
-from pipelines.runtime.stage import FORMAT_VERSION, Stage
+from pipelines.runtime.stage import Stage
 
 NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.keep_pixels")  # it draws evaluate.images, of all classes
 
@@ -35,13 +48,17 @@ NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.
 def evaluate(
     images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
 ) -> dict[str, Any]:
-    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference.
+    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference; with `evaluate.samples` compare those
+    (see `evaluate_given`) and draw none.
 
-    `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/` and the
-    reference's statistics. Returns the summary: the distance under its network's name and as `frechet_distance`, and where a
-    classifier is given `label_agreement`; `caution` where the images are too few for these. Raises UserError for missing weights,
+    `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/`, their
+    `features/` and the reference's statistics. Returns the summary: the metrics by name, the Fréchet distance also as
+    `frechet_distance`, and where a classifier is given `label_agreement`; `caution` where the images are too few for these.
+    A finished evaluation that lacks one of `evaluate.metrics` computes it from the kept features. Raises UserError for missing weights,
     checkpoint, reference or classifier, and for fewer than two samples.
     """
+    if evaluate.samples:
+        return evaluate_given(images, tokenizer_path, evaluate, stage)
     check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)
@@ -52,7 +69,8 @@ def evaluate(
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
     reference = find_reference(images, tokenizer_path, evaluate, digest)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
-    finished = stage.begin(evaluate.path, identity)
+    wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
+    finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
     if finished is not None:
         if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
             stage.say(
@@ -66,55 +84,32 @@ def evaluate(
         stage.say(f"features of {len(reference):,} reference images")
         [real] = source_statistics([reference], evaluate, digest, stage)
 
-    name = metric_name(evaluate.features)
-    result = _score(drawing, evaluate, stage, min(evaluate.images, real.count or evaluate.images))
-    samples_statistics = result.sums.statistics(evaluate.features, digest)
-    samples_statistics.save(storage.join(evaluate.path, STATISTICS))
-    metrics = {name: distance(samples_statistics, real)}
+    known = reference_parts(reference, evaluate, digest, (drawing.state["image_size"],) * 2, stage)
+    scores = _score(drawing, evaluate, digest, stage)
+    found = measure(scores.kept, evaluate.features, known, evaluate.metrics or list(METRICS))
     if evaluate.classifier:
-        metrics["label_agreement"] = result.agreeing / evaluate.images
-    first = result.first.statistics(evaluate.features, digest)
+        found.values[LABEL_AGREEMENT] = float(scores.agreeing.mean())
+        found.errors[LABEL_AGREEMENT] = share_error(scores.agreeing)
+        found.definitions[LABEL_AGREEMENT] = LABEL_AGREEMENT_DEFINITION
+    assert found.moments is not None
+    samples_statistics = FeatureStatistics.of(found.moments, evaluate.features, digest)
+    first = _first(scores.kept, min(evaluate.images, real.count or evaluate.images), samples_statistics)
     first.save(statistics_path(evaluate, DrawnSamples(evaluate.path, first.count or 0, identity), digest))
     _write_picture(drawing, evaluate, stage)
-    if result.out_of_range:
-        stage.say(range_warning(result.out_of_range, evaluate.images, drawing))
-    figures: dict[str, Any] = {
-        "images": evaluate.images,
-        **metrics,
-        "out_of_range": result.out_of_range,
-        **drawing.speed(result.drawn, result.seconds),
-    }
-    found = cautions.of_evaluation({**figures, "features": evaluate.features, "reference_images": real.count})
-    for caution in found:
-        stage.say(caution)
-    if found:
-        figures["caution"] = "; ".join(found)
+    if scores.out_of_range:
+        stage.say(range_warning(scores.out_of_range, evaluate.images, drawing))
+    name = metric_name(evaluate.features)
+    equal = found.values.get(name) if first is samples_statistics else None
     record = {
-        "format_version": FORMAT_VERSION,
-        **figures,
-        "metrics": metrics,
-        "definitions": {metric: DEFINITIONS[metric] for metric in metrics},
-        "at_equal_numbers": {"images": first.count, name: distance(first, real)},
+        "at_equal_numbers": {"images": first.count, name: distance(first, real) if equal is None else equal},
         "reference": {**reference.identity(), "images": real.count},
         "network": {"name": evaluate.features, "digest": digest},
         "seed": stage.seed,
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
         "identity": identity,
     }
-    storage.write_json(storage.join(evaluate.path, RECORD), record)
-    for file in (RECORD, PICTURE):
-        stage.artifact(storage.join(evaluate.path, file))
-    return stage.complete(
-        evaluate.path,
-        identity,
-        {
-            **figures,
-            "images_per_second": result.images_per_second,
-            "frechet_distance": metrics[name],
-            "features": evaluate.features,
-            "reference_images": real.count,
-        },
-    )
+    figures = {"out_of_range": scores.out_of_range, **drawing.speed(scores.drawn, scores.seconds)}
+    return write_record(found, figures, record, scores.images_per_second, evaluate, stage)
 
 
 def scoring_identity(
@@ -131,34 +126,43 @@ def scoring_identity(
 
 @dataclass
 class Scores:
-    """What is kept of samples while they stream by."""
+    """What is known of the samples once all are drawn and judged."""
 
-    sums: FeatureSums
-    first: FeatureSums  # of as many samples as the reference has images: distances are comparable only at equal numbers
-    agreeing: int = 0
-    out_of_range: int = 0
-    drawn: int = 0
-    seconds: float = 0.0
-    images_per_second: float = 0.0  # drawing and judging together, in this attempt
+    kept: KeptFeatures
+    agreeing: np.ndarray  # (N,) bool: whether the classifier sees the class asked for
+    out_of_range: int
+    drawn: int
+    seconds: float
+    images_per_second: float  # drawing and judging together, in this attempt
 
 
-def _score(drawing: Drawing, evaluate: EvaluateSettings, stage: Stage, first: int) -> Scores:
-    judges = Judges(evaluate.features, evaluate.weights, evaluate.classifier, evaluate.actors, stage.cluster)
-    scores = Scores(FeatureSums(DIMENSIONS[evaluate.features]), FeatureSums(DIMENSIONS[evaluate.features]))
+def _score(drawing: Drawing, evaluate: EvaluateSettings, digest: str, stage: Stage) -> Scores:
+    path = features_path(evaluate.path, evaluate.features, digest)
+    judges = Judges(evaluate.features, evaluate.weights, evaluate.classifier, evaluate.actors, stage.cluster, [path])
+    ranges, agreeing, out_of_range, drawn, seconds, done = [], [], 0, 0, 0.0, 0
     with stage.progress(evaluate.images) as bar:
         for block in scored(draw(drawing, evaluate.images), judges):
-            scores.first.merge(FeatureSums.of(block["features"][: max(0, first - scores.sums.count)]))
-            scores.sums.merge(FeatureSums.of(block["features"]))
-            scores.out_of_range += drawing.left_range(block["out_of_range"])
-            scores.drawn += int((block["seconds"] > 0).sum())
-            scores.seconds += float(block["seconds"].sum())
-            if "predicted" in block:
-                scores.agreeing += int((block["predicted"] == block["label"]).sum())
-                bar.update(scores.sums.count, label_agreement=scores.agreeing / scores.sums.count)
-            else:
-                bar.update(scores.sums.count)
-        scores.images_per_second = bar.rate
-    return scores
+            ranges.append((int(block["start"][0]), int(block["stop"][0])))
+            agreeing.append(block["predicted"] == block["label"])
+            out_of_range += drawing.left_range(block["out_of_range"])
+            drawn += int((block["seconds"] > 0).sum())
+            seconds += float(block["seconds"].sum())
+            done += len(block["index"])
+            agreement = {LABEL_AGREEMENT: float(np.concatenate(agreeing).mean())} if evaluate.classifier else {}
+            bar.update(done, **agreement)
+        rate = bar.rate
+    return Scores(KeptFeatures(path, tuple(sorted(ranges))), np.concatenate(agreeing), out_of_range, drawn, seconds, rate)
+
+
+def _first(kept: KeptFeatures, count: int, whole: FeatureStatistics) -> FeatureStatistics:
+    """Statistics of the first `count` samples: distances are comparable only at equal numbers."""
+    if count == whole.count:
+        return whole
+    tasks = Tasks(count <= HERE)
+    [sums] = tasks.results([sums_of(kept, kept.counts(), 0, count, None, tasks)])
+    assert whole.network is not None
+    assert whole.digest is not None
+    return FeatureStatistics.of(sums.pooled, whole.network, whole.digest)
 
 
 def with_reference(

@@ -1,16 +1,16 @@
-"""Statistics of image features, summed as they come, and the Fréchet distance between two of them; all in float64."""
+"""Mean and covariance of image features as a file, and the Fréchet distance between two of them; all in float64."""
 
-import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 
+from pipelines.evaluation import npz
+from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
+
+__all__ = ["FeatureStatistics", "FeatureSums", "distance", "frechet_distance"]
 
 REMEDY = "name other statistics in evaluate.reference, or the images or the latent cache that they are made of"
 
@@ -25,6 +25,11 @@ class FeatureStatistics:
     network: str | None = None
     digest: str | None = None  # of the network
 
+    @classmethod
+    def of(cls, sums: FeatureSums, network: str, digest: str) -> "FeatureStatistics":
+        """Of the sums of features. Raises ValueError for fewer than two images: they have no covariance."""
+        return cls(*sums.moments(), sums.count, network, digest)
+
     def identity(self) -> dict[str, str]:
         """Their content, whichever file they came from."""
         return {"kind": "statistics", "digest": storage.digest(self.mu.tobytes() + self.sigma.tobytes())}
@@ -33,9 +38,7 @@ class FeatureStatistics:
         """Write `path` (.npz) atomically. Raises ValueError when count, network or digest is unknown."""
         if self.count is None or self.network is None or self.digest is None:
             raise ValueError("statistics of unknown count or network are only read, never written")
-        buffer = io.BytesIO()
-        np.savez(buffer, mu=self.mu, sigma=self.sigma, count=self.count, network=self.network, digest=self.digest)
-        storage.write_bytes(path, buffer.getvalue())
+        npz.save(path, {"mu": self.mu, "sigma": self.sigma, "count": self.count, "network": self.network, "digest": self.digest})
 
     @classmethod
     def load(cls, path: str) -> "FeatureStatistics":
@@ -43,12 +46,11 @@ class FeatureStatistics:
         DamagedFileError when it holds no `mu` and `sigma` that fit, or values that are not finite."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
+        entries = npz.read(path, ("mu", "sigma", "count", "network", "digest"), REMEDY)
         try:
-            with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as file:
-                entries = {name: file[name] for name in file.files if name in ("mu", "sigma", "count", "network", "digest")}
             count = int(entries["count"]) if "count" in entries else None
-        except (ValueError, TypeError, AttributeError, OSError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-            raise damaged(path, f"it can't be read as .npz: {error}", REMEDY) from error
+        except (ValueError, TypeError) as error:
+            raise damaged(path, f"its count is no number: {error}", REMEDY) from error
         shapes = {name: entries[name].shape for name in ("mu", "sigma") if name in entries}
         if len(shapes) < 2 or len(shapes["mu"]) != 1 or shapes["sigma"] != shapes["mu"] * 2:
             raise damaged(path, f"it holds {shapes or 'neither mu nor sigma'}, expected mu (D,) and sigma (D, D)", REMEDY)
@@ -64,55 +66,6 @@ class FeatureStatistics:
             network=str(entries["network"]) if "network" in entries else None,
             digest=str(entries["digest"]) if "digest" in entries else None,
         )
-
-
-class FeatureSums:
-    """Count, sum and sum of outer products of features seen so far: what `FeatureStatistics` is made of, in one pass."""
-
-    def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.total = np.zeros(dimension)  # (D,)
-        self.outer = np.zeros((dimension, dimension))  # (D, D)
-
-    @classmethod
-    def of(cls, features: np.ndarray) -> "FeatureSums":
-        """Of one block of features (N, D)."""
-        sums = cls(features.shape[1])
-        features = features.astype(np.float64)
-        sums.count, sums.total, sums.outer = len(features), features.sum(axis=0), features.T @ features
-        return sums
-
-    def merge(self, other: "FeatureSums") -> None:
-        """Take in what `other` has seen. The same blocks in the same order give the same bits."""
-        self.count += other.count
-        self.total += other.total
-        self.outer += other.outer
-
-    def statistics(self, network: str, digest: str) -> FeatureStatistics:
-        """Raises ValueError for fewer than two images: they have no covariance."""
-        if self.count < 2:
-            raise ValueError(f"statistics of {self.count} image(s), expected 2 or more")
-        mu = self.total / self.count
-        sigma = (self.outer - self.count * np.outer(mu, mu)) / (self.count - 1)
-        return FeatureStatistics(mu, sigma, self.count, network, digest)
-
-
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Fréchet distance of two Gaussians: |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Dowson & Landau 1982; arXiv 1706.08500, eq. 6).
-
-    With Σ = FFᵀ, tr (Σ₁Σ₂)^½ is the sum of the singular values of F₁ᵀF₂: symmetric decompositions alone, no complex
-    numbers, no regularisation, and quick where fewer images than dimensions leave Σ with a low rank.
-    """
-    cross = scipy.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
-    shift = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
-    return float(shift @ shift + np.trace(sigma1) + np.trace(sigma2) - 2.0 * cross)
-
-
-def _factor(sigma: np.ndarray) -> np.ndarray:
-    """F (D, rank) with FFᵀ = Σ; eigenvalues that are rounding errors are left out."""
-    values, vectors = scipy.linalg.eigh(np.asarray(sigma, np.float64), driver="evd")
-    kept = values > max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def distance(one: FeatureStatistics, other: FeatureStatistics) -> float:

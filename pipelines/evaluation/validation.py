@@ -148,7 +148,9 @@ def _measured(path: str, validation: Validation, channel: TrainingChannel) -> Va
         images, _ = model.images(_labels(drawing.labels, numbers), numbers)
         sums.merge(FeatureSums.of(network(images)))
         kept.append(images[: max(0, shown - start)])
-    metrics = {metric_name(validation.features): distance(sums.statistics(validation.features, validation.digest), validation.reference)}
+    metrics = {
+        metric_name(validation.features): distance(FeatureStatistics.of(sums, validation.features, validation.digest), validation.reference)
+    }
     picture = f"{target}.png"
     write_grid(picture, np.concatenate(kept), _labels(drawing.labels, range(shown)))
     found = Validated(drawing.state["images_seen"], metrics, picture, time.monotonic() - began)

@@ -52,15 +52,16 @@ class GenerateSettings:
         """(field, what is wrong) of values that do not fit each other."""
         steps, end, interval = self.diffusion_steps, self.diffusion_steps_end, self.guidance_interval
         wrong = {
-            "labels": any(isinstance(one, int) and one < 0 for one in self.labels) and "classes, counted from 0",
+            "labels": any(isinstance(one, int) and one < 0 for one in self.labels) and "class numbers from 0",
             "samples": (any(one < 0 for one in self.samples) or len(set(self.samples)) < len(self.samples))
-            and "different sample numbers, counted from 0",
+            and "distinct sample numbers from 0",
             "diffusion_steps_end": end > steps and f"at most generate.diffusion_steps, which is {steps}",
             "guidance_interval": (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1)
-            and "two shares, the lower first, e.g. [0.2, 0.8]",
+            and "two shares in ascending order, e.g. [0.2, 0.8]",
         }
         for name, expected in wrong.items():
             if expected:
                 yield name, f"generate.{name} is {getattr(self, name)}, expected {expected}"
         if self.ema_decay and not self.ema:
-            yield "ema_decay", f"generate.ema_decay is {self.ema_decay:g}, but generate.ema is false: no average is used; set one back"
+            about = "which selects the raw weights; reset one of them"
+            yield "ema_decay", f"generate.ema_decay is {self.ema_decay:g}, but generate.ema is false, {about}"

@@ -28,6 +28,6 @@ class ImageSettings:
         if self.held_out_share and self.held_out_folder:
             yield (
                 "held_out_share",
-                f"images.held_out_share is {self.held_out_share} and images.held_out_folder {self.held_out_folder!r}, expected one of the "
-                "two: the split is by hash or by folder; set one of them back",
+                f"images.held_out_share is {self.held_out_share} and images.held_out_folder {self.held_out_folder!r}, expected only "
+                "one of them: the split is by hash or by folder; reset one of them",
             )

@@ -1,1 +1,1 @@
-"""What every stage stands on: paths, records, errors, progress, MLflow, and the Ray cluster."""
+"""Infrastructure shared by all stages: storage, records, errors, progress, MLflow, and the Ray cluster."""

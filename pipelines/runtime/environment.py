@@ -1,4 +1,4 @@
-"""Environment variables that are set for a while, because Ray, Tune and MLflow read their settings there."""
+"""Temporary environment variables, from which Ray, Tune and MLflow read settings."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def environment(wanted: Mapping[str, str], override: bool = False) -> Iterator[None]:
-    """Set these variables for the body, and restore what was there before. Variables that the user has set are left alone unless
+    """Set these variables for the body, then restore the previous values. Variables that are already set keep their values unless
     `override`."""
     before = {name: os.environ.get(name) for name in wanted if override or name not in os.environ}
     os.environ.update({name: wanted[name] for name in before})

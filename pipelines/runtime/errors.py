@@ -1,9 +1,9 @@
-"""The exception for a user's mistake, the exception for one image, and the causes of an error that Ray wrapped."""
+"""The exception for a user's mistake, the exception for an unusable image, and the causes of an error that Ray wrapped."""
 
 from collections.abc import Callable
 from typing import Any
 
-WRAPPERS = ("SystemException", "RaySystemError", "ControllerError", "UserCodeException")  # Ray's, around what happened
+WRAPPERS = ("SystemException", "RaySystemError", "ControllerError", "UserCodeException")  # Ray's, around the original exception
 
 
 class UserError(Exception):
@@ -16,45 +16,46 @@ class UserError(Exception):
         super().__init__(text)
         self.text, self.remedy = text, remedy
 
-    def __str__(self) -> str:  # not `args`, to which Ray Data appends advice of its own
+    def __str__(self) -> str:  # not `args`: Ray Data appends text to it
         return f"{self.text}; {self.remedy}" if self.remedy else self.text
 
 
 class DamagedFileError(UserError, ValueError):
-    """A file does not hold what was written into it: it is cut off, empty, overwritten, or of the wrong kind."""
+    """A file does not have its original content: it is truncated, empty, overwritten, or of the wrong type."""
 
 
 class ImageError(Exception):
-    """One image that can't be used; its text is the reason."""
+    """An image cannot be used; the text is the reason."""
 
 
 def mistake_of(error: BaseException) -> UserError | None:
-    """The person's mistake that `error` is, or that is behind it; None where it is no mistake."""
-    if isinstance(error, UserError) and not hasattr(error, "cause"):  # what Ray makes of a worker's is one too, traceback and all
+    """The UserError that `error` is or that caused it; None if there is none."""
+    if isinstance(error, UserError) and not hasattr(error, "cause"):  # Ray's copy of a worker's UserError has the traceback in its text
         return error
-    return next((one for one in reversed(causes_of(error)) if isinstance(one, UserError)), None)
+    return next((cause for cause in reversed(causes_of(error)) if isinstance(cause, UserError)), None)
 
 
 def origin_of(error: BaseException) -> BaseException:
-    """What happened, without what Ray puts around it."""
+    """The original exception, without Ray's wrappers."""
     causes = causes_of(error)
-    return next((one for one in reversed(causes) if type(one).__name__ not in WRAPPERS), error)
+    return next((cause for cause in reversed(causes) if type(cause).__name__ not in WRAPPERS), error)
 
 
 def in_one_line(error: BaseException) -> str:
-    """The line of the error's text that says most: its first, of Ray's own the last."""
+    """The most informative line of the error's text: the first line, or the last line of an exception of Ray."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     return lines[-1 if _is_rays(error) else 0]
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """The error and those behind it: what Ray's wrappers and Python's chain lead to."""
+    """The error and all its causes, through Ray's wrappers and Python's exception chain."""
     return _reached(error, _behind)
 
 
 def carried_by(error: BaseException) -> list[BaseException]:
-    """What was raised before Ray put its own errors around it; not what lies behind that in turn."""
-    return [one for one in _reached(error, lambda one: _behind(one) if _is_rays(one) else []) if not _is_rays(one)]
+    """The exceptions that Ray wrapped, without the causes of those exceptions."""
+    reached = _reached(error, lambda reason: _behind(reason) if _is_rays(reason) else [])
+    return [reason for reason in reached if not _is_rays(reason)]
 
 
 def _is_rays(error: BaseException) -> bool:
@@ -70,8 +71,8 @@ def _reached(error: BaseException, behind: Callable[[BaseException], list[Any]])
     found: list[BaseException] = []
     waiting: list[Any] = [error]
     while waiting:
-        one = waiting.pop(0)
-        if isinstance(one, BaseException) and not any(one is each for each in found):
-            found.append(one)
-            waiting += behind(one)
+        reason = waiting.pop(0)
+        if isinstance(reason, BaseException) and not any(reason is known for known in found):
+            found.append(reason)
+            waiting += behind(reason)
     return found

@@ -1,4 +1,4 @@
-"""The project's plots, as PNG bytes: training curves, and a sweep's metric against its parameters."""
+"""Plots as PNG bytes: training curves, and a sweep's metric against its parameters."""
 
 import io
 from collections import defaultdict
@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-LOG_SCALE_RATIO = 30.0  # largest over smallest parameter value from which the axis is logarithmic
+LOG_SCALE_RATIO = 30.0  # the axis is logarithmic if the ratio of the largest to the smallest parameter value is at least this
 INK, GRID = "#1f2328", "#d8dde3"
-BAND_COLOURS = ("#1b3a6b", "#2f74b5", "#58a9c9", "#9fd0c0")  # dark: little noise, light: nearly all noise
+BAND_COLOURS = ("#1b3a6b", "#2f74b5", "#58a9c9", "#9fd0c0")  # dark: low noise level, light: high noise level
 PANELS = (
     ("images_per_second", "images/s"),
     ("gradient_norm", "gradient norm"),
@@ -18,7 +18,7 @@ PANELS = (
 
 
 def training_curves(rows: list[dict[str, Any]]) -> bytes:
-    """Loss against images seen, with the noise-prediction error in each band of noise levels (rows of `metrics.jsonl`)."""
+    """Loss against images seen, and the noise-prediction error in each band of noise levels, from rows of `metrics.jsonl`."""
     figure, axes = _figure(7.2, 3.8)
     for band, colour in enumerate(BAND_COLOURS):
         points = [(row["images_seen"], row[f"loss_band_{band}"]) for row in rows if row.get(f"loss_band_{band}") is not None]
@@ -32,7 +32,7 @@ def training_curves(rows: list[dict[str, Any]]) -> bytes:
 
 
 def training_panels(rows: list[dict[str, Any]]) -> bytes:
-    """Four small plots: throughput, gradient norm, learning rate, share of time waiting for data."""
+    """Four small plots: throughput, gradient norm, learning rate, and the share of time spent waiting for data."""
     figure = Figure(figsize=(7.2, 3.8), dpi=120, layout="constrained")
     for axes, (name, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         _style(axes)
@@ -46,7 +46,7 @@ def training_panels(rows: list[dict[str, Any]]) -> bytes:
 
 
 def loss_curve(points: list[tuple[float, float]]) -> bytes:
-    """A loss alone against images seen."""
+    """A single loss against images seen."""
     figure, axes = _figure(7.2, 2.8)
     axes.plot(*zip(*points, strict=True), color=BAND_COLOURS[1], linewidth=1.8, label="loss")
     if min(loss for _, loss in points) > 0:
@@ -56,7 +56,7 @@ def loss_curve(points: list[tuple[float, float]]) -> bytes:
 
 
 def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
-    """Rows of a sweep's table: along the axis the parameter with most values, one line for every combination of the others."""
+    """Rows of a sweep's table. The x-axis is the parameter with the most values; each combination of the others is a line."""
     names = list(rows[0]["parameters"])
     across = max(names, key=lambda name: len({str(row["parameters"][name]) for row in rows}))
     values = list({str(row["parameters"][across]): row["parameters"][across] for row in rows}.values())
@@ -86,7 +86,7 @@ def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
 
 
 def literal(text: str) -> str:
-    """For matplotlib, which takes what is between two dollars for a formula."""
+    """Escape dollar signs, between which matplotlib typesets a formula."""
     return text.replace("$", r"\$")
 
 

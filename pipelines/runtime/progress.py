@@ -1,4 +1,4 @@
-"""How far a stage is: one live bar on a terminal, a line now and then elsewhere."""
+"""Progress of a stage: a live bar on a terminal, else a line every 15 seconds."""
 
 import os
 import sys
@@ -11,20 +11,20 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-LINE_SECONDS = 15.0  # between lines where no terminal shows a bar
+LINE_SECONDS = 15.0  # interval between lines without a terminal
 
 
-_terminal: TextIO | None = None  # the person's stderr while `output_in` sends the process's own to a file
+_terminal: TextIO | None = None  # the original stderr while `output_in` redirects the process's output to a file
 
 
 def console() -> Console:
-    """Where a person reads: stderr, so that a stage's result on stdout can be piped."""
+    """The console for the user: stderr, so that a stage's result on stdout can be piped."""
     return Console(file=_terminal or sys.stderr, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
 def output_in(log: Path) -> Iterator[None]:
-    """Whatever this process prints in the body, C++ libraries included, goes to `log`; `console()` still reaches the person."""
+    """Redirect stdout and stderr of this process, C++ libraries included, to `log`; `console()` still prints to the terminal."""
     global _terminal
     log.parent.mkdir(parents=True, exist_ok=True)
     _flush()
@@ -50,14 +50,14 @@ def _flush() -> None:
 
 
 class Bar:
-    """One stage's progress, counted in `unit`."""
+    """Progress of one stage, counted in `unit`."""
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0) -> None:
         self.name, self.total, self.unit, self.done = name, total, unit, done
-        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
+        self._first, self._start, self._last_line = done, time.monotonic(), time.monotonic()
         self._metrics: dict[str, float] = {}
         self._measured: float | None = None
-        self._told = done  # in the last line
+        self._printed = done  # in the last line
         self._live = console().is_terminal
         self._rich: Progress | None = None
 
@@ -79,22 +79,22 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self._rich is not None:
             self._rich.stop()
-        elif self.done not in (self._first, self._told):
+        elif self.done not in (self._first, self._printed):
             self._line()
 
     @property
     def rate(self) -> float:
-        """Units a second since this bar began."""
+        """Units per second since this bar was created."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def update(self, done: int, *, measured_rate: float | None = None, **metrics: float) -> None:
-        """`done` units are done in all; metrics are shown beside the bar. `measured_rate`: the units a second to show, where somebody
-        has measured them; else those since the bar began."""
+        """Set the total number of units done; `metrics` are shown beside the bar. `measured_rate`: units per second to show; by default
+        the average since the bar was created."""
         self.done, self._measured = done, measured_rate
         self._metrics.update(metrics)
         if self._rich is not None:
             self._rich.update(self._task, completed=done, rate=f"{_rate(self._shown_rate)} {self.unit}/s", metrics=self._text())
-        elif time.monotonic() - self._said >= LINE_SECONDS:
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._line()
 
     @property
@@ -105,7 +105,7 @@ class Bar:
         return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self._metrics.items())
 
     def _line(self) -> None:
-        self._said, self._told = time.monotonic(), self.done
+        self._last_line, self._printed = time.monotonic(), self.done
         rate = self._shown_rate
         left = (self.total - self.done) / rate if rate else float("inf")
         share = 100 * self.done / max(self.total, 1)

@@ -1,4 +1,4 @@
-"""Files that a stage writes and reads again: JSON of a known shape, and damage as an error that names the file."""
+"""JSON files that a stage writes and reads: their types are checked, and damage is an error that names the file."""
 
 import json
 import math
@@ -11,11 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 from pipelines.runtime.errors import DamagedFileError
 
 REMEDY = "restore it from a copy, or delete it and run the command that wrote it again"
-LONGEST_VALUE = 40  # characters shown of a value of the wrong type
+LONGEST_VALUE = 40  # characters of a wrong value that a message shows
 
 
 def damaged(path: str, found: object, remedy: str = REMEDY) -> DamagedFileError:
-    """The error for a file of which `found` is wrong."""
+    """The error for a damaged file; `found` describes the damage."""
     text = f"{path} is damaged: {' '.join(str(found).split()) or 'it cannot be read'}"
     return DamagedFileError(text, remedy)
 
@@ -23,8 +23,8 @@ def damaged(path: str, found: object, remedy: str = REMEDY) -> DamagedFileError:
 def parsed(data: bytes, path: str, shape: Any = Any, remedy: str = REMEDY) -> Any:
     """The JSON value in `data`, which was read from `path`.
 
-    `shape` is a type: of an object a dataclass with a field for each key that is needed and a default for each that may be missing.
-    Further keys are returned too. Raises DamagedFileError where the data is no JSON or a value has another type.
+    `shape` is its type. For a JSON object it is a dataclass with a field for each key that is read; a field with a default may be missing.
+    Additional keys are returned too. Raises DamagedFileError if the data is not JSON or a value has the wrong type.
     """
     try:
         _adapter(shape).validate_json(data, strict=True)
@@ -41,7 +41,7 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 
 def _first(error: ValidationError) -> str:
-    """What is wrong first."""
+    """The first error as text."""
     first = error.errors(include_url=False)[0]
     key, message = ".".join(map(str, first["loc"])), first["msg"]
     if first["type"] == "json_invalid":
@@ -54,14 +54,14 @@ def _first(error: ValidationError) -> str:
 
 
 def null_for_nan(value: Any) -> Any:
-    """`value` with None in the place of every float that is not finite, also inside mappings, lists and tuples."""
+    """`value` with every non-finite float replaced by None, also inside mappings, lists and tuples."""
     if isinstance(value, Mapping):
-        return {name: null_for_nan(one) for name, one in value.items()}
+        return {name: null_for_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [null_for_nan(one) for one in value]
+        return [null_for_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def nan_for_null(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics as it was measured: NaN where the file says null."""
+    """A row of metrics with every null replaced by NaN."""
     return {name: math.nan if value is None else value for name, value in row.items()}

@@ -1,4 +1,4 @@
-"""S3 as the stages need it: reads that outlast a failing request, writes that are visible whole or not at all."""
+"""S3 for the stages: reads retry failed requests, and writes are atomic."""
 
 import hashlib
 import io
@@ -13,17 +13,17 @@ from pyarrow import fs
 
 from pipelines.runtime.errors import UserError
 
-ATTEMPTS = 10  # of one request, with growing pauses; a busy bucket answers 503 now and then
-CONNECT_SECONDS, READ_SECONDS, WRITE_SECONDS = 5.0, 5.0, 20.0  # a request without a byte for so long is tried again
+ATTEMPTS = 10  # per request, with growing pauses: a busy bucket sometimes answers 503
+CONNECT_SECONDS, READ_SECONDS, WRITE_SECONDS = 5.0, 5.0, 20.0  # a request that receives no byte for this time is retried
 PART = 64 * 2**20
-LISTS_AT_ONCE = 8  # folders; a client holds 10 connections
-SINGLE_REQUEST = 2**30  # larger objects go up in parts
+LISTS_AT_ONCE = 8  # folders; a client holds at most 10 connections
+SINGLE_REQUEST = 2**30  # bytes; larger objects are uploaded in parts
 
-Options = tuple[tuple[str, str], ...]  # endpoint_override, scheme, region, where the path ends with ?name=value&…
+Options = tuple[tuple[str, str], ...]  # endpoint_override, scheme, region, if the path ends in ?name=value&…
 
 
 def split(path: str) -> tuple[str, str, Options]:
-    """Bucket, key and options of `s3://bucket/key?options`. A key may hold any character, so only a known option ends it."""
+    """Bucket, key and options of `s3://bucket/key?options`. A key may contain any character, so only a known option ends it."""
     location = path.removeprefix("s3://")
     before, mark, query = location.rpartition("?")
     options = tuple(parse_qsl(query)) if mark else ()
@@ -36,7 +36,7 @@ def split(path: str) -> tuple[str, str, Options]:
 
 
 def filesystem(path: str) -> tuple[fs.S3FileSystem, str]:
-    """Arrow's file system of the path's bucket, made once in a process, and `bucket/key`. Raises UserError where it can't be opened."""
+    """Arrow's file system of the path's bucket, cached per process, and `bucket/key`. Raises UserError if it cannot be opened."""
     bucket, key, options = split(path)
     try:
         return _filesystem(bucket, options, _environment()), f"{bucket}/{key}" if key else bucket
@@ -45,9 +45,9 @@ def filesystem(path: str) -> tuple[fs.S3FileSystem, str]:
 
 
 def write(path: str, data: bytes) -> None:
-    """Write one object. It is visible once it is complete; what was sent of one that can't be completed is taken back.
+    """Write one object atomically. The parts of a failed upload are removed.
 
-    Raises OSError when the bucket doesn't take it, after ATTEMPTS attempts.
+    Raises OSError when the bucket does not accept it after ATTEMPTS attempts.
     """
     from boto3.exceptions import S3UploadFailedError
     from boto3.s3.transfer import TransferConfig
@@ -58,11 +58,11 @@ def write(path: str, data: bytes) -> None:
     try:
         _client(options, _environment()).upload_fileobj(io.BytesIO(data), bucket, key, Config=parts)
     except (S3UploadFailedError, BotoCoreError, ClientError) as error:
-        raise OSError(f"no answer in {ATTEMPTS} attempts that takes it: {error}") from error
+        raise OSError(f"not accepted in {ATTEMPTS} attempts: {error}") from error
 
 
 def size_and_version(path: str) -> tuple[int, int]:
-    """Bytes of one object, and a number made of its ETag. Raises FileNotFoundError, and OSError where the bucket refuses."""
+    """Size of one object in bytes, and a number derived from its ETag. Raises FileNotFoundError, and OSError if the bucket refuses."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key, options = split(path)
@@ -76,8 +76,8 @@ def size_and_version(path: str) -> tuple[int, int]:
 
 
 def list_objects(path: str) -> list[tuple[str, int, int]]:
-    """Every object below `path`, in any order: its key relative to `path`, its bytes, and a number made of its ETag, which Arrow does
-    not tell. The folders directly below are listed side by side. Raises OSError where the bucket refuses."""
+    """All objects below `path`, in any order: the key relative to `path`, the size in bytes, and a number derived from the ETag, which
+    Arrow does not return. The top-level folders are listed in parallel. Raises OSError if the bucket refuses."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, key, options = split(path)
@@ -103,14 +103,14 @@ def _version(etag: str) -> int:
 
 
 def refused(error: BaseException) -> bool:
-    """Whether an error is one of the bucket's answers, or that it gave none: pyarrow raises OSError for these and for much else."""
+    """Whether the error is an error response of the bucket or a missing response; pyarrow raises OSError for these and other errors."""
     return isinstance(error, OSError) and "AWS Error" in str(error)
 
 
 def abort_uploads(path: str) -> int:
-    """Take back the parts that killed writers left below `path`, which are invisible and paid for; returns how many uploads.
+    """Abort the multipart uploads that killed writers left below `path`: their parts are invisible but billed. Returns their number.
 
-    None where the bucket's policy doesn't let us look: nothing depends on it.
+    If the bucket's policy does not allow listing them, returns 0: nothing depends on it.
     """
     from botocore.exceptions import ClientError
 
@@ -118,18 +118,18 @@ def abort_uploads(path: str) -> int:
     client = _client(options, _environment())
     found = client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=f"{key}/" if key else "")
     try:
-        uploads = [one for page in found for one in page.get("Uploads", [])]
+        uploads = [upload for page in found for upload in page.get("Uploads", [])]
     except ClientError as error:
         if error.response["Error"]["Code"] in ("AccessDenied", "NotImplemented"):
             return 0
         raise
-    for one in uploads:
-        client.abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+    for upload in uploads:
+        client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     return len(uploads)
 
 
 def _environment() -> Options:
-    """What credentials and endpoint are taken from."""
+    """Environment variables that determine credentials and endpoint."""
     return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
@@ -150,14 +150,14 @@ def _filesystem(bucket: str, options: Options, environment: Options) -> fs.S3Fil
 
 
 def endpoint_url(options: Mapping[str, str]) -> str | None:
-    """The server that the options of an `s3://` path name, for boto3; None for the one that the environment names, or AWS."""
+    """The endpoint in the options of an `s3://` path, for boto3; None for the endpoint from the environment, or AWS."""
     endpoint = options.get("endpoint_override")
     return f"{options.get('scheme', 'https')}://{endpoint}" if endpoint and "://" not in endpoint else endpoint
 
 
 @lru_cache(maxsize=16)
 def _client(options: Options, environment: Options, reading: bool = False) -> Any:
-    """`reading`: without credentials the requests are not signed, as Arrow's are not: a public bucket answers them."""
+    """`reading`: without credentials, requests are not signed (as in Arrow), so that public buckets can be read."""
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config

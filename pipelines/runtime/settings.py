@@ -1,8 +1,8 @@
-"""How a stage's settings are written down: plain dataclasses whose every field is either *identity* (it changes what is
-computed: a resume with another value is refused) or *operational* (it changes how: workers, cadence, cluster, length).
+"""Settings of a stage: plain dataclasses. Each field is either *identity* (it changes what is computed; resuming with another value is
+refused) or *operational* (it changes how: workers, intervals, cluster, length).
 
-A field's range stands in its type, e.g. `batch: Count`, and pydantic checks it. Rules between fields of one section stand in its method
-`relations`, which yields (field, what is wrong).
+A field's type contains its range, e.g. `batch: Count`, and pydantic checks it. The method `relations` of a section checks rules between
+its fields, and yields (field, error message).
 """
 
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
@@ -25,20 +25,20 @@ RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_eq
 
 
 def identity(default: Any = MISSING, help: str = "", factory: Any = MISSING) -> Any:
-    """A dataclass field that takes part in the identity of a stage's output."""
+    """A dataclass field that is part of the identity of a stage's output."""
     return field(default=default, default_factory=factory, metadata={"identity": True, "help": help})
 
 
 def operational(default: Any = MISSING, help: str = "", factory: Any = MISSING) -> Any:
-    """A dataclass field that changes how the work is done, never its result."""
+    """A dataclass field that changes how the work is done, but not its result."""
     return field(default=default, default_factory=factory, metadata={"identity": False, "help": help})
 
 
 def identity_of(**sections: Any) -> dict[str, Any]:
-    """The identity fields of the given settings as one flat mapping `section.field` → plain value.
+    """The identity fields of these settings as one flat mapping `section.field` → plain value.
 
-    A section is a settings dataclass (its identity fields are taken; of a dataclass without marks every field is), or a
-    plain value.
+    A section is a settings dataclass or a plain value. Of a settings dataclass the identity fields are included; of any other dataclass,
+    all fields.
     """
     flat: dict[str, Any] = {}
     for name, section in sections.items():
@@ -46,14 +46,14 @@ def identity_of(**sections: Any) -> dict[str, Any]:
             flat[name] = section
             continue
         values = asdict(section)  # type: ignore[arg-type]
-        for one in fields(section):
-            if one.metadata.get("identity", True):
-                flat[f"{name}.{one.name}"] = values[one.name]
+        for item in fields(section):
+            if item.metadata.get("identity", True):
+                flat[f"{name}.{item.name}"] = values[item.name]
     return flat
 
 
 def misfits(section: str, settings: Any) -> list[tuple[str, str]]:
-    """(section.field, what is wrong) for every value of the wrong type or out of its range; where there is none, for the relations."""
+    """(section.field, message) for every value of the wrong type or out of range; if there is none, for every violated relation."""
     found = []
     for name, kind in hints_of(type(settings)).items():
         value, key = getattr(settings, name), f"{section}.{name}"
@@ -67,14 +67,14 @@ def misfits(section: str, settings: Any) -> list[tuple[str, str]]:
 
 
 def check(**sections: Any) -> None:
-    """Raise UserError for the first misfit of these sections."""
+    """Raise UserError for the first error in these sections."""
     for section, settings in sections.items():
         for _, text in misfits(section, settings):
             raise UserError(text)
 
 
 def expected(kind: Any, error: str = "") -> str:
-    """What a value of this type has to be; of one that is out of its range (pydantic's type of `error`), the range."""
+    """The expected value of a type, in words; if `error` (a pydantic error type) is a range error, the range."""
     if get_origin(kind) is Annotated:
         plain, *notes = get_args(kind)
         about = next((note.description for note in notes if isinstance(note, FieldInfo) and note.description), "")
@@ -91,9 +91,9 @@ def expected(kind: Any, error: str = "") -> str:
 
 
 def hints_of(settings: Any) -> dict[str, Any]:
-    """field → its type, with its range."""
-    known = get_type_hints(settings, include_extras=True)
-    return {one.name: known[one.name] for one in fields(settings)}
+    """Field name → type with range."""
+    types = get_type_hints(settings, include_extras=True)
+    return {item.name: types[item.name] for item in fields(settings)}
 
 
 @cache

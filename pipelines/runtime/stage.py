@@ -1,4 +1,4 @@
-"""What every stage is given and does alike: say how far it is, log its numbers, know its finished output again."""
+"""Common parts of all stages: messages, progress, metrics, and the check whether an output is already complete."""
 
 import fcntl
 import os
@@ -23,12 +23,12 @@ IDENTITY, SUMMARY, CONFIGURATION, LOCK = "identity.json", "summary.json", "confi
 CLAIM_AGAIN = (
     "restore it from a copy; or delete it, if the stage ran with the configuration that you run it with now; or delete the whole directory"
 )
-BOOKKEEPING = {IDENTITY, CONFIGURATION, LOCK, RECORD, "ray.log", "error.log"}  # what lies in an output before anything is made
+BOOKKEEPING = {IDENTITY, CONFIGURATION, LOCK, RECORD, "ray.log", "error.log"}  # files that exist before a stage has produced any output
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary.json` holds of every stage, with the types of what some leave out."""
+    """Fields of `summary.json` that are read again; those with a default are missing in some stages."""
 
     format_version: int
     stage: str
@@ -40,7 +40,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is read again of `configuration.json`: these sections."""
+    """Sections of `configuration.json` that are read again."""
 
     images: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
@@ -50,8 +50,8 @@ class Configuration:
 class Stage:
     """One execution of one stage.
 
-    `start_tracking` opens its MLflow run, when there is work to do and not before; without it nothing is tracked (inside a sweep's
-    trial, in tests). `configuration` is kept beside the output. Every random stream of the stage is named by `seed` and its purpose.
+    `start_tracking` opens the MLflow run as soon as there is work to do; without it nothing is tracked (in a sweep's trial, in tests).
+    `configuration` is stored with the output. Every random stream of the stage is derived from `seed` and the stream's purpose.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Stage:
         self._began = time.monotonic()
 
     def say(self, text: str) -> None:
-        """One line for the person."""
+        """Print one line for the user."""
         console().print(f"{self.name}: {text}", markup=False, soft_wrap=True)
 
     def progress(self, total: int, unit: str = "images", done: int = 0) -> Bar:
@@ -76,23 +76,23 @@ class Stage:
         return Bar(self.name, total, unit, done)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Metrics at `step` images seen, to MLflow."""
+        """Log metrics to MLflow; `step` is the number of images seen."""
         if self.tracker is not None:
             self.tracker.log(metrics, step)
 
     def artifact(self, path: str) -> None:
-        """Log a file to MLflow if it is local: one on S3 stays where it is."""
+        """Log a file to MLflow if it is local; files on S3 are not copied."""
         if self.tracker is not None and storage.is_local(path):
             self.tracker.artifact(path)
 
     def begin(
         self, path: str, identity: dict[str, Any], enough: Callable[[dict[str, Any]], bool] = lambda summary: True
     ) -> dict[str, Any] | None:
-        """Claim `path` for an output with this identity: None when there is work to do, the summary when all is done.
+        """Claim `path` for an output with this identity. Returns None when there is work to do, the summary when the output is complete.
 
-        `enough` decides whether a finished output is as long as it is wanted now. A damaged `summary.json` counts as none: the stage is
-        finished again. Raises UserError with the fields that differ when `path` holds an output of another identity, of which something
-        has been made, and DamagedFileError where its identity can't be read.
+        `enough` decides whether a finished output has the requested length. A damaged `summary.json` is treated as missing: the stage runs
+        to its end again. Raises UserError with the differing fields when `path` holds an output of another identity, and DamagedFileError
+        when the identity of that output cannot be read.
         """
         self._began = time.monotonic()
         storage.make_directory(path)
@@ -107,7 +107,7 @@ class Stage:
             self.say(f"{path} is complete")
             return summary
         if summary is None:
-            storage.delete(storage.join(path, SUMMARY))  # a damaged one; nobody else is to meet it while the stage is at work
+            storage.delete(storage.join(path, SUMMARY))  # a damaged file; other stages must not read it in the meantime
         storage.write_json(identity_file, identity)
         if self.configuration:
             storage.write_json(storage.join(path, CONFIGURATION), self.configuration)
@@ -115,17 +115,17 @@ class Stage:
         return None
 
     def _read_summary(self, path: str) -> dict[str, Any] | None:
-        """None where there is none, and where it is damaged, which is logged."""
+        """None if the summary is missing, or damaged, which is logged."""
         if not storage.exists(storage.join(path, SUMMARY)):
             return None
         try:
-            return read_summary(path, "the stage is finished again; what it has made is kept")
+            return read_summary(path, "the stage runs again and reuses its finished work")
         except DamagedFileError as error:
             self.say(str(error))
             return None
 
     def _read_identity(self, path: str, summary: dict[str, Any] | None) -> dict[str, Any] | None:
-        """What `path` was made with: `identity.json`, or in its place what the summary of a finished stage says."""
+        """The identity of the output at `path`: from `identity.json`, else from the summary."""
         kept: dict[str, Any] | None = (summary or {}).get("identity")
         if not storage.exists(storage.join(path, IDENTITY)):
             return kept
@@ -137,7 +137,7 @@ class Stage:
             return kept
 
     def _restore(self, path: str, identity: dict[str, Any]) -> None:
-        """Of a finished stage, write the records again that are damaged or missing."""
+        """Write the damaged or missing records of a finished stage again."""
         for name, value in ((IDENTITY, identity), (CONFIGURATION, self.configuration)):
             if not value:
                 continue
@@ -147,23 +147,23 @@ class Stage:
                 storage.write_json(file, value)
 
     def track(self) -> Tracker | None:
-        """The stage's MLflow run, opened if need be."""
+        """The stage's MLflow run; opened on the first call."""
         if self.tracker is None and self._start_tracking is not None:
             self.tracker = self._start_tracking()
         return self.tracker
 
     def complete(self, path: str, identity: dict[str, Any], summary: dict[str, Any]) -> dict[str, Any]:
-        """Write `path/summary.json`, the mark of a finished stage, last of all; returns its content.
+        """Write `path/summary.json`, which marks the stage as finished, as the last file; returns its content.
 
-        Adds `format_version`, the identity and the seconds since `begin`, and logs the summary's numbers to MLflow. A number that is not
-        finite is null in the file and NaN in what is returned.
+        Adds `format_version`, the identity and the seconds since `begin`, and logs the summary's numbers to MLflow. A non-finite number is
+        null in the file and NaN in the returned mapping.
         """
         seconds = round(time.monotonic() - self._began, 3)
-        whole = {"format_version": FORMAT_VERSION, "stage": self.name, "seconds": seconds, **summary, "identity": identity}
-        step = int(summary.get("images_seen") or summary.get("images", 0))  # an imported model does not know what it has seen
-        self.log({name: float(value) for name, value in whole.items() if _is_number(value)}, step)
-        storage.write_json(storage.join(path, SUMMARY), {**null_for_nan(whole), "identity": identity})
-        return whole
+        record = {"format_version": FORMAT_VERSION, "stage": self.name, "seconds": seconds, **summary, "identity": identity}
+        step = int(summary.get("images_seen") or summary.get("images", 0))  # an imported model has no count of images seen
+        self.log({name: float(value) for name, value in record.items() if _is_number(value)}, step)
+        storage.write_json(storage.join(path, SUMMARY), {**null_for_nan(record), "identity": identity})
+        return record
 
 
 def read_summary(path: str, remedy: str) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def read_identity(path: str) -> dict[str, Any]:
 
 
 def _problem(file: str) -> str:
-    """Why a JSON object has to be written again; empty where it is there and whole."""
+    """Why a JSON file has to be written again; empty if it is intact."""
     if not storage.exists(file):
         return f"{file} is missing; it is written again"
     try:
@@ -195,14 +195,14 @@ def _is_number(value: object) -> bool:
 
 def _refuse_other_identity(path: str, found: dict[str, Any], expected: dict[str, Any]) -> None:
     differing = [
-        f"{name} (there: {found.get(name)!r}, asked for: {expected.get(name)!r})"
+        f"{name} (found {found.get(name)!r}, expected {expected.get(name)!r})"
         for name in sorted({*found, *expected})
         if found.get(name) != expected.get(name)
     ]
     if differing:
         raise UserError(
-            f"{path} holds an output made with another configuration; different: {'; '.join(differing)}",
-            remedy=f"give another path, set these back, or delete that directory (its settings are in {storage.join(path, IDENTITY)})",
+            f"{path} holds an output of another configuration; differing settings: {'; '.join(differing)}",
+            remedy=f"choose another path, restore these settings (see {storage.join(path, IDENTITY)}), or delete that directory",
         )
 
 
@@ -216,10 +216,10 @@ def open_stage(
     parent: Tracker | None = None,
     seed: int = 0,
 ) -> Iterator[Stage]:
-    """A stage with Ray connected; Ray and the stage's MLflow run are closed again, whatever happens.
+    """A stage with Ray connected. On exit, also after an error, Ray is disconnected and the stage's MLflow run is closed.
 
-    Ray's own messages go to `ray.log` in `path` (in the working directory when `path` is on S3). Raises UserError while another
-    process is at work in `path`.
+    Ray's log messages go to `ray.log` in `path` (in the working directory when `path` is on S3). Raises UserError while another process
+    works in `path`.
     """
     log = Path(path) / "ray.log" if storage.is_local(path) else Path(f"{name}-ray.log")
 
@@ -245,7 +245,7 @@ def open_stage(
 
 @contextmanager
 def _alone_in(path: str) -> Iterator[None]:
-    """Hold `path` for this process: a lock that the system takes back however the process ends. (S3 has none.)"""
+    """Lock `path` for this process; the operating system releases the lock when the process ends. (S3 has no locks.)"""
     if not storage.is_local(path):
         yield
         return
@@ -258,7 +258,8 @@ def _alone_in(path: str) -> Iterator[None]:
         except BlockingIOError as error:
             lock.seek(0)
             raise UserError(
-                f"{path} is in use by another run (process {lock.read().strip() or 'unknown'})", remedy="wait for it, or give another path"
+                f"{path} is in use by another run (process {lock.read().strip() or 'unknown'})",
+                remedy="wait for it, or choose another path",
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""Every path of every stage, local or `s3://`, through pyarrow's file systems; writes are visible only when whole."""
+"""File access of all stages, local or `s3://`, through pyarrow's file systems; writes are atomic."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ from pipelines.runtime import s3
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import REMEDY, parsed
 
-COPIES = "mar-copies-"  # begins the name of a folder of local copies; then the process that made it
-PARTIAL = ".partial"  # ends the name of a file or folder that is still being written
+COPIES = "mar-copies-"  # prefix of a folder of local copies, followed by the PID of its process
+PARTIAL = ".partial"  # suffix of a file or folder that is still being written
 
 
 class UnwritableError(UserError, OSError):
-    """A file could not be written: the disk is full, the folder is somebody else's, the bucket is out of reach. Its cause says which."""
+    """A file could not be written: disk full, permission denied, bucket unreachable. `__cause__` is the original error."""
 
 
 _lock = Lock()
@@ -32,7 +32,7 @@ _copies: tempfile.TemporaryDirectory[str] | None = None
 
 
 def filesystem(path: str) -> tuple[fs.FileSystem, str]:
-    """The pyarrow file system of a path and the path inside it. Relative local paths are taken from the working directory."""
+    """The pyarrow file system of a path and the path in it. Relative local paths are relative to the working directory."""
     if path.startswith("s3://"):
         return s3.filesystem(path)
     if "://" in path:
@@ -44,7 +44,7 @@ def filesystem(path: str) -> tuple[fs.FileSystem, str]:
 
 
 def join(path: str, *parts: str) -> str:
-    """`path/part/part…`, for local paths and URIs alike."""
+    """`path/part/part…`, for local paths and URIs."""
     return posixpath.join(str(path), *parts)
 
 
@@ -68,7 +68,7 @@ def is_directory(path: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of one file; raises FileNotFoundError."""
+    """Size of one file in bytes. Raises FileNotFoundError."""
     system, inner = filesystem(path)
     info = system.get_file_info(inner)
     if info.type != fs.FileType.File:
@@ -77,22 +77,22 @@ def size(path: str) -> int:
 
 
 def list_files(path: str, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Paths relative to `path` of all files below it, sorted; only those with one of the (lower-case) suffixes if given."""
+    """Paths, relative to `path`, of all files below it, sorted. `suffixes` (lower case): only files with one of these endings."""
     system, inner = filesystem(path)
     selector = fs.FileSelector(inner, recursive=True, allow_not_found=True)
     files = [info.path[len(inner) :].lstrip("/") for info in system.get_file_info(selector) if info.type == fs.FileType.File]
-    return sorted(one for one in files if not suffixes or one.lower().endswith(suffixes))
+    return sorted(name for name in files if not suffixes or name.lower().endswith(suffixes))
 
 
 def list_directory(path: str) -> list[str]:
-    """Names (files and folders) directly below `path`, sorted; empty when it is not there."""
+    """Names of the files and folders directly in `path`, sorted; empty if `path` does not exist."""
     system, inner = filesystem(path)
     return sorted(info.base_name for info in system.get_file_info(fs.FileSelector(inner, allow_not_found=True)))
 
 
 @contextmanager
 def writing(path: str) -> Iterator[None]:
-    """An OSError of the body as UnwritableError that names `path` and the reason."""
+    """Convert an OSError of the body to an UnwritableError that names `path` and the reason."""
     try:
         yield
     except UnwritableError:
@@ -100,14 +100,14 @@ def writing(path: str) -> Iterator[None]:
     except OSError as error:
         reason: object = error
         if is_local(path) and isinstance(error, FileExistsError):
-            reason = "a file, or a link that leads nowhere, is in its place"
+            reason = "a file or a broken link has this name"
         raise UnwritableError(
-            f"{path} can't be written: {reason}; fix that and run the same command (what is finished is kept), or give another path"
+            f"{path} can't be written: {reason}", remedy="fix that and run the same command (finished work is kept), or choose another path"
         ) from error
 
 
 def make_directory(path: str) -> None:
-    """The folder and those above it, where they are not there yet. Raises UnwritableError."""
+    """Create the folder and its parents if they do not exist. Raises UnwritableError."""
     system, inner = filesystem(path)
     with writing(path):
         if isinstance(system, fs.LocalFileSystem):
@@ -117,7 +117,7 @@ def make_directory(path: str) -> None:
 
 
 def size_and_version(path: str) -> tuple[int, int]:
-    """Bytes of one file, and a number that changes when it is written: its time of modification in nanoseconds, on S3 63 bits of the
+    """Size of one file in bytes, and a number that changes when it is written: the modification time in nanoseconds; on S3, 63 bits of the
     SHA-256 of its ETag. Raises FileNotFoundError."""
     if path.startswith("s3://"):
         return s3.size_and_version(path)
@@ -131,13 +131,13 @@ def size_and_version(path: str) -> tuple[int, int]:
 def read_bytes(path: str) -> bytes:
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
-        return Path(inner).read_bytes()  # at once; Arrow's stream reads piece by piece, at a twentieth of the speed
+        return Path(inner).read_bytes()  # 20 times as fast as Arrow's stream, which reads in chunks
     with system.open_input_stream(inner) as stream:
         return bytes(stream.read())
 
 
 def read_range(path: str, offset: int, count: int) -> bytes:
-    """`count` bytes from `offset` on; fewer where the file ends before."""
+    """`count` bytes from `offset`; fewer if the file ends earlier."""
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         with open(inner, "rb", buffering=0) as stream:
@@ -147,7 +147,7 @@ def read_range(path: str, offset: int, count: int) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
-    """Write one file so that it is there whole or not at all (rename on local disks, one object on S3). Raises UnwritableError."""
+    """Write one file atomically (local: rename; S3: one object). Raises UnwritableError."""
     system, inner = filesystem(path)
     with writing(path):
         if isinstance(system, fs.LocalFileSystem):
@@ -171,7 +171,7 @@ def _write_local(path: str, data: bytes) -> None:
 
 def read_json(path: str, shape: Any = Any, remedy: str = REMEDY) -> Any:
     """The JSON value in a file, of the type `shape` (see `records.parsed`). Raises FileNotFoundError, and DamagedFileError with the
-    `remedy` where the file holds something else."""
+    `remedy` if the content has another type."""
     return parsed(read_bytes(path), path, shape, remedy)
 
 
@@ -181,7 +181,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 def delete(path: str) -> None:
-    """Delete a file or a folder with all that is in it; nothing happens if it is not there."""
+    """Delete a file or a folder with its contents, if it exists."""
     system, inner = filesystem(path)
     kind = system.get_file_info(inner).type
     if kind == fs.FileType.Directory:
@@ -196,14 +196,14 @@ def digest(data: bytes | memoryview) -> str:
 
 
 def publish_directory(local: Path, path: str, last: str) -> None:
-    """Move a finished local folder to `path`: by rename on a local disk; on S3 file by file with the file named `last` at the
-    end, so that a folder without it is known to be unfinished. Raises UnwritableError."""
+    """Move a finished local folder to `path`: by rename on a local disk; on S3 file by file, the file named `last` at the end, so that
+    a folder without it is known to be incomplete. Raises UnwritableError."""
     system, inner = filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         with writing(path):
             os.makedirs(os.path.dirname(inner), exist_ok=True)
             staging = f"{inner}.{uuid.uuid4().hex[:8]}{PARTIAL}"
-            shutil.move(local, staging)  # a copy when `local` is on another disk; the rename below is what makes it visible
+            shutil.move(local, staging)  # a copy if `local` is on another disk; the rename below makes it visible
             if os.path.isdir(inner):
                 shutil.rmtree(inner)
             os.replace(staging, inner)
@@ -214,33 +214,33 @@ def publish_directory(local: Path, path: str, last: str) -> None:
 
 
 def delete_partial(path: str) -> None:
-    """Remove what killed writers left unfinished in and beside the folder `path`; its owner calls this before it writes there."""
+    """Remove unfinished files of killed writers in and next to the folder `path`. The stage that owns the folder calls this first."""
     if not is_local(path):
         s3.abort_uploads(path)
         return
     folder = Path(filesystem(path)[1])
-    for left in [*folder.rglob(f"*{PARTIAL}"), *folder.parent.glob(f"{folder.name}.*{PARTIAL}")]:
-        delete(str(left))
+    for unfinished in [*folder.rglob(f"*{PARTIAL}"), *folder.parent.glob(f"{folder.name}.*{PARTIAL}")]:
+        delete(str(unfinished))
 
 
 def local_directory(path: str) -> Path:
-    """A local folder with the contents of `path`: itself on a local disk, else a copy, made anew only when `path` has changed.
+    """A local folder with the contents of `path`: `path` itself if it is local, else a copy, which is updated only if `path` has changed.
 
-    Copies are removed when the process ends, and those of killed processes when the next one makes a copy.
+    Copies are removed when the process ends; copies of killed processes are removed when another process makes one.
     """
     if is_local(path):
         return Path(filesystem(path)[1])
     system, inner = filesystem(path)
-    infos = [one for one in system.get_file_info(fs.FileSelector(inner, recursive=True)) if one.type == fs.FileType.File]
-    version = digest(json.dumps([path, *([one.path, one.size, one.mtime_ns] for one in infos)]).encode())[:16]
+    infos = [info for info in system.get_file_info(fs.FileSelector(inner, recursive=True)) if info.type == fs.FileType.File]
+    version = digest(json.dumps([path, *([info.path, info.size, info.mtime_ns] for info in infos)]).encode())[:16]
     with _lock:
         target = _process_folder() / version
         if not target.exists():
             partial = target.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for one in infos:
-                name = one.path[len(inner) :].lstrip("/")
+            for info in infos:
+                name = info.path[len(inner) :].lstrip("/")
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(read_bytes(join(path, name)))
             partial.rename(target)
@@ -250,9 +250,9 @@ def local_directory(path: str) -> Path:
 def _process_folder() -> Path:
     global _copies
     if _copies is None or not Path(_copies.name).name.startswith(f"{COPIES}{os.getpid()}-"):
-        for left in Path(tempfile.gettempdir()).glob(f"{COPIES}*-*"):
-            process = left.name.removeprefix(COPIES).partition("-")[0]
+        for folder in Path(tempfile.gettempdir()).glob(f"{COPIES}*-*"):
+            process = folder.name.removeprefix(COPIES).partition("-")[0]
             if process.isdigit() and not Path(f"/proc/{process}").exists() and Path("/proc").exists():
-                shutil.rmtree(left, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
         _copies = tempfile.TemporaryDirectory(prefix=f"{COPIES}{os.getpid()}-", ignore_cleanup_errors=True)
     return Path(_copies.name)

@@ -1,4 +1,4 @@
-"""MLflow: one run a stage, nested under one parent; written by the driver alone (a SQLite file has one writer)."""
+"""MLflow: one run per stage, nested under a parent run; only the driver writes (SQLite allows a single writer)."""
 
 import contextlib
 import json
@@ -20,13 +20,13 @@ from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import DamagedFileError, UserError
 from pipelines.runtime.settings import operational
 
-RECORD = "mlflow_run.json"  # in a stage's output: which MLflow run it has
+RECORD = "mlflow_run.json"  # in a stage's output: the ID of its MLflow run
 PARAMETERS_A_CALL = 100  # MLflow refuses larger batches
 METRICS_A_CALL = 1000
 LONGEST_PARAMETER = 6000
 FLUSH_SECONDS = 2.0
-ABANDONED_SECONDS = 60.0  # after its last change a half-made store belongs to nobody
-RETRY_SECONDS = 60.0  # between attempts while a server is away
+ABANDONED_SECONDS = 60.0  # an incomplete store that has not changed for this time is deleted
+RETRY_SECONDS = 60.0  # interval between attempts while the server does not answer
 
 
 @dataclass
@@ -35,18 +35,18 @@ class TrackingSettings:
 
     uri: str = operational("sqlite:///runs/mlflow.db", "MLflow store: a sqlite:/// file, or the http:// address of a server")
     experiment: str = operational("mar-ray", "MLflow experiment")
-    artifacts: str = operational("", "root of the artefacts; empty: beside the SQLite file, or what the server says")
+    artifacts: str = operational("", "root of the artefacts; empty: next to the SQLite file, or the server's default")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What `mlflow_run.json` holds."""
+    """Content of `mlflow_run.json`."""
 
     run_id: str
 
 
 class Tracker:
-    """One MLflow run. `Tracker.open` finds or creates it; `log` buffers a little; `close` ends it."""
+    """One MLflow run. `Tracker.open` resumes or creates it; `log` buffers metrics; `close` ends it."""
 
     def __init__(self, client: Any, run_id: str, settings: TrackingSettings, parent: "Tracker | None", say: Callable[[str], None]) -> None:
         self.run_id = run_id
@@ -55,7 +55,7 @@ class Tracker:
         self._settings = settings
         self._uri = settings.uri
         self._say = say
-        self._lock = threading.RLock()  # metrics come from the thread that listens to the workers
+        self._lock = threading.RLock()  # the thread that receives worker messages logs metrics too
         self._waiting: list[Any] = []
         self._next_flush = time.monotonic() + FLUSH_SECONDS
         self._away = False
@@ -70,11 +70,11 @@ class Tracker:
         parent: "Tracker | None" = None,
         say: Callable[[str], None] = print,
     ) -> "Tracker":
-        """Start the MLflow run of the stage `name` whose output is at `path`, or go on in the one that `path/mlflow_run.json` names.
+        """Start the MLflow run of the stage `name` with output at `path`, or resume the run recorded in `path/mlflow_run.json`.
 
-        configuration is {section: {key: value}}; it becomes parameters `section.key`. A parameter that has changed since the
-        run began (MLflow keeps the first value) is recorded as tag `resumed.section.key`. say gets the few lines for the person.
-        Raises UserError, within seconds, when the store can't be reached or written.
+        `configuration` is {section: {key: value}} and becomes parameters `section.key`. MLflow keeps the first value of a parameter; a
+        value that has changed since is recorded as tag `resumed.section.key`. `say` prints a line for the user. Raises UserError within
+        seconds when the store cannot be reached or written.
         """
         record = storage.join(path, RECORD)
         earlier = None
@@ -100,18 +100,18 @@ class Tracker:
         return cls(client, run_id, settings, parent, say)
 
     def child(self, name: str, configuration: dict[str, Any], path: str) -> "Tracker | None":
-        """A run nested under this one, in the same store; None, and a word to the person, while that is away."""
+        """A run nested under this one in the same store; if the store does not answer, prints a message and returns None."""
         try:
             return Tracker.open(self._settings, name, configuration, path, self, self._say)
-        except storage.UnwritableError:  # no word of MLflow's
+        except storage.UnwritableError:  # not an error of MLflow
             raise
         except UserError as error:
             self._say(f"{name} is not in MLflow: {error}")
             return None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record metrics at a step (images seen). A value that is not finite is recorded as NaN, so that the newest value of a run that
-        has diverged is not the last finite one. (MLflow sorts runs with NaN last; an infinity it would store as 1.8e308.)"""
+        """Record metrics at a step (images seen). Non-finite values are recorded as NaN, so that the latest value of a diverged run is not
+        its last finite value. (MLflow sorts NaN last, but stores infinity as 1.8e308.)"""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -122,7 +122,7 @@ class Tracker:
                 self._flush()
 
     def artifact(self, path: str) -> None:
-        """Copy a local file, or a local folder with all that is in it, to the run's artefacts."""
+        """Upload a local file or folder to the run's artefacts."""
         self._flush()
         try:
             with _short_waits():
@@ -130,22 +130,22 @@ class Tracker:
                     self._client.log_artifacts(self.run_id, path, artifact_path=Path(path).name)
                 else:
                     self._client.log_artifact(self.run_id, path)
-        except Exception as error:  # a stage outlives whatever its store raises
-            self._say(f"MLflow did not take the artefact {path}: {_without_secrets(error, self._uri)}")
+        except Exception as error:  # a failing store must not end a stage
+            self._say(f"MLflow did not accept the artefact {path}: {_without_secrets(error, self._uri)}")
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run with FINISHED, FAILED or KILLED. A store that has gone away is reported, never raised: the work is done."""
+        """End the run with status FINISHED, FAILED or KILLED. An unreachable store is logged and never raised: the work is finished."""
         self._flush()
         if self._waiting:
-            self._say(f"MLflow at {without_password(self._uri)} is away: {len(self._waiting)} metrics did not reach it")
+            self._say(f"MLflow at {without_password(self._uri)} does not answer; {len(self._waiting)} metrics were not stored")
         try:
             with _short_waits():
                 self._client.set_terminated(self.run_id, status)
-        except Exception as error:  # a stage outlives whatever its store raises
-            self._say(f"MLflow run {self.run_id} stays open: {_without_secrets(error, self._uri)}")
+        except Exception as error:  # a failing store must not end a stage
+            self._say(f"MLflow run {self.run_id} could not be closed: {_without_secrets(error, self._uri)}")
 
     def _flush(self) -> None:
-        """Send what waits. A long training must outlive its MLflow server: on failure all is kept and tried again later."""
+        """Send the buffered metrics. On failure they are kept and sent again later: a long training must survive an MLflow outage."""
         with self._lock:
             try:
                 with _short_waits():
@@ -153,15 +153,15 @@ class Tracker:
                         self._client.log_batch(self.run_id, metrics=self._waiting[:METRICS_A_CALL])
                         del self._waiting[:METRICS_A_CALL]
                 self._away = False
-            except Exception as error:  # a stage outlives whatever its store raises
+            except Exception as error:  # a failing store must not end a stage
                 if not self._away:
-                    self._say(f"MLflow does not answer, its metrics wait: {_without_secrets(error, self._uri)}")
+                    self._say(f"MLflow does not answer; metrics are kept and sent later: {_without_secrets(error, self._uri)}")
                 self._away = True
             self._next_flush = time.monotonic() + (RETRY_SECONDS if self._away else FLUSH_SECONDS)
 
 
 def flatten(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """{section: {key: value}} as {`section.key`: text}; lists and mappings become JSON; a plain value keeps its own name."""
+    """{section: {key: value}} as {`section.key`: text}; lists and mappings become JSON; a plain value keeps its name."""
     flat: dict[str, str] = {}
     for section, values in configuration.items():
         for key, value in (values if isinstance(values, Mapping) else {"": values}).items():
@@ -174,8 +174,8 @@ def flatten(configuration: Mapping[str, Any]) -> dict[str, str]:
 
 
 def without_password(uri: str) -> str:
-    """The URI as it may be shown: `scheme://user:password@host` loses all before the @."""
-    return re.sub(r"://[^/\s]*@", "://", uri)  # up to the last @: a password may hold one
+    """The URI without credentials: in `scheme://user:password@host` everything up to the @ is removed."""
+    return re.sub(r"://[^/\s]*@", "://", uri)  # up to the last @: a password may contain one
 
 
 def _without_secrets(error: Exception, uri: str) -> str:
@@ -192,18 +192,18 @@ def _as_user_error(uri: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # whatever the store, its driver or the network raises
+    except Exception as error:  # of the store, its driver or the network
         remedy = (
             "start that server, or keep the runs in a file with tracking.uri=sqlite:///runs/mlflow.db"
             if uri.startswith("http")
-            else "expected a writable sqlite:///folder/file.db or the http:// address of an MLflow server"
+            else "set it to a writable sqlite:///folder/file.db or the http:// address of an MLflow server"
         )
-        # `from None`: the cause's own text may hold the password
+        # `from None`: the text of the cause may contain the password
         raise UserError(f"tracking.uri {without_password(uri)!r} can't be used: {_without_secrets(error, uri)}", remedy) from None
 
 
 def _short_waits() -> AbstractContextManager[None]:
-    """MLflow's own patience (minutes of retries) would stall a stage; it reads both settings from the environment."""
+    """MLflow's default retries (minutes) would block a stage; MLflow reads both settings from the environment."""
     return environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"})
 
 
@@ -213,22 +213,22 @@ def _sqlite_file(uri: str) -> Path | None:
 
 def _client(settings: TrackingSettings) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow import MlflowClient  # a second's import: only where a run is really opened
+    from mlflow import MlflowClient  # takes a second: imported only when a run is opened
 
     for chatter in ("mlflow", "alembic"):
         logging.getLogger(chatter).setLevel(logging.WARNING)
     file = _sqlite_file(settings.uri)
     if file and not file.exists():
         _create_store(file)
-    elif file and file.stat().st_size == 0:  # MLflow would make its tables in it, and all earlier runs would be gone without a word
+    elif file and file.stat().st_size == 0:  # MLflow would silently create a new store in it
         raise UserError(
-            f"{file} (tracking.uri) is damaged: the file is empty", remedy="restore it from a copy, or delete it to begin a new store"
+            f"{file} (tracking.uri) is damaged: the file is empty", remedy="restore it from a copy, or delete it to start a new store"
         )
     return MlflowClient(settings.uri)
 
 
 def _create_store(file: Path) -> None:
-    """MLflow's tables in a new SQLite file, which appears under its name when they are all there: MLflow can't open half of them."""
+    """Create MLflow's tables in a new SQLite file atomically: MLflow cannot open a store with only some of them."""
     from mlflow import MlflowClient
 
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,13 +237,13 @@ def _create_store(file: Path) -> None:
             partial.unlink(missing_ok=True)
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.partial")
     MlflowClient(f"sqlite:///{partial}").search_experiments()
-    with contextlib.suppress(FileExistsError):  # another process was quicker: its store is as good
+    with contextlib.suppress(FileExistsError):  # another process has created the store
         os.link(partial, file)
     partial.unlink()
 
 
 def _experiment(client: Any, settings: TrackingSettings) -> str:
-    """The experiment's id; its artefact root is set when it is created and can't change afterwards."""
+    """The experiment's ID. Its artefact root is set on creation and cannot change later."""
     file = _sqlite_file(settings.uri)
     root = settings.artifacts or (str(file.parent / "artifacts") if file else None)
     if root and "://" not in root:
@@ -265,7 +265,7 @@ def _experiment(client: Any, settings: TrackingSettings) -> str:
 
 
 def _is_there(client: Any, run_id: str) -> bool:
-    """Whether this store still has the run that an earlier attempt at the stage opened."""
+    """Whether the store still has the run of an earlier attempt."""
     from mlflow.exceptions import MlflowException
 
     try:

@@ -53,7 +53,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
         return summary
     concurrent = concurrency(trials, sweep, stage.cluster)
     if _is_scored(sweep):
-        shared = replace(sections.evaluate, path=storage.join(sweep.path, "reference"))
+        metrics = sorted({"fid", *sections.evaluate.metrics})
+        shared = replace(sections.evaluate, path=storage.join(sweep.path, "reference"), metrics=metrics)
         shared = evaluation.with_reference(sections.images, sections.tokenizer_path, shared, stage)
         trials = grid(replace(sections, evaluate=shared), sweep)
     rows = finished_rows(trials, sweep, stage)

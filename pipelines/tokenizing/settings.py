@@ -40,7 +40,7 @@ class TokenizerSettings:
     def relations(self) -> Iterator[tuple[str, str]]:
         """(field, what is wrong) of values that do not fit each other."""
         if not self.multipliers or min(self.multipliers) < 1:
-            yield "multipliers", f"tokenizer.multipliers is {self.multipliers}, expected numbers above 0, one for each level"
+            yield "multipliers", f"tokenizer.multipliers is {self.multipliers}, expected one number above 0 per level"
         if self.kind == "kl" and self.batch % self.workers:
             yield "batch", f"tokenizer.batch is {self.batch}, expected a multiple of tokenizer.workers, which is {self.workers}"
 

@@ -103,7 +103,7 @@ def assert_interrupted(command: Command, number: signal.Signals, folder: Path) -
     status, err = command.end(), command.err
     assert status == 128 + number, err
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
-    assert err.splitlines()[-1].startswith(f"mar: {word}; to go on: mar "), err
+    assert err.splitlines()[-1].startswith(f"mar: {word}; to resume: mar "), err
     assert err.count("mar: ") == 1, err
     assert "Traceback" not in err
     assert "Exception ignored" not in err

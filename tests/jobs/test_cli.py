@@ -102,7 +102,7 @@ def test_help_and_version_as_words(mar: Mar) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train", "--config", "a.yaml", "--config=b.yaml"), "--config is given 2 times, expected it once"),
+        (("train", "--config", "a.yaml", "--config=b.yaml"), "--config is given 2 times, expected once"),
         (("generate", "--out", "a", "--label", "1", "--label", "2", "--out", "b"), "--out is given 2 times"),
         (("report", "runs/x", "--set", "train.path=runs/y/train"), "report 'runs/x' uses no configuration, but --set is given"),
         (("report", "runs/x", "--preset", "demo"), "report 'runs/x' uses no configuration, but --preset is given"),
@@ -238,7 +238,7 @@ def test_ctrl_c_and_sigterm_say_how_to_go_on(mar: Mar, monkeypatch: pytest.Monke
     stand_in(monkeypatch, interrupt)
     result = mar("train", "--preset", "demo", "--set", "generate.labels=[1, 2]")
     assert result.status == status
-    assert result.err.splitlines()[-1] == f"mar: {word}; to go on: mar train --preset demo --set 'generate.labels=[1, 2]'"
+    assert result.err.splitlines()[-1] == f"mar: {word}; to resume: mar train --preset demo --set 'generate.labels=[1, 2]'"
 
 
 @pytest.mark.parametrize("name", list(STAGES))

@@ -13,24 +13,24 @@ from pipelines.runtime.errors import UserError
 
 MISTAKES = [
     # (--set, what the error must say)
-    ("train.batchs=3", ["train.batchs is no known key", "nearest: train.batch ", "micro_batch", "--set"]),
+    ("train.batchs=3", ["train.batchs is not a known key", "nearest: train.batch ", "micro_batch", "--set"]),
     ("training.batch=3", ["training.batch", "nearest: train.batch", "sections are images, tokenizer"]),
-    ("guidance=3", ["guidance is no known key", "nearest: generate.guidance"]),
-    ("sed=3", ["sed is no known key", "nearest: seed"]),
-    ("train=3", ["'train' names a whole section", "train.batch"]),
+    ("guidance=3", ["guidance is not a known key", "nearest: generate.guidance"]),
+    ("sed=3", ["sed is not a known key", "nearest: seed"]),
+    ("train=3", ["'train' is a section", "train.batch"]),
     ("train.batch", ["'train.batch' has no value", "section.key=value"]),
     ("train.batch=many", ["train.batch is 'many'", "expected a whole number", "--set"]),
     ("train.batch=2.5", ["train.batch is 2.5", "expected a whole number"]),
     ("train.batch=true", ["train.batch is True", "expected a whole number"]),
-    ("train.batch=[1", ["'train.batch=[1' is no YAML"]),
+    ("train.batch=[1", ["'train.batch=[1' is not a YAML"]),
     ("train.flip=perhaps", ["train.flip is 'perhaps'", "expected true or false"]),
     ("train.learning_rate=fast", ["train.learning_rate is 'fast'", "expected a number"]),
     ("train.learning_rate=.nan", ["train.learning_rate is nan", "expected a number above 0"]),
     ("generate.labels=3", ["generate.labels is 3", "a list of whole numbers or names"]),
     ("generate.samples=[1, a]", ["generate.samples is [1, 'a']", "a list of whole numbers"]),
-    ("generate.samples=[1, 1]", ["generate.samples is [1, 1]", "different sample numbers"]),
-    ("generate.labels=[-1]", ["generate.labels is [-1]", "counted from 0"]),
-    ("generate.guidance_interval=[0.8, 0.2]", ["generate.guidance_interval is [0.8, 0.2]", "the lower first"]),
+    ("generate.samples=[1, 1]", ["generate.samples is [1, 1]", "distinct sample numbers"]),
+    ("generate.labels=[-1]", ["generate.labels is [-1]", "class numbers from 0"]),
+    ("generate.guidance_interval=[0.8, 0.2]", ["generate.guidance_interval is [0.8, 0.2]", "ascending order"]),
     ("generate.diffusion_steps_end=101", ["generate.diffusion_steps_end is 101", "at most generate.diffusion_steps, which is 100"]),
     ("generate.eta=1.5", ["generate.eta is 1.5", "a share between 0 and 1"]),
     ("seed=-1", ["seed is -1", "0 or more"]),
@@ -76,9 +76,9 @@ def test_a_file_or_preset_that_is_not_there(mar: Mar, tmp_path: Path) -> None:
     assert f"nearest: {tmp_path / 'digits.yaml'}" in absent.err
     preset = mar("cache", "--preset", "mar_bas")
     assert preset.status == 2
-    assert "'mar_bas' is not there, expected one of demo, mar_base, mar_huge, mar_large; nearest: mar_base" in preset.err
+    assert "'mar_bas' does not exist, expected one of demo, mar_base, mar_huge, mar_large; nearest: mar_base" in preset.err
     assert "--preset demo" in mar("cache", "--config", "demo").err
-    assert "goes to --config" in mar("cache", "--preset", "mine.yaml").err
+    assert "use --config" in mar("cache", "--preset", "mine.yaml").err
 
 
 def test_mistakes_in_a_file_are_all_named_with_the_file(mar: Mar, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_mistakes_in_a_file_are_all_named_with_the_file(mar: Mar, tmp_path: Path
     for text, said in [
         ("train: [1, 2]", "train in"),
         ("- train", "expected sections"),
-        ("train: {batch: 1", "is no YAML"),
+        ("train: {batch: 1", "is not YAML"),
         ("trian: {batch: 1}", "nearest: train"),
     ]:
         file.write_text(text)
@@ -197,7 +197,7 @@ def test_the_demo_fits_two_workers() -> None:
 
 
 def test_an_unknown_key_never_reaches_a_stage() -> None:
-    with pytest.raises(UserError, match=r"evaluate\.image is no known key; nearest: evaluate\.images"):
+    with pytest.raises(UserError, match=r"evaluate\.image is not a known key; nearest: evaluate\.images"):
         load(assignments=["evaluate.image=3"])
 
 

@@ -70,7 +70,7 @@ def test_names_stay_names() -> None:
         ("generate.labels=[true]", "generate.labels is [True], expected a list of whole numbers or names"),
         ("tokenizer.multipliers=[true, 2]", "tokenizer.multipliers is [True, 2], expected a list of whole numbers"),
         ("=3", "--set '=3' has no key, expected section.key=value"),
-        ('cache.path="runs', "--set 'cache.path=\"runs' is no YAML value"),
+        ('cache.path="runs', "--set 'cache.path=\"runs' is not a YAML value"),
     ],
 )
 def test_a_value_that_says_something_else_than_it_seems_is_refused(mar: Mar, assignment: str, said: str) -> None:
@@ -123,7 +123,7 @@ def test_a_configuration_that_cannot_be_read_is_a_mistake_in_one_line(mar: Mar, 
     (tmp_path / "link").symlink_to("link")
     (tmp_path / "folder").mkdir()
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00train")
-    for name, said in (("folder", "is a directory"), ("link", "is not there"), ("bytes.yaml", "is no YAML"), ("", "is not there")):
+    for name, said in (("folder", "is a directory"), ("link", "does not exist"), ("bytes.yaml", "is not YAML"), ("", "does not exist")):
         result = mar("train", "--config", name)
         assert (result.status, len(result.err.splitlines())) == (2, 1), result.err
         assert said in result.err

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from command_line import DemoIn, Mar
 
-from jobs import doctor
 from jobs.config.load import load
+from jobs.doctor import examine as doctor
+from jobs.doctor.paths import _bucket_refuses
 from jobs.estimate import cache_bytes, checkpoint_bytes, latent_shape, parameters, sample_bytes
 from pipelines.evaluation.statistics import FeatureStatistics
 
@@ -31,7 +32,7 @@ def test_a_missing_thing_is_a_cross_with_its_remedy_and_status_1(mar: Mar, demo_
     crosses = [line.split()[1] for line in result.out.splitlines() if line.startswith("✗")]
     assert crosses == ["ray", "images.source", "feature"]
     assert "its SHA-256 begins with 6726825d" in result.out
-    assert result.out.splitlines()[-1] == "3 to mend"
+    assert result.out.splitlines()[-1] == "3 to fix"
 
 
 def test_the_workers_of_the_widest_stage_are_counted(demo_in: DemoIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,11 +42,11 @@ def test_the_workers_of_the_widest_stage_are_counted(demo_in: DemoIn, monkeypatc
     ray, cpus, gpus = doctor.ray_checks(demo_in("cache.encoders=5", "cluster.gpus_per_worker=0.5"))
     assert ray.ok
     assert (cpus.ok, gpus.ok) == (False, False)
-    assert cpus.found == "5 wanted (cache.encoders 5, 1 each), 4 there"
-    assert gpus.found == "2.5 wanted (cache.encoders 5, 0.5 each), 2 there"
+    assert cpus.found == "5 needed (cache.encoders 5, 1 each), 4 available"
+    assert gpus.found == "2.5 needed (cache.encoders 5, 0.5 each), 2 available"
     assert "lower cache.encoders" in cpus.remedy
     *_, gpus = doctor.ray_checks(demo_in("generate.actors=4", "evaluate.actors=1", "cluster.gpus_per_worker=0.5"))
-    assert gpus.found == "2.5 wanted (generate.actors 4 and evaluate.actors 1, 0.5 each), 2 there"
+    assert gpus.found == "2.5 needed (generate.actors 4 and evaluate.actors 1, 0.5 each), 2 available"
 
 
 def test_a_cluster_that_does_not_answer_is_known_at_once(demo_in: DemoIn) -> None:
@@ -110,7 +111,7 @@ def test_tracking(tmp_path: Path, health: tuple[str, list[str | None]]) -> None:
 
 def test_weights(tmp_path: Path, demo_in: DemoIn) -> None:
     config = demo_in()
-    assert "`mar tokenize` writes them" in doctor.tokenizer_check(config).found
+    assert "`mar tokenize` writes it" in doctor.tokenizer_check(config).found
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     (tokenizer / "config.json").write_text(json.dumps({"kind": "pixels", "format_version": 1}))
@@ -150,7 +151,7 @@ def test_disk_space(demo_in: DemoIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, wanted - 1))
     [check] = doctor.disk_checks(config, 100, 10)
     assert not check.ok
-    assert f"{wanted / 1e9:.2f} GB wanted" in check.found
+    assert f"{wanted / 1e9:.2f} GB needed" in check.found
 
 
 @pytest.fixture
@@ -178,13 +179,13 @@ def test_s3(bucket: str) -> None:
     assert doctor.output_check("train.path", "s3://there/run/train").ok
     left = [one["Key"] for one in boto3.client("s3").list_objects_v2(Bucket="there").get("Contents", [])]
     assert left in ([], ["run/train/"])  # at most the empty marker of a folder that Arrow keeps
-    assert doctor._bucket_refuses(f"s3://there/run?{bucket}") is None
+    assert _bucket_refuses(f"s3://there/run?{bucket}") is None
     missing = doctor.output_check("train.path", "s3://absent/run/train")
     assert not missing.ok
-    assert "there is no bucket absent" in missing.found
+    assert "bucket absent does not exist" in missing.found
     reference = doctor.input_check("evaluate.reference", "s3://there/reference.npz")
     assert not reference.ok
-    assert "not there" in reference.found
+    assert "does not exist" in reference.found
     boto3.client("s3").put_object(Bucket="there", Key="reference.npz", Body=b"x")
     assert "reference.npz is damaged" in doctor.input_check("evaluate.reference", "s3://there/reference.npz").found
     FeatureStatistics(np.zeros(2), np.eye(2), 3, "inception", "0").save("s3://there/reference.npz")

@@ -83,7 +83,7 @@ def test_a_submitted_job_streams_its_log_and_ends_with_its_exit_status(
     assert "cluster at" in rows[0]
     assert all(row.startswith("✓ ") for row in rows)
     assert "16 images, 4 of them held out, 2 classes" in well.out
-    assert well.out.splitlines()[-1] == "all is well"
+    assert well.out.splitlines()[-1] == "all checks passed"
     assert not list(tmp_path.rglob(".mar-doctor*"))
     assert not (tmp_path / "train").exists()  # looking makes nothing
 
@@ -106,7 +106,7 @@ def test_a_wrong_token_is_refused_in_words(head: str, mar: Mar, monkeypatch: pyt
     monkeypatch.setenv("RAY_AUTH_TOKEN", "f" * 64)
     wrong = mar("submit", "--address", head, "--", "doctor")
     assert wrong.status == 2
-    assert "there is a token that it refuses" in wrong.err
+    assert "the token found here is rejected" in wrong.err
     assert "RAY_AUTH_TOKEN_PATH" in wrong.err
 
 
@@ -135,7 +135,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_stop_it(head: str, mar: M
     monkeypatch.setattr(submit, "_follow", interrupt)
     result = mar("submit", "--address", head, "--", "train", "--print-config")
     assert result.status == 130
-    assert f"goes on; to stop it: ray job stop --address {head} raysubmit_" in result.err
+    assert f"keeps running; to stop it: ray job stop --address {head} raysubmit_" in result.err
 
 
 def test_addresses_that_do_not_answer(mar: Mar) -> None:
@@ -151,7 +151,7 @@ def test_addresses_that_do_not_answer(mar: Mar) -> None:
 def test_a_bad_configuration_is_refused_before_anything_is_sent(mar: Mar) -> None:
     result = mar("submit", "--address", "http://127.0.0.1:1", "--", "train", "--set", "train.batchs=3")
     assert result.status == 2
-    assert "train.batchs is no known key; nearest: train.batch" in result.err
+    assert "train.batchs is not a known key; nearest: train.batch" in result.err
     assert "nearest: train" in mar("submit", "--", "trian").err
     assert "'submit', expected one of" in mar("submit", "--", "submit", "--", "train").err
     assert "expected KEY=VALUE" in mar("submit", "--env", "KEY", "--", "train").err

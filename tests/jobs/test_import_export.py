@@ -134,7 +134,7 @@ def test_raw_weights_and_options(mar: Mar, folder: Path, tmp_path: Path) -> None
         (("absent.pth",), "absent.pth is not there"),
         (("text.pth",), "text.pth is not a PyTorch file, or cut off or damaged"),
         (("half.pth",), "missing (4): decoder_blocks.0.attn.proj.bias, "),
-        (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two as in 12,16"),
+        (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two, e.g. 12,16"),
         (("release", "--heads", "5"), "encoder_heads is 5, expected a divisor of encoder_width, which is 64"),
         (("release", "--patch-size", "3"), "tokens have 16 values"),
         (("release", "--latent-scale", "0"), "--latent-scale is 0.0, expected a number above 0"),

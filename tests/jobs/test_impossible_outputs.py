@@ -131,7 +131,7 @@ def test_an_empty_path_in_a_file(mar: Mar, here: Path) -> None:
     result = mar("cache", "--config", "mine.yaml")
     assert result.status == 2
     assert [line.partition(";")[0] for line in result.err.splitlines()] == [
-        "mar: error: cache.path is empty (from mine.yaml), expected where to write",
-        "mar: error: train.path is empty (from mine.yaml), expected where to write",
+        "mar: error: cache.path is empty (from mine.yaml), expected an output path",
+        "mar: error: train.path is empty (from mine.yaml), expected an output path",
     ]
     assert os.listdir() == ["mine.yaml"]

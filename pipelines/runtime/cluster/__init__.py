@@ -1,1 +1,1 @@
-"""The Ray cluster: connection, worker resources, messages, signals, and what a killed driver leaves behind."""
+"""The Ray cluster: connection, worker resources, messages, signals, and cleanup after a killed driver."""

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def on_this_node() -> "NodeAffinitySchedulingStrategy":
-    """Where actors belong that must live as long as the driver: Ray puts one that takes no CPU on any node, also one that is lost."""
+    """Scheduling strategy for actors that must live as long as the driver. Without it, Ray may place an actor that requests no CPU on
+    another node, where a node failure would end it."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,7 +30,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A worker's figures over the interval that ended at `images_seen` images; `values` has `images_seen` too."""
+    """A worker's metrics over the interval that ended at `images_seen` images; `values` contains `images_seen` too."""
 
     values: dict[str, Any]
 
@@ -52,8 +53,8 @@ class Messages:
 
 
 class MessageChannel:
-    """Carries messages from Ray workers to the driver: small typed objects, such as `Said` and `Metrics`. Made in the driver, sent to the
-    workers."""
+    """Carries messages from Ray workers to the driver: small typed objects, such as `Said` and `Metrics`. The driver creates the channel
+    and passes it to the workers."""
 
     actor_class: type[Messages] = Messages
 
@@ -63,7 +64,7 @@ class MessageChannel:
         self._actor: Any = ray.remote(self.actor_class).options(num_cpus=0, scheduling_strategy=on_this_node()).remote()
 
     def send(self, message: object) -> None:
-        """From a worker; does not wait for the driver."""
+        """Send a message from a worker, without waiting for the driver."""
         self._actor.put.remote(message)
 
     def say(self, text: str) -> None:
@@ -72,7 +73,7 @@ class MessageChannel:
 
     @contextmanager
     def listening(self, callback: Callable[[Any], None]) -> Iterator[None]:
-        """In the driver: `callback` gets each message, one after the other, on a thread of its own, until the body ends.
+        """In the driver, call `callback` with each message, in order, on a separate thread until the body ends.
 
         An exception in the callback is raised at the end of the body.
         """
@@ -92,7 +93,7 @@ class MessageChannel:
         try:
             yield
         finally:
-            time.sleep(0.2)  # what was sent before the end may still be on its way
+            time.sleep(0.2)  # messages sent before the end may still be in transit
             self.send(None)
             thread.join(timeout=30)
             ray.kill(self._actor)

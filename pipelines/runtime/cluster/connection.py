@@ -1,4 +1,4 @@
-"""The Ray cluster a stage runs on: joined by address, or started for this process alone and stopped again."""
+"""The Ray cluster that a stage runs on: an existing cluster, joined by its address, or a local Ray instance for this process alone."""
 
 import logging
 import os
@@ -19,22 +19,24 @@ from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.progress import output_in
 
-START_ATTEMPTS = 5  # a run killed a moment ago leaves agents that hold their ports for some seconds
+START_ATTEMPTS = 5  # the agents of a run that was just killed hold their ports for some seconds
 STOP_SECONDS = 15.0
 CONNECT_SECONDS = 10.0
-OWN = {  # of a Ray of our own: the environment variables that spare work that nobody has a use for, and keep others out
-    "RAY_task_events_report_interval_ms": "0",  # what only a dashboard would show
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # of its one node no notice is given
+LOCAL_ENVIRONMENT = {  # environment variables of a local Ray instance: no unused background work, no access from other machines
+    "RAY_task_events_report_interval_ms": "0",  # used by the dashboard alone
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a single local node receives no preemption notice
     **loopback.ENVIRONMENT,
 }
 
 
 @contextmanager
 def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = lambda text: None) -> Iterator[None]:
-    """Ray for the body: the one this process already uses, the one at `cluster.address` or RAY_ADDRESS, or one of its own.
+    """Connect to Ray for the body: the instance this process already uses, the cluster at `cluster.address` or RAY_ADDRESS, or a new local
+    Ray instance.
 
-    A Ray of its own listens for this process alone and is stopped at the end, also on Ctrl-C, SIGTERM and errors; a joined one
-    is only left. Ray's chatter goes to the file `log`, which `say` names. Raises UserError when the address does not answer.
+    A local Ray instance accepts connections from this machine alone and is stopped at the end, also on Ctrl-C, SIGTERM and errors; a
+    joined cluster keeps running. Ray's log messages go to the file `log`; `say` prints its path. Raises UserError when the address does
+    not answer.
     """
     import ray
 
@@ -45,8 +47,8 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = cluster.address or os.environ.get("RAY_ADDRESS", "")
     say(f"Ray's own messages go to {log}")
-    with held_back() as waiting, output_in(log), environment({} if address else OWN):
-        _send_chatter_to(log)
+    with held_back() as waiting, output_in(log), environment({} if address else LOCAL_ENVIRONMENT):
+        _redirect_ray_logs(log)
         try:
             with _signals_left_to_us():
                 if address:
@@ -61,7 +63,7 @@ def connected(cluster: ClusterSettings, log: Path, say: Callable[[str], None] = 
 
 @contextmanager
 def _signals_left_to_us() -> Iterator[None]:
-    """`ray.init` in the body puts no handler of its own in the place of ours: it would exit with status 15 from wherever it is."""
+    """Prevent `ray.init` in the body from replacing our SIGTERM handler: Ray's handler exits with status 15 at any point."""
     from pipelines.runtime.cluster.ray_internals import utils
 
     before, utils.set_sigterm_handler = utils.set_sigterm_handler, lambda handler: None
@@ -72,12 +74,12 @@ def _signals_left_to_us() -> Iterator[None]:
 
 
 def _join(address: str) -> None:
-    if auth_token():  # Ray looks for a token of its own accord only when it starts a cluster
+    if auth_token():  # by default Ray looks for a token only when it starts a cluster
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     _check_listening(address)
     import ray
 
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a submitted job brings the project as its working directory
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # the working directory of a submitted job contains the project
     project = Path(__file__).resolve().parents[3]
     modules = [str(project / package) for package in ("pipelines", "mar_model")]
     try:
@@ -89,16 +91,15 @@ def _join(address: str) -> None:
         )
     except Exception as error:
         raise UserError(
-            f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected a running Ray head "
-            "(`ray status --address …` shows one)",
-            remedy="leave it empty to use a local Ray instance",
+            f"cluster.address {address!r} can't be joined: {str(error).splitlines()[0]}; expected the address of a running Ray head",
+            remedy="check it with `ray status --address …`, or leave it empty to use a local Ray instance",
         ) from error
 
 
 def _check_listening(address: str) -> None:
     """Raise UserError when nothing listens at host:port."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):  # "auto", and whatever else Ray resolves itself
+    if not (host and port.isdigit()):  # "auto", or another form that Ray resolves
         return
     if reason := unreachable(host, int(port)):
         raise UserError(
@@ -108,7 +109,7 @@ def _check_listening(address: str) -> None:
 
 
 def unreachable(host: str, port: int) -> str:
-    """Why nothing listens at host:port, empty where something does. Ray itself would try for minutes."""
+    """Why a connection to host:port fails; empty if it succeeds. Ray itself would retry for minutes."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -117,7 +118,7 @@ def unreachable(host: str, port: int) -> str:
 
 
 def auth_token() -> str:
-    """The token in the places where Ray looks, in its order; empty if there is none."""
+    """The token, from the same sources and in the same order as Ray reads it; empty if none is set."""
     if token := os.environ.get("RAY_AUTH_TOKEN", ""):
         return token.strip()
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -143,8 +144,8 @@ def _start(cluster: ClusterSettings) -> None:
                 )
             node = worker._global_node
             mark(node.get_session_dir_path())
-            for idle in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # no logs here, no nodes to add, no pages
-                idle(check_alive=False)
+            for kill in (node.kill_log_monitor, node.kill_monitor, node.kill_dashboard):  # a local instance uses none of these
+                kill(check_alive=False)
             return
         except Exception as error:
             logging.getLogger("ray").exception("Ray did not start (attempt %d of %d)", attempt + 1, START_ATTEMPTS)
@@ -155,14 +156,14 @@ def _start(cluster: ClusterSettings) -> None:
 
 
 def _leave(own: bool) -> None:
-    """Disconnect; of a Ray of our own, wait until its processes are gone, and end those that stay."""
+    """Disconnect. For a local Ray instance (`own`), also wait until its processes have exited, and kill the rest."""
     import psutil
     import ray
 
     started = psutil.Process().children(recursive=True) if own else []
     ray.shutdown()
     _, alive = psutil.wait_procs(started, timeout=STOP_SECONDS)
-    ray_processes = [one for one in alive if _belongs_to_ray(one)]
+    ray_processes = [process for process in alive if _belongs_to_ray(process)]
     for process in ray_processes:
         process.kill()
     psutil.wait_procs(ray_processes, timeout=STOP_SECONDS)
@@ -178,17 +179,17 @@ def _belongs_to_ray(process: Any) -> bool:
     return "ray" in command
 
 
-def _send_chatter_to(log: Path) -> None:
-    """Ray's loggers write to `log` and no longer to the terminal."""
+def _redirect_ray_logs(log: Path) -> None:
+    """Make Ray's loggers write to `log` instead of the terminal."""
     import ray.data
-    import ray.train  # noqa: F401  # so that their loggers are there
+    import ray.train  # noqa: F401  # creates their loggers
 
     handler = logging.FileHandler(log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in list(logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
         if name.split(".")[0] == "ray":
-            logger.handlers = [one for one in logger.handlers if not isinstance(one, logging.StreamHandler)]
+            logger.handlers = [old for old in logger.handlers if not isinstance(old, logging.StreamHandler)]
     root = logging.getLogger("ray")
     root.handlers, root.propagate = [handler], False
     set_up_ray_data()

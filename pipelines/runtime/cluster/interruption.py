@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the driver: they are raised where that does no harm; the work is asked to end, and is waited for."""
+"""Ctrl-C and SIGTERM in the driver: raise them at safe points, ask the running work to stop, and wait for it."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-IMPORT_SECONDS = 0.05  # between looks at whether an import has ended
-ANSWER_SECONDS = 1.0  # between looks at whether anybody is left who could end as he was asked to
-LAST_WORD_SECONDS = 5.0  # for work that is just giving up to say why
+IMPORT_SECONDS = 0.05  # interval between checks whether an import has finished
+ANSWER_SECONDS = 1.0  # interval between checks whether any worker is still running
+LAST_WORD_SECONDS = 5.0  # time for failing work to report its error
 
 
 class Terminated(SystemExit):
-    """SIGTERM. Unwinds as KeyboardInterrupt does, so that what was started is stopped."""
+    """SIGTERM. It unwinds the stack as KeyboardInterrupt does, so that started processes are stopped."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -24,8 +24,8 @@ class Terminated(SystemExit):
 
 @contextmanager
 def raised(waiting: list[int] | None = None) -> Iterator[None]:
-    """In the body Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, but never during an import, where libraries may take
-    the exception for an error of their own. The first signal in `waiting` (see `held_back`) is raised immediately."""
+    """In the body, Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, but not during an import, where libraries may treat the
+    exception as an import error. The first signal in `waiting` (see `held_back`) is raised immediately."""
     with _handled_by(_raise):
         if waiting:
             signal.raise_signal(waiting.pop())
@@ -34,8 +34,8 @@ def raised(waiting: list[int] | None = None) -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are not raised before the body has ended; a second signal is raised immediately. Yields the list of signals
-    that wait, for `raised`."""
+    """Delay Ctrl-C and SIGTERM until the body has ended; a second signal is raised immediately. Yields the list of delayed signals, for
+    `raised`."""
     arrived: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -56,13 +56,13 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as by `nohup`, and a shell's `&`
-    before: dict[Any, Any] = {number: signal.signal(number, handler) for number in heeded}
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # `nohup` and a shell's `&` ignore some
+    before: dict[Any, Any] = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:
-        for number, one in before.items():
-            signal.signal(number, one)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
@@ -85,11 +85,11 @@ def _imports(frame: FrameType | None) -> bool:
 def finish_when_asked(
     work: Callable[[], object], ask: Callable[[], None] | None = None, somebody_works: Callable[[], bool] = lambda: True
 ) -> BaseException | None:
-    """Run `work` on a thread. Ctrl-C or SIGTERM calls `ask`, once, and waits for the work to end of its own accord, as long as there is
-    somebody who works and so can hear of it; a second one leaves at once, as the first does without `ask`. Returns the first
-    (KeyboardInterrupt, SystemExit), None if there was none; raises what the work raised.
+    """Run `work` on a thread. The first Ctrl-C or SIGTERM calls `ask` and waits until the work ends, as long as `somebody_works()` is true.
+    A second signal is raised immediately; without `ask`, so is the first. Returns the first signal's exception (KeyboardInterrupt,
+    SystemExit) or None. Raises the exception of `work`.
 
-    On the main thread Ray Train's `fit` would put a handler of its own in the place of Ctrl-C's, and leave it there.
+    On the main thread, Ray Train's `fit` would replace the handler of Ctrl-C and not restore it.
     """
     errors: list[BaseException] = []
 
@@ -100,7 +100,7 @@ def finish_when_asked(
             errors.append(error)
         ended.set()
 
-    ended = Event()  # a join that a signal interrupts takes the thread for ended from then on
+    ended = Event()  # not Thread.join: after a signal interrupts it, it reports the thread as ended
     Thread(target=run, name="training", daemon=True).start()
     interruption: BaseException | None = None
     try:

@@ -1,4 +1,4 @@
-"""What a killed driver leaves behind: processes of its local Ray instance that do not end, or end only minutes later."""
+"""Orphans of a killed driver: processes of its local Ray instance that keep running, some for minutes, some for ever."""
 
 import os
 import re
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import psutil
 
-DRIVER = "MAR_RAY_DRIVER"  # in the environment of the processes of a local Ray instance: its driver, as `identity_of` names it
-MARK = "mar_driver"  # a file in the instance's session directory that says the same
+DRIVER = "MAR_RAY_DRIVER"  # environment variable of a local Ray instance's processes: the driver, as returned by `identity_of`
+MARK = "mar_driver"  # file in the instance's session directory with the same content
 
 
 def identity_of(process: int) -> str:
-    """A process by its number and the moment of its start, since numbers are used again: "PID-TICKS", in clock ticks after the boot.
+    """Identify a process by its PID and start time, since PIDs are reused: "PID-TICKS", in clock ticks after boot.
 
     Raises OSError if there is no such process.
     """
@@ -21,13 +21,13 @@ def identity_of(process: int) -> str:
 
 
 def mark(session: str) -> None:
-    """Write into the session directory of this process's local Ray instance whose it is."""
+    """Record this process as the driver in the session directory of its local Ray instance."""
     Path(session, MARK).write_text(identity_of(os.getpid()))
 
 
 def end_orphans() -> None:
-    """End the processes of local Ray instances whose driver is dead, wherever they are in the tree of processes by now. Processes of
-    other PID namespaces (containers) are left alone: their drivers' numbers mean nothing here."""
+    """Kill the processes of every local Ray instance that has lost its driver, wherever they are in the process tree. Processes in other
+    PID namespaces (containers) are not touched: the PIDs of their drivers have no meaning here."""
     here = os.readlink("/proc/self/ns/pid")
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -37,9 +37,12 @@ def end_orphans() -> None:
 
 
 def _driver_of(process: psutil.Process) -> str | None:
-    """The driver of the local Ray instance that this process belongs to. A process that names itself, as Ray's do, writes its name over
-    its environment, and zeros over some kilobytes more; those that may have lost the mark there write to logs of their session."""
-    environ = Path(f"/proc/{process.pid}/environ").read_bytes()  # psutil reads none where a process has named itself
+    """The driver of the local Ray instance that this process belongs to; None if it belongs to none.
+
+    Ray's processes set their own title, which overwrites part of their environment. If the environment has lost `DRIVER`, the session
+    directory is found through the process's open log files.
+    """
+    environ = Path(f"/proc/{process.pid}/environ").read_bytes()  # psutil reads nothing from a process that has set its title
     found = re.search(rf"(?:^|\0){DRIVER}=(\d+-\d+)\0".encode(), environ)
     if found:
         return found[1].decode()

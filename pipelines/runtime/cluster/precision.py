@@ -1,4 +1,4 @@
-"""Which arithmetic the matrix products of a worker use."""
+"""Numerical precision of a worker's matrix products."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,9 +20,9 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def resolved(precision: str, cluster: ClusterSettings) -> Literal["bf16", "float32"]:
-    """What `auto` comes to on this cluster's workers, so that a run says what it computes in, and goes on in it elsewhere.
+    """Resolve `auto` for this cluster's workers, so that a run records its precision and keeps it when it resumes on other hardware.
 
-    With GPUs that is bf16; without, what this machine's processor is fast at.
+    With GPUs it is bf16; without GPUs it is bf16 if this machine's processor multiplies bf16 natively, else float32.
     """
     if precision == "auto":
         return "bf16" if cluster.gpus_per_worker or bf16_is_fast(torch.device("cpu")) else "float32"
@@ -30,9 +30,9 @@ def resolved(precision: str, cluster: ClusterSettings) -> Literal["bf16", "float
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Autocast for `precision`: `bf16`, `float32`, or `auto` (bf16 where the hardware is fast at it).
+    """Autocast for `precision`: `bf16`, `float32`, or `auto` (bf16 if the hardware supports it natively).
 
-    Raises ValueError for another name.
+    Raises ValueError for any other name.
     """
     if precision not in ("auto", "bf16", "float32"):
         raise ValueError(f"precision is {precision!r}, expected auto, bf16 or float32")

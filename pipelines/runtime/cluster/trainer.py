@@ -1,4 +1,4 @@
-"""Ray Train's trainer as stages use it: its workers, how they find each other, and only the callbacks that are needed."""
+"""Ray Train's TorchTrainer as stages use it: scaling, the process group, and only the necessary callbacks."""
 
 import socket
 from importlib import import_module
@@ -17,24 +17,23 @@ from pipelines.runtime.cluster.ray_internals import (
 
 
 def scaling(workers: int | tuple[int, int], gpus: float) -> ScalingConfig:
-    """Ray Train's workers (their number, or the fewest and the most), each with one CPU and `gpus` GPUs."""
+    """Scaling of Ray Train: the number of workers, or (minimum, maximum), each with one CPU and `gpus` GPUs."""
     each = {"CPU": 1, **({"GPU": gpus} if gpus else {})}
     return ScalingConfig(num_workers=workers, use_gpu=gpus > 0, resources_per_worker=each)
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without the callback that hands out Ray Datasets, which our workers don't read: it costs an actor in every start of a group and a
-    call to each worker. Where there is no dashboard, also without the actor that would ask it whether the controller is lost, to free its
-    resources."""
+    """TorchTrainer without unused callbacks: the one for Ray Datasets starts an actor with every worker group and calls each worker; the
+    placement group cleaner polls the dashboard for a dead controller, and is removed if the cluster has no dashboard."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        idle = (DatasetsCallback,) if get_webui_url_from_internal_kv() else (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, idle)]
+        unused = (DatasetsCallback,) if get_webui_url_from_internal_kv() else (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
 
 class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
-    """If the first worker's address is 127.0.0.1, its key-value store listens there alone. PyTorch's own listens on all interfaces, and
-    whoever connects may write to it."""
+    """If the address of rank 0 is 127.0.0.1, its key-value store listens on that address only. PyTorch's default store listens on all
+    interfaces and accepts writes from any client."""
 
     @property
     def backend_cls(self) -> type:
@@ -48,7 +47,7 @@ class _Backend(_TorchBackend):  # type: ignore[misc]
 
 
 def _replace_store() -> None:
-    """In a worker, before it joins the process group."""
+    """Runs in each worker before it joins the process group."""
     distributed, rendezvous = (import_module(f"torch.distributed{module}") for module in ("", ".rendezvous"))
 
     def store(host_name: str, port: int, world_size: int | None = None, is_master: bool = False, **options: Any) -> Any:

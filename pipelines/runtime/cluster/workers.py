@@ -1,4 +1,4 @@
-"""What a Ray worker is given: CPUs and GPUs, threads, a device, memory."""
+"""Resources of a Ray worker: CPUs and GPUs, threads, device, memory."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def set_up_ray_data() -> None:
-    """In a process that is to run Ray Data: it draws nothing, and what a worker raises arrives as it is."""
+    """Configure Ray Data in this process: no progress bars, and exceptions of workers are raised unchanged."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # what Ray wraps it in loses the cause on its way from a worker
+    context.raise_original_map_exception = True  # Ray's wrapper loses the cause when it is sent from a worker
 
 
 def cluster_resources() -> tuple[float, float]:
@@ -30,12 +30,12 @@ def cluster_resources() -> tuple[float, float]:
 
 
 def worker_resources(cluster: ClusterSettings) -> dict[str, float]:
-    """What one actor that holds a model takes."""
+    """Ray resources of one actor that holds a model."""
     return {"num_cpus": 1, "num_gpus": cluster.gpus_per_worker}
 
 
 def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_each: int = 1) -> None:
-    """Raise UserError when the cluster can't hold these workers (setting → their number) at once: they would wait for ever."""
+    """Raise UserError when the cluster cannot run these workers (setting → number of workers) at the same time: they would wait forever."""
     if cluster.autoscaling:
         return
     cpus, gpus = cluster_resources()
@@ -46,13 +46,13 @@ def require_workers(wanted: Mapping[str, int], cluster: ClusterSettings, cpus_ea
             f"{described}: {workers} workers, each with {cpus_each} CPU and {cluster.gpus_per_worker:g} GPU (cluster.gpus_per_worker), but "
             f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs",
             remedy=f"lower {' or '.join(wanted)}, join a larger cluster with cluster.address, or "
-            "set cluster.autoscaling=true where it grows when asked",
+            "set cluster.autoscaling=true if it scales up on demand",
         )
 
 
 def use_threads(cluster: ClusterSettings) -> None:
-    """Inside a worker: fix the number of torch threads, so that sums are made in the same order everywhere; without a GPU, keep freed
-    memory."""
+    """In a worker, fix the number of torch threads, so that sums have the same order on every machine; without a GPU, also reuse freed
+    memory (`keep_freed_memory`)."""
     import torch
 
     if not cluster.gpus_per_worker:
@@ -61,9 +61,9 @@ def use_threads(cluster: ClusterSettings) -> None:
 
 
 def default_device() -> "torch.device":
-    """The GPU this worker was given, else the CPU (also on a machine with GPUs, when none was asked for)."""
+    """The GPU that Ray assigned to this worker, else the CPU (also on a machine with GPUs if the worker requested none)."""
     import ray
     import torch
 
-    given = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
-    return torch.device("cuda", torch.cuda.current_device()) if given and torch.cuda.is_available() else torch.device("cpu")
+    assigned = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    return torch.device("cuda", torch.cuda.current_device()) if assigned and torch.cuda.is_available() else torch.device("cpu")

@@ -211,7 +211,7 @@ def test_the_output_of_another_stage_is_left_as_it_is(
     for name in ("identity.json", "summary.json"):
         storage.write_json(str(tmp_path / name), {"train.batch": 2048})
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds an output made with another configuration"):
+    with pytest.raises(UserError, match="holds an output of another configuration"):
         cache(Images(images), tokenizer.path, CacheSettings(path=str(tmp_path)), stage)
     assert storage.read_json(str(tmp_path / "summary.json")) == {"train.batch": 2048}
 
@@ -267,7 +267,7 @@ def test_another_identity_is_refused_by_name(
 ) -> None:
     changed = {"images": images, "cache": built}
     changed[section] = replace(changed[section], **{field: value})  # type: ignore[type-var]
-    with pytest.raises(UserError, match=rf"{section}\.{field} \(there: .*, asked for: {value!r}\)"):
+    with pytest.raises(UserError, match=rf"{section}\.{field} \(found .*, expected {value!r}\)"):
         cache(Images(changed["images"]), tokenizer.path, changed["cache"], stage)  # type: ignore[arg-type]
 
 
@@ -315,9 +315,9 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"dtype": "float64"}, "cache.dtype is 'float64', expected float16 or float32"),
-        ({"precision": "auto"}, "cache.precision is 'auto', expected float32 or tf32 or bf16"),
-        ({"batch": 0}, "cache.batch is 0, expected 1 or more"),
+        ({"dtype": "float64"}, "cache.dtype is 'float64', expected one of float16, float32"),
+        ({"precision": "auto"}, "cache.precision is 'auto', expected one of float32, tf32, bf16"),
+        ({"batch": 0}, "cache.batch is 0, expected a number above 0"),
     ],
 )
 def test_settings_that_make_no_cache(

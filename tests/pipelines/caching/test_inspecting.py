@@ -71,7 +71,7 @@ def test_inspect_prints_and_draws(made: Path, capsys: pytest.CaptureFixture[str]
 def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verify_command(str(made / "cache"), sample=20)
     out = capsys.readouterr().out
-    assert "3 of 3 shards are as the manifest says" in out
+    assert "3 of 3 shards match the manifest" in out
     assert "✓ 20 images encoded again" in out
 
     other = tmp_path / "images"
@@ -83,7 +83,7 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line.split()[1] for line in lines[2:]) == ["a/00.png", "b/05.png"]
     largest = float(lines[2].split()[0])
-    assert lines[1].startswith(f"✗ 20 images encoded again: at most {largest:.2g} standard deviations apart (0.01")
+    assert lines[1].startswith(f"✗ 20 images encoded again: largest difference {largest:.2g} standard deviations (0.01")
 
     copy = tmp_path / "cache"
     shutil.copytree(made / "cache", copy)
@@ -123,7 +123,7 @@ def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path:
         verify_command(str(made / "cache"), sample=4, source=other)
     assert "✗ 4 images encoded again" in capsys.readouterr().out
     save_tokenizer(KLAutoencoder(KLConfig(channels=2, width=8, multipliers=(1, 2))), tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="was written with the tokenizer"):
+    with pytest.raises(UserError, match="was made with the tokenizer of digest"):
         verify_command(str(made / "cache"), sample=4, tokenizer=str(tmp_path / "tokenizer"))
     first = next(iter(sorted(IMAGES)))
     (tmp_path / "images" / first).write_bytes(b"")

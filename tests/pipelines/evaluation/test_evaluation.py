@@ -68,7 +68,7 @@ def network() -> EfficientNetLite0:
 
 
 def statistics(network: EfficientNetLite0, images: np.ndarray) -> FeatureStatistics:
-    return FeatureSums.of(network(images)).statistics(network.name, network.digest)
+    return FeatureStatistics.of(FeatureSums.of(network(images)), network.name, network.digest)
 
 
 def drawn(path: str) -> np.ndarray:
@@ -184,7 +184,7 @@ def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
     assert {name for name, when in written.items() if (path / "shards" / name).stat().st_mtime_ns != when} == {
         "samples-00000008-00000016.parquet"
     }
-    with pytest.raises(UserError, match=r"evaluate\.images \(there: 30, asked for: 31\)"):
+    with pytest.raises(UserError, match=r"evaluate\.images \(found 30, expected 31\)"):
         evaluate(**sections(run, images=31))
 
 

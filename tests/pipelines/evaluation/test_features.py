@@ -49,6 +49,13 @@ def test_efficientnet_is_the_packages_own_network(efficientnet: EfficientNetLite
     assert features.shape == (1, efficientnet.dimension)
     np.testing.assert_allclose(features, expected, atol=2e-5 * float(expected.max()))
     assert int(label) == MILITARY_UNIFORM
+    found = efficientnet.features(photograph[None].repeat(9, axis=0))
+    assert [one.shape for one in found] == [(9, 1280), (9, 7 * 7 * 7), (9, 1000)]
+    np.testing.assert_allclose(
+        found.logits[8] + network._fc.bias.detach().numpy(), network._fc(torch.from_numpy(found.pooled[8])).detach(), atol=1e-4
+    )
+    assert (found.spatial.std(axis=0) < 1e-4).all()
+    assert found.spatial[0].std() > 0
 
 
 def test_features_do_not_depend_on_the_batch(efficientnet: EfficientNetLite0) -> None:
@@ -88,15 +95,22 @@ def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:  # the only way to build it without downloading
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
-        theirs = FeatureExtractorInceptionV3("theirs", ["2048"])
+        theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"])
     torch.save(theirs.state_dict(), path)
     ours = Inception(str(path), CPU, expected_digest=digest(path.read_bytes()))
     images = np.random.default_rng(1).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
+    hooked: list[torch.Tensor] = []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: hooked.append(output))
     with torch.inference_mode():
-        expected = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))[0]
-    features = ours(images)
-    assert features.shape == (3, 2048)
-    np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+        pooled, logits = theirs(torch.from_numpy(images).permute(0, 3, 1, 2))
+    features = ours.features(images)
+    assert [one.shape for one in features] == [(3, 2048), (3, 2023), (3, 1008)]
+    np.testing.assert_allclose(features.pooled, pooled, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(features.logits, logits, rtol=1e-5, atol=1e-5)
+    by_place = features.spatial.reshape(3, 17, 17, 7)
+    for channel in range(7):
+        np.testing.assert_allclose(by_place[..., channel], hooked[0][:, channel], rtol=1e-5, atol=1e-6)
+    assert by_place.min() >= 0 < by_place.std()
 
 
 def test_unknown_network() -> None:

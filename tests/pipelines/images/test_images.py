@@ -144,7 +144,7 @@ def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
         ({"held_out_folder": "a"}, "holds no class folders with images; expected {root}/part/class/image"),
         ({"held_out_share": 1e-9}, "holds out none of the 2 images"),
         ({"held_out_share": 1.0}, "images.held_out_share is 1.0, expected"),
-        ({"held_out_share": 0.5, "held_out_folder": "a"}, "set one of them back"),
+        ({"held_out_share": 0.5, "held_out_folder": "a"}, "reset one of them"),
     ],
 )
 def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, Any], text: str) -> None:

@@ -27,7 +27,7 @@ def test_an_output_is_claimed_by_what_has_been_made(tmp_path: Path) -> None:
     assert storage.read_json(f"{path}/configuration.json") == {"seed": 1}
     assert stage.begin(path, {**IDENTITY, "seed": 2}) is None  # nothing made yet: a mended mistake is not held against its maker
     storage.write_bytes(f"{path}/checkpoints/one", b"work")
-    with pytest.raises(UserError, match=r"different: seed \(there: 2, asked for: 3\)"):
+    with pytest.raises(UserError, match=r"differing settings: seed \(found 2, expected 3\)"):
         stage.begin(path, {**IDENTITY, "seed": 3})
     assert stage.begin(path, {**IDENTITY, "seed": 2}) is None
     written = stage.complete(path, {**IDENTITY, "seed": 2}, {"images_seen": 64})

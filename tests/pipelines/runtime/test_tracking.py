@@ -140,7 +140,7 @@ def test_a_server_that_is_not_there_is_named_quickly_and_without_its_password(tm
 
 def test_a_file_that_is_no_database_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("not a folder")
-    with pytest.raises(UserError, match="expected a writable sqlite"):
+    with pytest.raises(UserError, match="set it to a writable sqlite"):
         Tracker.open(TrackingSettings(uri=f"sqlite:///{tmp_path}/notes/mlflow.db"), "train", {}, str(tmp_path))
 
 
@@ -187,5 +187,5 @@ def test_a_real_server_takes_the_run_and_may_go_away(server: tuple[str, "subproc
     one._flush()
     one.close()  # the work is done: nothing is raised
     assert "does not answer" in said[0]
-    assert "1 metrics did not reach it" in said[1]
+    assert "1 metrics were not stored" in said[1]
     assert len(said) == 3

@@ -83,7 +83,7 @@ class Elements(HTMLParser):
 
 def test_the_page_holds_them_as_text(run: Path) -> None:
     page = Elements(Path(report(str(run))).read_text())
-    assert f"one row a class, from the top: {IMAGE} · {NAMES[2]}." in page.text  # of what was drawn, and no other
+    assert f"one row per class, from the top: {IMAGE} · {NAMES[2]}." in page.text  # of what was drawn, and no other
     assert not page.tags & {"script", "svg", "b", "i", "u", "s"}
     assert not [name for name in page.attributes if name.startswith("on")]
     for text in (run.name, "<u>", "<s>", "sqlite:///<script>alert(4)</script>"):

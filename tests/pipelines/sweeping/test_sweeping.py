@@ -224,7 +224,7 @@ def test_trials_train_a_failed_one_is_a_row_and_finished_ones_are_not_run_again(
     assert again["rows"][0] == good
     assert again["rows"][1]["error"] == bad["error"]
     other = SweepSettings(path=str(path), over="train", metric="loss_band_0", parameters=parameters)
-    with pytest.raises(UserError, match=r"sweep\.metric \(there: 'loss', asked for: 'loss_band_0'\)"):
+    with pytest.raises(UserError, match=r"sweep\.metric \(found 'loss', expected 'loss_band_0'\)"):
         run(sections, other, Stage("sweep", ray_local))
 
 

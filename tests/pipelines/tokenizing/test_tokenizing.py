@@ -234,7 +234,7 @@ def test_pixels_need_no_training(tmp_path: Path) -> None:
 
 def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
     for change, message in (
-        ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of 32"),
+        ({"multipliers": [1, 1, 1, 1, 1, 1]}, "images.size is 16, expected a multiple of the tokenizer's stride 32"),
         ({"width": 0}, "width is 0"),
         ({"batch": 15, "workers": 2}, "tokenizer.batch is 15"),
         ({"batch": 15, "workers": 5}, "tokenizer.workers 5"),

@@ -94,7 +94,7 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(sections: tuple[str, CacheS
     assert longer["loss"] == summary["loss"]
 
     assert train(*sections, ARCHITECTURE, parts, stage)["images_seen"] == 96  # complete: nothing is trained again
-    with pytest.raises(UserError, match=r"train\.learning_rate \(there: 0\.001, asked for: 0\.5\)"):
+    with pytest.raises(UserError, match=r"train\.learning_rate \(found 0\.001, expected 0\.5\)"):
         train(*sections, ARCHITECTURE, replace(parts, learning_rate=0.5), stage)
 
     weights_there = damaged.with_name("images-000000000096") / "model.safetensors"

@@ -270,7 +270,7 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     ended = newest_checkpoint(str(tmp_path))
     assert ended is not None
     assert int(ended[-12:]) not in (320, 640, 800)
-    assert stage.said[-1] == f"ended with {ended}; the same command goes on from there"
+    assert stage.said[-1] == f"ended with {ended}; the same command resumes there"
     train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
     assert_bitwise(tmp_path, undisturbed)
 

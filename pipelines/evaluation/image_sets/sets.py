@@ -1,6 +1,6 @@
 """Sets of images to compute statistics of: real images, decoded latents, noise, samples."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,16 +22,25 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
 
+@dataclass(frozen=True)
+class Block:
+    """Some images of a set."""
+
+    images: np.ndarray  # uint8 (N, H, W, 3)
+    index: np.ndarray  # int64 (N,): their numbers in the set
+    labels: np.ndarray  # int64 (N,): −1 where unknown
+
+
 class ImageSource(Protocol):
-    """Images 0 … len − 1, read by tasks."""
+    """Images at the places 0 … len − 1, read by tasks."""
 
     def __len__(self) -> int: ...
 
     def identity(self) -> dict[str, Any]:
         """What the pixels depend on."""
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """uint8 (≤ stop − start, H, W, 3); images that can't be used are left out."""
+    def block(self, start: int, stop: int) -> Block:
+        """The images at these places; those that can't be used are left out."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +62,20 @@ class RealImages:
         """A digest of the times at which the images' files were written."""
         return storage.digest(np.array([row.version for row in self.rows], "<i8").tobytes())
 
+    def block(self, start: int, stop: int) -> Block:
+        found, index, labels = [], [], []
+        for place, row in enumerate(self.rows[start:stop], start):
+            pixels = decode_row(self.images, row).pixels
+            if pixels is not None:  # the stage cache names the others; statistics have their count
+                found.append(pixels)
+                index.append(place)
+                labels.append(row.label)
+        images = np.stack(found) if found else np.empty((0, self.images.size, self.images.size, 3), np.uint8)
+        return Block(images, np.array(index, np.int64), np.array(labels, np.int64))
+
     def read(self, start: int, stop: int) -> np.ndarray:
-        decoded = [decode_row(self.images, row).pixels for row in self.rows[start:stop]]
-        found = [pixels for pixels in decoded if pixels is not None]  # stage *cache* names the others; statistics have their count
-        return np.stack(found) if found else np.empty((0, self.images.size, self.images.size, 3), np.uint8)
+        """The images of `block`."""
+        return self.block(start, stop).images
 
 
 @dataclass(frozen=True)
@@ -73,10 +92,10 @@ class CachedLatents:
         return {"kind": "latents", "cache": self._cache.digest, "tokenizer": self._cache.manifest.tokenizer["digest"]}
 
     @torch.inference_mode()
-    def read(self, start: int, stop: int) -> np.ndarray:
+    def block(self, start: int, stop: int) -> Block:
         moments, _ = self._cache.take(np.arange(start, stop), np.zeros(stop - start, bool))
         means = torch.from_numpy(moments.astype(np.float32)).chunk(2, dim=1)[0]
-        return to_uint8(_decoder(self.tokenizer).decode(means))
+        return _numbered(to_uint8(_decoder(self.tokenizer).decode(means)), start)
 
     @cached_property
     def _cache(self) -> LatentCache:
@@ -103,7 +122,11 @@ class NoiseImages:
     def identity(self) -> dict[str, Any]:
         return {"kind": "noise", "count": self.count, "size": self.size, "seed": self.seed}
 
+    def block(self, start: int, stop: int) -> Block:
+        return _numbered(self.read(start, stop), start)
+
     def read(self, start: int, stop: int) -> np.ndarray:
+        """uint8 (stop − start, size, size, 3)."""
         shape = (self.size, self.size, 3)
         draws = [torch.randint(0, 256, shape, generator=stream(self.seed, "noise images", index)) for index in range(start, stop)]
         return torch.stack(draws).to(torch.uint8).numpy()
@@ -123,30 +146,43 @@ class DrawnSamples:
     def identity(self) -> dict[str, Any]:
         return {"kind": "samples", "count": self.count, "drawing": self.drawing}
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        parts = [
-            samples.read_samples(self.path, first, last).images[max(0, start - first) : stop - first]
-            for first, last in samples.shards_there(self.path)
-            if first < stop and start < last
-        ]
-        return np.concatenate(parts)
+    def block(self, start: int, stop: int) -> Block:
+        images, labels = [], []
+        for first, last in samples.shards_there(self.path):
+            if first < stop and start < last:
+                shard, rows = samples.read_samples(self.path, first, last), slice(max(0, start - first), stop - first)
+                images.append(shard.images[rows])
+                labels.append(shard.labels[rows])
+        return Block(np.concatenate(images), np.arange(start, start + sum(map(len, labels))), np.concatenate(labels))
 
 
-def read_sources(sources: list[ImageSource], batch: int) -> "Dataset":
-    """A Ray dataset of the sources' images one after the other, a block for each `batch`: columns `source` (its number), `image`."""
+def _numbered(images: np.ndarray, start: int) -> Block:
+    return Block(images, np.arange(start, start + len(images)), np.full(len(images), -1))
+
+
+def read_sources(sources: Sequence[ImageSource], batch: int, done: Sequence[Collection[tuple[int, int]]]) -> "Dataset":
+    """A Ray dataset of the sources' images one after the other, a block for each `batch`, without the blocks (start, stop) of each source
+    that are done. Columns: `source` (its number), `start`, `stop` (the block's places), `index`, `label`, `image`."""
     import ray.data
 
     rows = [
-        {"source": number, "start": start, "stop": min(start + batch, len(source))}
+        {"source": number, "start": start, "stop": stop}
         for number, source in enumerate(sources)
-        for start in range(0, len(source), batch)
+        for start, stop in ranges(len(source), batch)
+        if (start, stop) not in done[number]
     ]
 
     def read(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        number = int(block["source"][0])
-        images = sources[number].read(int(block["start"][0]), int(block["stop"][0]))
-        return {"source": np.full(len(images), number), "image": images}
+        number, start, stop = (int(block[name][0]) for name in ("source", "start", "stop"))
+        found = sources[number].block(start, stop)
+        place = {name: np.full(len(found.index), value) for name, value in (("source", number), ("start", start), ("stop", stop))}
+        return {**place, "index": found.index, "label": found.labels, "image": found.images}
 
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = ray.data.from_items(rows, override_num_blocks=max(1, len(rows)))
     dataset.context.execution_options.preserve_order = True
     return dataset.map_batches(read, batch_size=1)
+
+
+def ranges(count: int, batch: int) -> list[tuple[int, int]]:
+    """The blocks that `count` images are read in."""
+    return [(start, min(start + batch, count)) for start in range(0, count, batch)]

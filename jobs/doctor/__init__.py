@@ -1,0 +1,1 @@
+"""`mar doctor`: the checks before a long job."""

@@ -1,0 +1,63 @@
+"""Feature networks: what metrics compare images by."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from pipelines.evaluation.features.efficientnet import EfficientNetLite0
+from pipelines.evaluation.features.efficientnet import weights_digest as efficientnet_digest
+from pipelines.evaluation.features.inception import INCEPTION_DIGEST, Inception, inception_weights
+from pipelines.evaluation.features.sizes import DIMENSIONS, LOGITS, SPATIAL, Features
+from pipelines.runtime import storage
+from pipelines.runtime.errors import UserError
+
+__all__ = [
+    "DIMENSIONS",
+    "LOGITS",
+    "SPATIAL",
+    "EfficientNetLite0",
+    "FeatureNetwork",
+    "Features",
+    "Inception",
+    "load_network",
+    "network_digest",
+]
+
+
+class FeatureNetwork(Protocol):
+    """Images to vectors. The same images give the same features up to rounding, in whatever batches they come."""
+
+    name: str
+    digest: str  # SHA-256 of the weights
+    dimension: int
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) → pooled features, float32 (N, dimension)."""
+
+    def features(self, images: np.ndarray) -> Features:
+        """Everything that metrics need, from one pass of the network over uint8 images (N, H, W, 3)."""
+
+
+def load_network(name: str, weights: str, device: torch.device) -> FeatureNetwork:
+    """The network `efficientnet-lite0` (embedded) or `inception` (from the file `weights`), ready to use.
+
+    Raises UserError as `network_digest` does.
+    """
+    if name == "inception":
+        return Inception(weights, device)
+    if name == "efficientnet-lite0":
+        return EfficientNetLite0(device)
+    raise UserError(f"evaluate.features is {name!r}, expected inception or efficientnet-lite0")
+
+
+def network_digest(name: str, weights: str) -> str:
+    """SHA-256 of a network's weights, without building it.
+
+    Raises UserError when the weights are missing or are not the published ones, and for an unknown name.
+    """
+    if name == "inception":
+        return storage.digest(inception_weights(weights, INCEPTION_DIGEST))
+    if name == "efficientnet-lite0":
+        return efficientnet_digest()
+    raise UserError(f"evaluate.features is {name!r}, expected inception or efficientnet-lite0")
