@@ -102,7 +102,9 @@ def test_a_stage_finishes_again_without_its_summary_and_knows_its_identity_witho
         stage.said.clear()
         for name in ("identity.json", "configuration.json"):
             (path / name).unlink() if damage is None else (path / name).write_bytes(damage)
-        with pytest.raises(UserError, match=r"differing settings: seed \(found 1, expected 2\).*out/identity\.json"):  # never taken for another's
+        with pytest.raises(
+            UserError, match=r"differing settings: seed \(found 1, expected 2\).*out/identity\.json"
+        ):  # never taken for another's
             stage.begin(str(path), {**IDENTITY, "seed": 2})
         assert stage.begin(str(path), IDENTITY) == written
         state = "missing" if damage is None else "damaged"

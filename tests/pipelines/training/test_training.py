@@ -117,9 +117,9 @@ def test_a_damaged_shard_ends_the_run_before_its_first_checkpoint(
     with pytest.raises(UserError) as told:
         guarded("train", recipe.path, lambda: train(tokenizer, settings, ARCHITECTURE, recipe, stage))
     assert told.value.text.startswith(
-        f"shard-00001.arrow of {settings.path} has the SHA-256 {storage.digest(bytes(data))[:12]}…, the manifest"
+        f"shard-00001.arrow of {settings.path} is damaged: SHA-256 {storage.digest(bytes(data))[:12]}…, expected"
     )
-    assert "run `mar cache` with the same settings, which makes exactly these shards again" in told.value.text
+    assert "run `mar cache` with the same settings to make these shards again" in told.value.remedy
     assert newest_checkpoint(recipe.path) is None
     with pytest.raises(UserError, match=r"1 of the 3 shards of .* are damaged \(shard-00001\.arrow\)"):
         train(tokenizer, settings, ARCHITECTURE, recipe, stage)
