@@ -286,7 +286,7 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
         generate(tokenizer.path, str(tmp_path / "none"), replace(settings, **change), stage)
 
-    with pytest.raises(UserError, match=r"train\.path '.*none' holds no checkpoint.*generate\.checkpoint"):
+    with pytest.raises(UserError, match=r"train\.path '.*none' contains no checkpoint.*generate\.checkpoint"):
         attempt({"checkpoint": ""})
     with pytest.raises(UserError, match=r"generate\.checkpoint .* is not a checkpoint: no state\.json in it"):
         attempt({"checkpoint": str(tmp_path)})
