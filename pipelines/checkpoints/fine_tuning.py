@@ -24,7 +24,7 @@ class Start:
     path: str
     digest: str  # of its averaged weights
     kept: tuple[str, ...]
-    anew: tuple[str, ...]  # tensors that are initialized
+    initialized: tuple[str, ...]  # tensors that are initialized
     classes: tuple[tuple[int, int], ...]  # (row in the new model, row in the checkpoint)
 
     def weights(self, model: MAR) -> dict[str, Tensor]:
@@ -40,12 +40,14 @@ class Start:
 
     def describe(self, class_names: Sequence[str]) -> list[str]:
         """Lines for the user: which weights are kept and which are initialized."""
-        lines = [f"starts from the averaged weights of {self.path}: {len(self.kept)} of {len(self.kept) + len(self.anew)} tensors kept"]
+        lines = [
+            f"starts from the averaged weights of {self.path}: {len(self.kept)} of {len(self.kept) + len(self.initialized)} tensors kept"
+        ]
         if CLASSES not in self.kept:
             known = [class_names[row] for row, _ in self.classes]
             new = len(class_names) - len(known)
             lines.append(f"classes: {len(known)} found in the checkpoint by name{_some(known)}; {new} initialized")
-        others = [name for name in self.anew if name != CLASSES]
+        others = [name for name in self.initialized if name != CLASSES]
         if others:
             lines.append(f"initialized, because missing in the checkpoint or of another shape: {_some(others)[2:]}")
         return [
@@ -70,7 +72,7 @@ def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Star
     old_names = state.get("class_names") or []
     same_classes = expected[CLASSES] == found.get(CLASSES) and (not old_names or list(old_names) == list(class_names))
     kept = tuple(name for name in expected if expected[name] == found.get(name) and (name != CLASSES or same_classes))
-    anew = tuple(name for name in expected if name not in kept)
+    initialized = tuple(name for name in expected if name not in kept)
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in kept):
         raise UserError(
             f"train.init_from: no block in {path} has the shape of this model's blocks (found {_blocks(found)}, expected "
@@ -80,7 +82,7 @@ def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Star
     rows = {name: row for row, name in enumerate(old_names)}
     same_width = found.get(CLASSES, (0, 0))[1:] == expected[CLASSES][1:]
     classes = tuple((row, rows[name]) for row, name in enumerate(class_names) if name in rows) if same_width else ()
-    return Start(path, state["files"][AVERAGE], kept, anew, classes)
+    return Start(path, state["files"][AVERAGE], kept, initialized, classes)
 
 
 def _blocks(shapes: Shapes) -> str:

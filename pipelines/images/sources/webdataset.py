@@ -71,7 +71,7 @@ def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
 
 def _label(sample: dict[str, Member], file: BinaryIO) -> tuple[int | None, str | None]:
     """The label, or None and the reason."""
-    kind, names = next(((one, found) for one in LABELS if (found := [name for name in sample if name.lower() == one])), ("", []))
+    kind, names = next(((kind, found) for kind in LABELS if (found := [name for name in sample if name.lower() == kind])), ("", []))
     if not kind:
         return None, "no label (neither cls nor json)"
     member = sample[names[0]]
@@ -92,7 +92,7 @@ def _label(sample: dict[str, Member], file: BinaryIO) -> tuple[int | None, str |
 
 
 def _field(record: object) -> int | float | str:
-    found = next((record[one] for one in FIELDS if one in record), None) if isinstance(record, dict) else record
+    found = next((record[name] for name in FIELDS if name in record), None) if isinstance(record, dict) else record
     if not isinstance(found, int | float | str):
         raise TypeError
     return found

@@ -35,7 +35,7 @@ def test_all_is_kept_where_the_classes_are_the_same(checkpoint: tuple[str, dict[
     start = start_from(path, CONFIG, ["ant", "bee", "cat"])
     weights = start.weights(MAR(CONFIG))
     assert all(torch.equal(weights[name], average[name]) for name in average)
-    assert start.anew == ()
+    assert start.initialized == ()
 
 
 def test_classes_are_found_by_name_and_others_start_anew(checkpoint: tuple[str, dict[str, torch.Tensor]]) -> None:
@@ -58,7 +58,7 @@ def test_what_has_another_shape_starts_anew_and_is_named(checkpoint: tuple[str, 
     path = checkpoint[0]
     config = replace(CONFIG, latent_size=8)
     start = start_from(path, config, ["ant", "bee", "cat"])
-    assert set(start.anew) == {"encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
+    assert set(start.initialized) == {"encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
     assert "encoder_pos_embed_learned" in "\n".join(start.describe(["ant", "bee", "cat"]))
     with pytest.raises(UserError, match="found 1 encoder blocks of width 32, expected 1 encoder blocks of width 64"):
         start_from(path, replace(CONFIG, encoder_width=64, decoder_width=64), ["ant"])
