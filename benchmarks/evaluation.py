@@ -10,28 +10,26 @@ Without arguments: whole_path, spatial, speed.
 """
 
 import argparse
-import os
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
-from benchmarks.photographs import row, write_photographs
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.photographs import row as print_row
+from benchmarks.photographs import write_photographs
 from pipelines.evaluation.features.inception import DIGEST_GIVEN, Inception
 from pipelines.evaluation.features.sizes import Features
 from pipelines.evaluation.given_samples import evaluate_given
-from pipelines.evaluation.metrics.definitions import METRICS
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
 from pipelines.evaluation.reference_file import Reference
 from pipelines.evaluation.scoring.actor import Judges, ScoringActor
@@ -46,7 +44,13 @@ from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.stage import Stage
 
 SIDE, COUNT, BATCH = 64, 600, 32
+ROWS: list[tuple[str, str, str, str, str]] = []  # printed once Ray, which takes over the terminal, has ended
 SECTIONS = ("whole_path", "spatial", "speed", "actors", "kept", "memory")
+
+
+def row(what: str, found: str, baseline: str, ratio: str, bar: str) -> None:
+    """One line of the result."""
+    ROWS.append((what, found, baseline, ratio, bar))
 
 
 def random_inception(folder: Path) -> tuple[Any, str]:
@@ -69,13 +73,12 @@ def random_inception(folder: Path) -> tuple[Any, str]:
     return network.eval(), f"{path}{DIGEST_GIVEN}{storage.digest(path.read_bytes())}"
 
 
-def photographs(folder: Path, first: int) -> str:
-    """COUNT different images in one folder, cut from made photographs."""
-    source = Path(write_photographs(folder / "whole", 100))
+def photographs(folder: Path, target: Path, seed: int) -> str:
+    """COUNT different images in the folder `target`, cut from made photographs."""
+    source = Path(write_photographs(folder / f"whole-{seed}", 100))
     files = sorted(source.rglob("*.jpg"))
-    generator = np.random.default_rng(first)
-    target = folder / f"flat-{first}"
-    target.mkdir()
+    generator = np.random.default_rng(seed)
+    target.mkdir(parents=True)
     for number in range(COUNT):
         with Image.open(files[number % len(files)]) as image:
             left, top = generator.integers(0, image.width - SIDE), generator.integers(0, image.height - SIDE)
@@ -88,11 +91,10 @@ def whole_path(folder: Path, cluster: ClusterSettings) -> bool:
     import torch_fidelity
 
     _, weights = random_inception(folder)
-    generated, reference = photographs(folder, 1), photographs(folder / "other", 2)
-    (folder / "classes").mkdir()
-    os.symlink(reference, folder / "classes" / "all")
+    generated = photographs(folder, folder / "generated", 1)
+    reference = photographs(folder, folder / "reference" / "all", 2)
     settings = EvaluateSettings(
-        path=str(folder / "evaluation"), samples=generated, reference=str(folder / "classes"), weights=weights, batch=BATCH
+        path=str(folder / "evaluation"), samples=generated, reference=str(folder / "reference"), weights=weights, batch=BATCH
     )
     began = time.monotonic()
     found = evaluate_given(Images(ImageSettings(size=SIDE)), "", settings, Stage("evaluate", cluster))
@@ -106,8 +108,9 @@ def whole_path(folder: Path, cluster: ClusterSettings) -> bool:
     )  # fmt: skip
     seconds = time.monotonic() - began
     pairs = {
-        "fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean", "inception_score_std": "inception_score_std",
-        "kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std", "precision": "precision", "recall": "recall",
+        "fid": "frechet_inception_distance", "inception_score_mean": "inception_score_mean",
+        "inception_score_std": "inception_score_std", "kid_mean": "kernel_inception_distance_mean",
+        "kid_std": "kernel_inception_distance_std", "precision": "precision", "recall": "recall",
     }  # fmt: skip
     passed = True
     for name, other in pairs.items():
@@ -234,13 +237,10 @@ def kept(folder: Path, cluster: ClusterSettings) -> bool:
 
     size, ranges = 500, [(start, start + 500) for start in range(0, 50_000, 500)]
     for start, stop in ranges:
-        features = Features(
-            pooled(size), generator.random((size, 2023), np.float32), generator.normal(0, 3, (size, 1008)).astype(np.float32)
-        )
-        nothing = np.full(size, -1)
-        write_shard(
-            str(folder / "features"), FeatureShard(start, stop, np.arange(start, stop), np.arange(start, stop) % 1000, nothing, features)
-        )
+        logits = generator.normal(0, 3, (size, 1008)).astype(np.float32)
+        features = Features(pooled(size), generator.random((size, 2023), np.float32), logits)
+        index = np.arange(start, stop)
+        write_shard(str(folder / "features"), FeatureShard(start, stop, index, index % 1000, np.full(size, -1), features))
     reference = pooled(10_000)
     spatial_sums = FeatureSums.of(generator.random((5_000, 2023), np.float32))
     known = Reference(FeatureSums.of(reference).moments(), spatial_sums.moments(), reference)
@@ -274,34 +274,12 @@ def memory(folder: Path, cluster: ClusterSettings) -> bool:
     return growth < 0.1
 
 
-class PeakMemory:
-    """The largest sum of the unique memory of this process and all it started, while the body runs; sampled four times a second."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.gigabytes, self._stop = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.25):
-            total = 0
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    total += process.memory_full_info().uss
-                except psutil.Error:
-                    continue
-            self.gigabytes = max(self.gigabytes, total / 1e9)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
     wanted = parser.parse_args().sections or ["whole_path", "spatial", "speed"]
+    if unknown := set(wanted) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; expected {', '.join(SECTIONS)}")
     functions: dict[str, Callable[[Path, ClusterSettings], bool]] = {
         "whole_path": whole_path, "spatial": spatial, "speed": speed, "actors": actors, "kept": kept, "memory": memory,
     }  # fmt: skip
@@ -317,11 +295,12 @@ def main() -> int:
                     failed.append(name)
     finally:
         shutil.rmtree(root, ignore_errors=True)
+    for columns in ROWS:
+        print_row(*columns)
     print(f"largest resident set of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
     print(f"below the bar: {', '.join(failed)}" if failed else "every bar is met")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    assert set(METRICS) >= {"fid", "sfid"}
     sys.exit(main())
