@@ -38,7 +38,10 @@ def export(
     samples: Annotated[str, typer.Option("--samples", metavar="FILE.npz", callback=path_given, help="write the run's samples to it")] = "",
     format: Annotated[Format, typer.Option("--format", help="of a checkpoint")] = Format.RELEASED,
 ) -> None:
-    """Convert a checkpoint to a file of the release, or samples to the file that ADM's evaluation suite reads."""
+    """Convert a checkpoint or samples for other programs.
+
+    A checkpoint becomes a file of the release; samples become the file that ADM's evaluation suite reads.
+    """
     if bool(out) == bool(samples):
         found = "both --out and --samples are given" if out else "neither --out nor --samples is given"
         raise UserError(found, remedy="give --out FOLDER to export a checkpoint, --samples FILE.npz to export samples")
