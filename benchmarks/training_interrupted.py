@@ -55,8 +55,8 @@ def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: 
     settings = replace(RECIPE, path=str(run), workers=2, images=1280, log_images=32, checkpoint_images=320)
     after(run, 640, happen)
     train(TOKENIZER.path, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), stage)
-    noticed, cause = next((at, text) for at, text in stage.said if "starting again" in text)
-    again = next(text for _, text in stage.said if "at work again" in text)
+    noticed, cause = next((at, text) for at, text in stage.said if "restarting" in text)
+    again = next(text for _, text in stage.said if "running again" in text)
     later = float(again.split("(")[1].split(" s later")[0])
     return {"noticed_s": noticed - happened[0], "to the next step_s": noticed - happened[0] + later, "cause": cause, "told": again}
 

@@ -11,13 +11,14 @@ from pipelines.evaluation.classifier.network import check_classes, classifier_di
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
-from pipelines.evaluation.metrics.definitions import METRICS, names_of
+from pipelines.evaluation.metrics.definitions import METRICS
 from pipelines.evaluation.record import (
     LABEL_AGREEMENT,
     LABEL_AGREEMENT_DEFINITION,
     PICTURE,
     check_count,
     features_path,
+    has_metrics,
     metric_name,
     write_record,
 )  # fmt: skip
@@ -70,8 +71,7 @@ def evaluate(
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
     reference = find_reference(images, tokenizer_path, evaluate, digest)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
-    wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
-    finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
+    finished = stage.begin(evaluate.path, identity, enough=lambda summary: has_metrics(summary, evaluate))
     if finished is not None:
         if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
             stage.say(
@@ -109,8 +109,9 @@ def evaluate(
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
         "identity": identity,
     }
-    figures = {"out_of_range": scores.out_of_range, **drawing.speed(scores.drawn, scores.seconds)}
-    return write_record(found, figures, record, scores.images_per_second, evaluate, stage)
+    speed = {**drawing.speed(scores.drawn, scores.seconds), "images_per_second": scores.images_per_second}
+    labels = drawing.labels_of(range(evaluate.images))
+    return write_record(found, {"out_of_range": scores.out_of_range, **speed}, record, labels, evaluate, stage)
 
 
 def scoring_identity(

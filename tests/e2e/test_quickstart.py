@@ -77,7 +77,7 @@ def test_killed_and_started_again_it_ends_whole(folder: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["resumed"] is True
     assert summary["samples"] == 40
-    assert set(summary["frechet_distance"]) == {"generated", "real_train", "noise"}
+    assert list(summary["frechet_distance"]) == ["real_train", "reconstructed", "generated", "noise"]
     assert summary["frechet_distance"]["noise"] > summary["frechet_distance"]["real_train"] > 0
     assert 0 <= summary["label_agreement"] <= 1
     assert summary["classifier_accuracy_real"] >= 0.95

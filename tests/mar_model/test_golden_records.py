@@ -52,6 +52,8 @@ def test_every_quantity_of_every_record(parity: Callable[..., Result]) -> None:
     result = parity(*sorted(DATA.glob("*.safetensors")))
     quantities = {
         "kl16_formula.safetensors": {"moments", "decoded"},
+        "ldm_kl8_formula.safetensors": {"moments", "decoded"},
+        "ldm_vq16_formula.safetensors": {"latent", "indices", "quantized", "quantizer_loss", "decoded"},
         "mar_base_formula.safetensors": {"train.z", "loss.per_token", "loss.scalar"},
         "mar_tiny_cfg.safetensors": TINY,
         "mar_tiny_nocfg.safetensors": TINY,
@@ -124,3 +126,17 @@ def test_what_is_no_record_is_said_in_a_line(parity: Callable[..., Result], tmp_
     assert [name for name, line in zip(files, result.complaints, strict=True) if str(tmp_path / name) not in line] == []
     assert result.rows == {}
     assert "stray" in result.complaints[-1]
+
+
+def test_a_wrong_code_is_over_its_bound(parity: Callable[..., Result], tmp_path: Path) -> None:
+    tensors, metadata = record("ldm_vq16_formula.safetensors")
+    kept = {name: tensors[name] for name in ("latent", "indices", "quantized", "model.quantize.embedding.weight")}
+    kept["indices"] = kept["indices"].clone()
+    kept["indices"][0, 1, 1] += 1
+    save_file(kept, tmp_path / "one", metadata)
+    save_file(kept, tmp_path / "unknown", {**metadata, "model": "ldm_vq4"})
+    result = parity(tmp_path / "one")
+    assert (result.status, [name for (_, name), row in result.rows.items() if not row["passed"]]) == (1, ["indices"])
+    result = parity(tmp_path / "unknown")
+    assert (result.status, result.rows) == (2, {})
+    assert "model is 'ldm_vq4', expected one of ldm_vq16, ldm_kl16, ldm_kl8" in result.complaints[0]

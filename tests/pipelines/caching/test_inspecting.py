@@ -127,7 +127,7 @@ def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path:
         verify_command(str(made / "cache"), sample=4, tokenizer=str(tmp_path / "tokenizer"))
     first = next(iter(sorted(IMAGES)))
     (tmp_path / "images" / first).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"image {first} .* can't be used any more: empty file; the source has changed"):
+    with pytest.raises(UserError, match=rf"image {first} .* can no longer be used: empty file; the source has changed"):
         verify_command(str(made / "cache"), sample=4, source=other)
 
 

@@ -286,13 +286,13 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
         generate(tokenizer.path, str(tmp_path / "none"), replace(settings, **change), stage)
 
-    with pytest.raises(UserError, match=r"train\.path '.*none' holds no checkpoint.*generate\.checkpoint"):
+    with pytest.raises(UserError, match=r"train\.path '.*none' contains no checkpoint.*generate\.checkpoint"):
         attempt({"checkpoint": ""})
     with pytest.raises(UserError, match=r"generate\.checkpoint .* is not a checkpoint: no state\.json in it"):
         attempt({"checkpoint": str(tmp_path)})
-    with pytest.raises(UserError, match=r"generate\.labels has 3, the checkpoint's classes are 0 to 2"):
+    with pytest.raises(UserError, match=r"generate\.labels contains 3, expected 0 to 2 as in the checkpoint"):
         attempt({"labels": [0, 3]})
-    with pytest.raises(UserError, match=r"generate\.labels has 'be', the checkpoint knows no such class; nearest: 'bee'"):
+    with pytest.raises(UserError, match=r"generate\.labels contains 'be', but the checkpoint has no such class; nearest: 'bee'"):
         attempt({"labels": ["ant", "be"]})
     torch.manual_seed(5)
     other = tmp_path / "other"

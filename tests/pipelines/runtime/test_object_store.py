@@ -176,7 +176,7 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
         assert storage.read_bytes(f"s3://data/made/shards/{name}") == (tmp_path / "shards" / name).read_bytes()
 
     impatient.share, impatient.kinds = 1.0, ("503",)
-    with pytest.raises(UserError, match=r"images\.source 's3://data/source' can't be read \(a/00 ü\.png: .*what is finished is kept"):
+    with pytest.raises(UserError, match=r"images\.source 's3://data/source' can't be read \(a/00 ü\.png: .*finished work is kept"):
         ShardEncoder(replace(job, images=on_s3, path=str(tmp_path / "other")), rows).make(0, 0, 30)
     impatient.methods = ("PUT",)
     with pytest.raises(UserError, match=r"s3://data/lost/shards/shard-00000\.arrow can't be written: no answer in 3 attempts"):

@@ -293,7 +293,7 @@ def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_
     [
         ("generate", "loss", "'loss'; a sweep over generate measures frechet_distance, fid"),
         ("train", "label_agreement", "label_agreement needs evaluate.classifier"),
-        ("generate", "fid", r"train\.path .* holds no checkpoint; run `mar train`"),
+        ("generate", "fid", r"train\.path .* contains no checkpoint; run `mar train`"),
         ("train", "fid", r"sweep\.images is 1, expected 2 or more"),
     ],
 )

@@ -146,8 +146,8 @@ def test_a_killed_worker_changes_nothing(undisturbed: Path, cache: CacheSettings
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
     assert_bitwise(tmp_path, undisturbed)
     text = "\n".join(stage.said)
-    assert "was lost" in text
-    assert text.count("2 workers at work again") == 1
+    assert "died" in text
+    assert text.count("2 workers running again") == 1
 
 
 @pytest.mark.long
@@ -156,8 +156,8 @@ def test_a_hung_and_a_killed_worker_change_nothing(undisturbed: Path, cache: Cac
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), stage)
     assert_bitwise(tmp_path, undisturbed)
     text = "\n".join(stage.said)
-    assert text.index("hangs") < text.index("was lost")
-    assert text.count("2 workers at work again") == 2
+    assert text.index("hangs") < text.index("died")
+    assert text.count("2 workers running again") == 2
 
 
 def named(part: str) -> list[psutil.Process]:
@@ -205,10 +205,10 @@ def taken(cpus: int) -> Iterator[ray.util.placement_group]:
 @pytest.mark.parametrize(
     ("doing", "kind", "cause"),
     [
-        ("RayTrainWorker", signal.SIGSTOP, "a worker that has not come up hangs: 15 s after"),
+        ("RayTrainWorker", signal.SIGSTOP, "a worker hangs before its process has started: 15 s after"),
         ("RayTrainWorker.init_train_context", signal.SIGSTOP, r"worker [01] \(process \d+ on [\d.]+\) hangs: 15 s after"),
         ("execute._setup_torch", signal.SIGSTOP, "a worker hangs"),
-        ("execute._setup_torch", signal.SIGKILL, r"a worker (was lost|failed) \(.* while the group started"),  # or one that saw it first
+        ("execute._setup_torch", signal.SIGKILL, r"a worker (died|failed) \(.* while the group started"),  # or one that saw it first
     ],
 )
 def test_a_worker_that_hangs_or_dies_while_its_group_starts(
@@ -219,7 +219,7 @@ def test_a_worker_that_hangs_or_dies_while_its_group_starts(
     with taken(2), as_soon_as(doing, kind):  # the next start has only the room of the first
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), stage)
     assert_bitwise(tmp_path, undisturbed)
-    told = [line for line in stage.said if "starting again" in line]
+    told = [line for line in stage.said if "restarting" in line]
     assert len(told) == 1
     assert re.match(cause, told[0])
 
@@ -235,9 +235,9 @@ def test_a_group_waits_for_room_and_is_given_up_when_it_never_starts(cache: Cach
 
     with taken(4) as room, as_soon_as("RayTrainWorker", signal.SIGKILL, 2):
         threading.Thread(target=make_room, args=[room], daemon=True).start()
-        with pytest.raises(RuntimeError, match=r"did not begin to train, 2 times in a row \(train\.failures\): a worker was lost"):
+        with pytest.raises(RuntimeError, match=r"failed to start 2 times in a row \(train\.failures\): a worker died"):
             train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
-    assert sum(waiting in line for line in stage.said) == sum("starting again" in line for line in stage.said) == 1
+    assert sum(waiting in line for line in stage.said) == sum("restarting" in line for line in stage.said) == 1
 
 
 @pytest.mark.long
@@ -248,7 +248,7 @@ def test_workers_that_cannot_read_what_they_are_sent_are_not_started_again(
     monkeypatch.setattr("pipelines.training.stage.train_worker", Unreadable())
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
-    assert not any("starting again" in line for line in stage.said), stage.said
+    assert not any("restarting" in line for line in stage.said), stage.said
 
 
 class Unreadable:
@@ -270,7 +270,7 @@ def test_ctrl_c_ends_with_a_checkpoint_from_which_it_goes_on(
     ended = newest_checkpoint(str(tmp_path))
     assert ended is not None
     assert int(ended[-12:]) not in (320, 640, 800)
-    assert stage.said[-1] == f"ended with {ended}; the same command resumes there"
+    assert stage.said[-1] == f"stopped with {ended}; run the same command to resume"
     train(TOKENIZER.path, cache, ARCHITECTURE, settings, stage)
     assert_bitwise(tmp_path, undisturbed)
 
@@ -283,7 +283,7 @@ def test_a_mistake_is_not_tried_again(cache: CacheSettings, stage: Listening, tm
     save_checkpoint(path, other, dict(other.named_parameters()), state)
     with pytest.raises(ValueError, match=r"weights don't fit the model: unexpected \(12\): encoder_blocks.1"):
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
-    assert not any("starting again" in line for line in stage.said)
+    assert not any("restarting" in line for line in stage.said)
 
 
 @pytest.mark.long
@@ -292,11 +292,13 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_when_they_go_on(s
     unsound = [int(order.indices(image, image + 1)[0]) for image in (16, 50, 70)]  # of the steps at 16, 48 and 64 images
     cache = write_latents(tmp_path / "cache", rows=160, unsound=unsound)
     run = replace(RECIPE, path=str(tmp_path / "run"), images=160, workers=1, checkpoint_images=16, checkpoints_kept=9, nonfinite_limit=2)
-    with pytest.raises(UserError, match=r"\(2 in a row\), which is train\.nonfinite_limit; the checkpoint at 48 images is from before"):
+    with pytest.raises(
+        UserError, match=r"\(2 in a row\), which is train\.nonfinite_limit; the checkpoint at 48 images precedes these steps"
+    ):
         train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
     skipped = [line for line in stage.said if "is not finite" in line]
     assert [line.partition(" is not")[0] for line in skipped] == [
-        f"the loss of micro-batch {micro_batch} (worker 0, images {first} and on in the order)"
+        f"the loss of micro-batch {micro_batch} (worker 0, images from position {first})"
         for micro_batch, first in ((0, 16), (0, 48), (1, 68))
     ]
     assert newest_checkpoint(run.path) == checkpoint_path(run.path, 48)

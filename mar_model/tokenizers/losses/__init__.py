@@ -1,0 +1,1 @@
+"""What autoencoders are trained with: reconstruction terms, perceptual distances, the adversarial term."""
