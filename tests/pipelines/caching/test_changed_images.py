@@ -144,7 +144,7 @@ def test_a_cache_of_before_is_complete_and_what_is_not_known_is_said(copy: Path,
         said = again(copy, tokenizer, stage)
         assert "did not record modification times: images replaced by others of the same size are not detected" in said[0]
         assert said[1:] == [f"{copy}/cache is complete"]
-    with pytest.raises(UserError, match=r"has no digests of 15 images .* `mar verify --sample N`"):
+    with pytest.raises(UserError, match=r"has no digests of 15 images: .* `mar verify --sample N`"):
         again(copy, tokenizer, stage, check=True)
     (copy / "images" / "a" / "00.png").write_bytes(encoded(16, 17))
     with pytest.raises(UserError, match=r"1 changed \(a/00\.png\)"):  # its size is another one
