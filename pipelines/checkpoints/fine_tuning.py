@@ -77,7 +77,7 @@ def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Star
         raise UserError(
             f"train.init_from: no block in {path} has the shape of this model's blocks (found {_blocks(found)}, expected "
             f"{_blocks(expected)})",
-            remedy="use a checkpoint of a model with the same section model",
+            remedy="use a checkpoint with the same settings in section model",
         )
     rows = {name: row for row, name in enumerate(old_names)}
     same_width = found.get(CLASSES, (0, 0))[1:] == expected[CLASSES][1:]

@@ -84,10 +84,7 @@ def read_completion(image: str, mask: str, keep_pixels: bool, size: int) -> Comp
 def _has_transparent_pixels(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
-    return image.mode.startswith("I") or image.convert("RGBA").getchannel("A").getextrema() != (
-        255,
-        255,
-    )  # Pillow does not detect it in 16-bit images
+    return image.mode.startswith("I") or image.convert("RGBA").getchannel("A").getextrema() != (255, 255)  # Pillow: 8 bits only
 
 
 def _read(name: str, path: str) -> bytes:

@@ -334,7 +334,7 @@ def test_sizes_and_tokenizers_that_do_not_fit(images: ImageSettings, tokenizer: 
     settings = CacheSettings(path=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"images.size is 15, expected a multiple of 2"):
         cache(Images(replace(images, size=15)), tokenizer.path, settings, stage)
-    with pytest.raises(UserError, match=r"holds no tokenizer .* run `mar tokenize` first"):
+    with pytest.raises(UserError, match=r"is not a tokenizer .* run `mar tokenize` first"):
         cache(Images(images), str(tmp_path), settings, stage)
 
 

@@ -206,7 +206,7 @@ def test_a_bucket_out_of_reach_during_a_checkpoint(
         writer.begin(tensors, progress(20))
         writer.wait()
         assert len(said) == 1
-        assert "checkpoint at 20 images failed" in said[0]
+        assert "checkpoint at 20 images could not be written" in said[0]
         server.share = 0.0
         assert newest_checkpoint(job.train.path) == "s3://runs/one/checkpoints/images-000000000010"
         writer.finish(tensors, progress(30))

@@ -208,7 +208,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
     image, mask = painted(tmp_path / "image.png"), painted(tmp_path / "mask.png", white=(slice(0, 9), slice(0, 9)))
     (tmp_path / "text.png").write_text("no image")
     cases = [
-        ({"image": image}, r"generate\.image is given without generate\.mask"),
+        ({"image": image}, r"generate\.image is set, but generate\.mask is empty"),
         ({"image": image, "mask": str(tmp_path / "none.png")}, r"generate\.mask '.*none\.png' can't be read"),
         ({"image": str(tmp_path / "text.png"), "mask": mask}, r"generate\.image '.*text\.png' can't be used: UnidentifiedImageError"),
         (

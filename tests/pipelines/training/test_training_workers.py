@@ -226,7 +226,7 @@ def test_a_worker_that_hangs_or_dies_while_its_group_starts(
 
 @pytest.mark.long
 def test_a_group_waits_for_room_and_is_given_up_when_it_never_starts(cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
-    run, waiting = replace(RECIPE, path=str(tmp_path), workers=1, failures=1), "no room for 1 workers at present"
+    run, waiting = replace(RECIPE, path=str(tmp_path), workers=1, failures=1), "no resources for 1 workers: waiting"
 
     def make_room(room: ray.util.placement_group) -> None:
         while not any(waiting in line for line in stage.said):
