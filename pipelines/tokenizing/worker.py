@@ -85,8 +85,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
 
     train = DecodedImages(job.images, listing.train())
     latent = (settings.channels, job.images.size // settings.stride, job.images.size // settings.stride)
-    sums, steps = torch.zeros(3, device=device), 0
-    began, first = time.perf_counter(), images_seen
+    sums, steps, began, first = torch.zeros(3, device=device), 0, time.perf_counter(), images_seen
     log_every = max(settings.images // LOG_LINES, settings.batch)
     for pixels, noise in batches(train, settings, latent, seed, images_seen, worker, workers):
         rate = learning_rate(images_seen, settings.learning_rate, int(WARMUP_SHARE * settings.images), "cosine", settings.images)

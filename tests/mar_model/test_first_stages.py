@@ -93,7 +93,7 @@ def test_foreign_and_hostile_files_are_refused(tmp_path: Path) -> None:
         "levels": ({}, {f"encoder.down.{level}.block.0.conv1.weight": torch.zeros(1) for level in range(100)}, "100 levels"),
         "not finite": ({}, {**weights, "quant_conv.bias": torch.full((4,), torch.nan)}, "not finite in 1 tensors: quant_conv.bias"),
         "another model": ({}, {"model.diffusion_model.x": torch.zeros(1)}, "or a Lightning checkpoint of an autoencoder"),
-        "not tensors": ({}, {**weights, "encoder.x": "text"}, "holds no weights under 'model': encoder.x there"),
+        "not tensors": ({}, {**weights, "encoder.x": "text"}, "contains no weights under 'model' but encoder.x"),
         "stray": ({}, {**weights, "model_ema.decay": torch.zeros(())}, r"unexpected \(1\): model_ema.decay"),
     }
     for name, (others, content, message) in cases.items():
