@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from benchmarks.parity_first_stages import first_stage, is_first_stage, release_arithmetic
-from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors
 from mar_model import GenerationOptions, TrainingDraws, generate
 from mar_model.checkpoints.checkpoint import model_without_weights
 from mar_model.checkpoints.released_sizes import released_config
@@ -313,6 +312,8 @@ def rows(record: Record) -> Iterator[Row]:
 
 def metric_rows(record: Record) -> Iterator[Row]:
     """The rows of a record of metrics. Raises NoRecord if its metadata are incomplete, or its arrays are not features."""
+    from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors  # imports pipelines, which a machine with a GPU may lack
+
     arrays = {name: record[name].cpu().numpy() for name in ARRAYS if name in record}
     try:
         numbers = {name: int(record.number(name)) for name in NUMBERS}

@@ -288,7 +288,7 @@ def test_another_source_and_another_tokenizer_are_refused(
     )
     other = KLAutoencoder(KLConfig(channels=3, width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1))
     save_tokenizer(other, tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"different: tokenizer\.digest"):
+    with pytest.raises(UserError, match=r"differing settings: tokenizer\.digest"):
         cache(Images(images), str(tmp_path / "tokenizer"), built, stage)
 
 
@@ -300,7 +300,7 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
     settings = copied(built, tmp_path / "cache")
     for name in ("summary.json", "manifest.json", "shards/shard-00001.json"):
         (tmp_path / "cache" / name).unlink()
-    with pytest.raises(UserError, match=r"3 of \d+ images can't be used, images.max_rejected=0.03 allows 1: b/20.png \(empty file\)"):
+    with pytest.raises(UserError, match=r"3 of \d+ images can't be used, but images.max_rejected=0.03 allows 1: b/20.png \(empty file\)"):
         cache(Images(strict), tokenizer.path, settings, stage)
     assert pq.read_table(tmp_path / "cache" / "rejected.parquet").num_rows == 3
     assert not (tmp_path / "cache" / "manifest.json").exists()

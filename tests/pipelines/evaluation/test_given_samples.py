@@ -92,14 +92,15 @@ def test_an_npz_of_the_same_images_and_a_built_reference_give_the_same_numbers(r
     values = {name: value for name, value in figures(found).items() if not name.endswith("error")}
     assert values == pytest.approx({name: figures(run["summary"])[name] for name in values}, rel=1e-4, abs=1e-6)
 
-    np.savez(root / "adm.npz", mu=np.zeros(1280), sigma=np.eye(1280), arr_0=np.zeros((5, 4, 4, 3), np.uint8))
+    statistics = {"mu": np.zeros(1280), "sigma": np.eye(1280), "network": "efficientnet-lite0"}
+    np.savez(root / "adm.npz", **statistics, arr_0=np.zeros((5, 4, 4, 3), np.uint8))
     with pytest.raises(UserError, match=r"images of 4 × 4 pixels, the samples have 32 × 32"):
         again(run, path=str(root / "other"), reference=str(root / "adm.npz"))
 
 
 def test_metrics_that_a_reference_does_not_allow_are_left_out_with_the_reason(run: dict[str, Any]) -> None:
     root = run["root"]
-    np.savez(root / "fid_stats.npz", mu=np.zeros(1280), sigma=np.eye(1280))
+    np.savez(root / "fid_stats.npz", mu=np.zeros(1280), sigma=np.eye(1280), network="efficientnet-lite0")
     changes = {"path": str(root / "stats"), "reference": str(root / "fid_stats.npz")}
     found = again(run, metrics=["fid", "recall"], **changes)
     assert found[FRECHET] > 0

@@ -198,7 +198,7 @@ def test_an_image_is_completed_where_the_mask_is_white(
     images, _ = LoadedModel(replace(plan, completion=decoded)).images(np.ones(1, int), range(1))
     assert (images[:, 10:] != original[10:]).any()
     other = painted(tmp_path / "other.png", white=(slice(40, 64), slice(0, 9)))
-    with pytest.raises(UserError, match=r"different: mask \(there"):
+    with pytest.raises(UserError, match=r"differing settings: mask \(found"):
         generate(tokenizer.path, "", replace(edit, mask=other), stage)
 
 
