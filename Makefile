@@ -7,8 +7,8 @@ BIN := .venv/bin
 demo: .venv/installed  ## all stages on digits: images, tokenizer, cache, model, sweeps, evaluation, report
 	$(BIN)/mar quickstart
 
-test: .venv/installed  ## the test suite
-	$(BIN)/python -m pytest -q
+test: .venv/installed  ## the test suite, in two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-long: .venv/installed  ## tests that take minutes each: killed and hung workers, node failures, failing S3
 	$(BIN)/python -m pytest -q -m long

@@ -12,7 +12,7 @@ import typer
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
 from jobs.evaluation_commands import RecordOut, SamplesGiven, evaluate_assignments, export, reference_command
-from jobs.leaving import last_line
+from jobs.leaving import last_line, say
 from jobs.path_options import Command, path_given
 from jobs.released import import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
@@ -89,7 +89,7 @@ def _leave(text: str, status: int) -> None:
 def _run(name: str, loaded: "RunConfig", **options: bool) -> None:
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
-        print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
+        say(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}")
     _print_summary(name, run_stage(name, loaded, **options))
 
 

@@ -1,14 +1,13 @@
-"""Training on several workers: the same step on 1, 2 and 4, sharded or not; killed, hung and interrupted, it ends as if nothing was."""
+"""Training on several workers: the same step on 1, 2 and 4, sharded or not; hung and interrupted, it ends as if nothing was."""
 
 import contextlib
 import importlib
-import json
 import os
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import ray
 import torch
 from checkpoint_files import save_checkpoint
+from disturbed_run import BATCH, FILES, RECIPE, STEPS, assert_bitwise, losses, meanwhile, signalled, tensors
 from listening import Listening
 from safetensors.torch import load_file
 from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
@@ -32,15 +32,7 @@ from pipelines.checkpoints.directory import checkpoint_names, checkpoint_path, n
 from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
-from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import model_config, train
-
-STEPS, BATCH = 50, 16
-RECIPE = TrainSettings(
-    images=STEPS * BATCH, batch=BATCH, micro_batch=4, learning_rate=1e-3, warmup_images=32, ema_decay=0.99, ema_decays=[0.9], workers=2,
-    precision="float32", checkpoint_images=160, checkpoints_kept=2, log_images=160, failures=2, hang_seconds=60,
-)  # fmt: skip
-FILES = ("model.safetensors", "ema.safetensors", "ema-0.9.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +62,6 @@ def undisturbed(ray_local: ClusterSettings, cache: CacheSettings, tmp_path_facto
     return path
 
 
-def tensors(run: Path, file: str) -> dict[str, torch.Tensor]:
-    return load_file(Path(checkpoint_path(str(run), STEPS * BATCH)) / file)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_bitwise(run: Path, expected: Path) -> None:
-    for file in FILES:
-        found, wanted = tensors(run, file), tensors(expected, file)
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name]) for name in found), file
-    np.testing.assert_allclose(losses(run), losses(expected), rtol=1e-12)  # an interval may have been left in its midst
-
-
 def assert_same_up_to_summation_order(run: Path, expected: Path) -> None:
     for file in FILES[:3]:
         found, wanted = tensors(run, file), tensors(expected, file)
@@ -113,41 +89,6 @@ def test_the_same_50_steps_on_1_2_and_4_workers_sharded_or_not(
     assert torch.equal(load_model(last, decay=0.99)[0].mask_token, load_file(last / "ema.safetensors")["mask_token"])
     with pytest.raises(ValueError, match=r"no average of decay 0\.5, only of 0\.99, 0\.9"):
         load_model(last, decay=0.5)
-
-
-def workers() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(one.cmdline())]
-
-
-@contextlib.contextmanager
-def meanwhile(run: Path, events: list[tuple[int, Callable[[], None]]]) -> Iterator[None]:
-    """Each event happens as soon as the run has the checkpoint at so many images."""
-
-    def act() -> None:
-        for images, event in events:
-            while not Path(checkpoint_path(str(run), images)).exists():
-                time.sleep(0.005)
-            event()
-
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    yield
-    thread.join(timeout=30)
-    assert not thread.is_alive(), "the run never got there"
-
-
-def signalled(kind: signal.Signals) -> Callable[[], None]:
-    """An event: a worker gets this signal."""
-    return lambda: workers()[-1].send_signal(kind)
-
-
-def test_a_killed_worker_changes_nothing(undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path) -> None:
-    with meanwhile(tmp_path, [(160, signalled(signal.SIGKILL))]):
-        train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path)), stage)
-    assert_bitwise(tmp_path, undisturbed)
-    text = "\n".join(stage.said)
-    assert "died" in text
-    assert text.count("2 workers running again") == 1
 
 
 @pytest.mark.long
