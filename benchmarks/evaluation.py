@@ -27,8 +27,9 @@ from PIL import Image
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.photographs import row as print_row
 from benchmarks.photographs import write_photographs
-from pipelines.evaluation.features.inception import DIGEST_GIVEN, Inception
+from pipelines.evaluation.features.inception import Inception
 from pipelines.evaluation.features.sizes import Features
+from pipelines.evaluation.features.weights import DIGEST_GIVEN
 from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
 from pipelines.evaluation.reference_file import Reference

@@ -75,7 +75,7 @@ def of_network(figures: Mapping[str, Any]) -> str:
 
 def of_few_samples(images: int, features: str) -> str:
     """What to say beside metrics of enough samples for a distance, but of fewer than are published anywhere."""
-    if features != "inception" or not DIMENSIONS[features] <= images < PUBLISHED_FEWEST:
+    if features == "efficientnet-lite0" or not DIMENSIONS[features] <= images < PUBLISHED_FEWEST:
         return ""
     return f"caution: published numbers are of 50,000 samples; those of {images:,} are not comparable with them"
 

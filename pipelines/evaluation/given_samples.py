@@ -10,7 +10,7 @@ from pipelines.evaluation.classifier.network import check_classes, classifier_di
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.given import find_samples
 from pipelines.evaluation.image_sets.readers import GivenSamples
-from pipelines.evaluation.metrics.definitions import METRICS
+from pipelines.evaluation.metrics.definitions import wanted_metrics
 from pipelines.evaluation.record import LABEL_AGREEMENT, LABEL_AGREEMENT_DEFINITION, PICTURE, features_path, has_metrics, write_record
 from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.references.made import reference_parts, source_statistics
@@ -36,6 +36,7 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
     `evaluate.path` gets `evaluation.json`, `statistics.npz`, `samples.png`, the samples' `features/` and the reference's statistics.
     Returns the summary. Raises UserError for samples that can't be used, missing weights, and a reference that does not fit.
     """
+    wanted = wanted_metrics(evaluate.metrics, evaluate.features)
     digest = network_digest(evaluate.features, evaluate.weights)
     given = find_samples(evaluate.samples)
     if evaluate.classifier:
@@ -65,7 +66,7 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
     )  # fmt: skip
     stage.say(f"features of {len(given):,} samples")
     [kept] = features_of([given], judges, evaluate.batch, stage)
-    found = measure(kept, evaluate.features, known, evaluate.metrics or list(METRICS))
+    found = measure(kept, evaluate.features, known, wanted)
     if evaluate.classifier:
         numbers = kept.numbers()
         agreeing = numbers["predicted"] == numbers["label"]

@@ -16,10 +16,10 @@ class EvaluateSettings:
         "", "samples to evaluate in place of drawn ones: folder of images, .npz with arr_0, WebDataset, Parquet, or a folder with shards/"
     )
     reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
-    features: Literal["inception", "efficientnet-lite0"] = identity(
-        "inception", "feature network: inception (result named fid) or efficientnet-lite0"
+    features: Literal["inception", "efficientnet-lite0", "dinov2"] = identity(
+        "inception", "feature network: inception (result named fid), dinov2 (fd_dinov2) or efficientnet-lite0"
     )
-    weights: str = operational("", "weights file of the Inception network (the embedded network needs none)")
+    weights: str = operational("", "weights file of Inception or DINOv2 (the embedded network needs none)")
     metrics: list[Literal["fid", "sfid", "inception_score", "kid", "precision", "recall"]] = operational(
         help="metrics to compute; empty: all that the feature network and the reference allow", factory=list
     )

@@ -11,7 +11,7 @@ from pipelines.evaluation.classifier.network import check_classes, classifier_di
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
-from pipelines.evaluation.metrics.definitions import METRICS
+from pipelines.evaluation.metrics.definitions import wanted_metrics
 from pipelines.evaluation.record import (
     LABEL_AGREEMENT,
     LABEL_AGREEMENT_DEFINITION,
@@ -63,6 +63,7 @@ def evaluate(
         return evaluate_given(images, tokenizer_path, evaluate, stage)
     check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
+    wanted = wanted_metrics(evaluate.metrics, evaluate.features)
     digest = network_digest(evaluate.features, evaluate.weights)
     drawing = plan_drawing(evaluate.path, tokenizer_path, train_path, generate, stage)
     if evaluate.classifier:
@@ -87,7 +88,7 @@ def evaluate(
 
     known = reference_parts(reference, evaluate, digest, (drawing.state["image_size"],) * 2, stage)
     scores = _score(drawing, evaluate, digest, stage)
-    found = measure(scores.kept, evaluate.features, known, evaluate.metrics or list(METRICS))
+    found = measure(scores.kept, evaluate.features, known, wanted)
     if evaluate.classifier:
         found.values[LABEL_AGREEMENT] = float(scores.agreeing.mean())
         found.errors[LABEL_AGREEMENT] = share_error(scores.agreeing)

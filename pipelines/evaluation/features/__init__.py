@@ -5,17 +5,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from pipelines.evaluation.features import dinov2, efficientnet, inception
+from pipelines.evaluation.features.dinov2 import DINOv2
 from pipelines.evaluation.features.efficientnet import EfficientNetLite0
-from pipelines.evaluation.features.efficientnet import weights_digest as efficientnet_digest
-from pipelines.evaluation.features.inception import INCEPTION_DIGEST, Inception, inception_weights
+from pipelines.evaluation.features.inception import Inception
 from pipelines.evaluation.features.sizes import DIMENSIONS, LOGITS, SPATIAL, Features
-from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 __all__ = [
     "DIMENSIONS",
     "LOGITS",
     "SPATIAL",
+    "DINOv2",
     "EfficientNetLite0",
     "FeatureNetwork",
     "Features",
@@ -40,15 +41,14 @@ class FeatureNetwork(Protocol):
 
 
 def load_network(name: str, weights: str, device: torch.device) -> FeatureNetwork:
-    """The network `efficientnet-lite0` (embedded) or `inception` (from the file `weights`), ready to use.
+    """The network `efficientnet-lite0` (embedded), `inception` or `dinov2` (from the file `weights`), ready to use.
 
     Raises UserError as `network_digest` does.
     """
+    _check_name(name)
     if name == "inception":
         return Inception(weights, device)
-    if name == "efficientnet-lite0":
-        return EfficientNetLite0(device)
-    raise UserError(f"evaluate.features is {name!r}, expected inception or efficientnet-lite0")
+    return DINOv2(weights, device) if name == "dinov2" else EfficientNetLite0(device)
 
 
 def network_digest(name: str, weights: str) -> str:
@@ -56,8 +56,12 @@ def network_digest(name: str, weights: str) -> str:
 
     Raises UserError when the weights are missing or are not the published ones, and for an unknown name.
     """
+    _check_name(name)
     if name == "inception":
-        return storage.digest(inception_weights(weights, INCEPTION_DIGEST))
-    if name == "efficientnet-lite0":
-        return efficientnet_digest()
-    raise UserError(f"evaluate.features is {name!r}, expected inception or efficientnet-lite0")
+        return inception.weights_digest(weights)
+    return dinov2.weights_digest(weights) if name == "dinov2" else efficientnet.weights_digest()
+
+
+def _check_name(name: str) -> None:
+    if name not in DIMENSIONS:
+        raise UserError(f"evaluate.features is {name!r}, expected {', '.join(DIMENSIONS)}")

@@ -1,6 +1,5 @@
 """Inception-v3 of 2015, as torch-fidelity ports it: the network of every published FID."""
 
-import hashlib
 import io
 
 import numpy as np
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from pipelines.evaluation.features.sizes import CPU_CHUNK, DIMENSIONS, SPATIAL_CHANNELS, Features
+from pipelines.evaluation.features.weights import weights_bytes
 from pipelines.runtime import storage
-from pipelines.runtime.errors import UserError
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_DIGEST = "6726825d"  # the first digits of the file's SHA-256
-DIGEST_GIVEN = "#sha256="  # after a path: the first digits of another file's SHA-256, which is taken in place of the published one
+GET = f"download {INCEPTION_URL} (91 MB; its SHA-256 begins with {INCEPTION_DIGEST}) and name the file in evaluate.weights"
 
 
 class Inception:
@@ -29,7 +28,7 @@ class Inception:
 
     def __init__(self, weights: str, device: torch.device, expected_digest: str = INCEPTION_DIGEST) -> None:
         """`expected_digest`: what the SHA-256 of the file `weights` begins with."""
-        data = inception_weights(weights, expected_digest)
+        data = weights_bytes(self.name, weights, GET, expected_digest)
         self.digest = storage.digest(data)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -61,19 +60,6 @@ class Inception:
         self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
 
 
-def inception_weights(weights: str, expected_digest: str) -> bytes:
-    """The bytes of the weights file. Raises UserError where there is none, and for one of another digest.
-
-    `PATH#sha256=DIGEST` names weights of the same layout that are not the published ones.
-    """
-    weights, _, given = weights.partition(DIGEST_GIVEN)
-    expected_digest = given or expected_digest
-    get = f"download {INCEPTION_URL} (91 MB; its SHA-256 begins with {INCEPTION_DIGEST}) and name the file in evaluate.weights"
-    if not weights or not storage.exists(weights):
-        found = "is not set" if not weights else f"{weights!r} is not there"
-        raise UserError(f"the feature network inception needs its weights file, and evaluate.weights {found}: {get}")
-    data = storage.read_bytes(weights)
-    digest = hashlib.sha256(data).hexdigest()
-    if not digest.startswith(expected_digest):
-        raise UserError(f"evaluate.weights {weights!r} has the SHA-256 {digest[:16]}…, expected {expected_digest}…: {get}")
-    return data
+def weights_digest(weights: str) -> str:
+    """SHA-256 of the weights. Raises UserError if the file is missing or is not the published one."""
+    return storage.digest(weights_bytes(Inception.name, weights, GET, INCEPTION_DIGEST))

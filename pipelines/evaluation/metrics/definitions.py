@@ -1,9 +1,12 @@
 """The metrics by name: what each is, with which parameters, and where it is published."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.evaluation.features.sizes import LOGITS, SPATIAL
 from pipelines.evaluation.metrics import inception_score, kid, precision_recall
+from pipelines.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,9 +19,12 @@ class Metric:
     source: str
     parameters: dict[str, Any]
     needs: tuple[str, ...]  # of the reference: `pooled` or `spatial` statistics, `features`
+    of_samples: tuple[str, ...] = ()  # of the samples alone: `logits`
 
 
 _TORCH_FIDELITY = "as torch-fidelity 0.4 computes it"
+
+FD_DINOV2 = "fd_dinov2"  # as it is published
 
 METRICS = {
     "fid": Metric(
@@ -45,6 +51,7 @@ METRICS = {
         f"arXiv 1606.03498, {_TORCH_FIDELITY}",
         {"splits": inception_score.SPLITS, "seed": inception_score.SEED},
         (),
+        ("logits",),
     ),
     "kid": Metric(
         ("kid_mean", "kid_std"),
@@ -76,7 +83,27 @@ METRICS = {
 def names_of(metric: str, features: str) -> tuple[str, ...]:
     """What the numbers of a metric are called, by the feature network: only Inception's have the published names."""
     found = METRICS[metric]
+    if features == "dinov2" and metric == "fid":
+        return (FD_DINOV2,)
     return found.names if features == "inception" else tuple(f"{name}_{features}" for name in found.other_names)
+
+
+def metrics_of(features: str) -> list[str]:
+    """The metrics that the feature network allows."""
+    lacking = {"spatial": not SPATIAL[features], "logits": not LOGITS[features]}
+    return [name for name, metric in METRICS.items() if not any(lacking.get(part) for part in (*metric.needs, *metric.of_samples))]
+
+
+def wanted_metrics(asked: Sequence[str], features: str) -> list[str]:
+    """The metrics in `asked` (`evaluate.metrics`), or all that the feature network allows if it is empty. Raises UserError for others."""
+    allowed = metrics_of(features)
+    for metric in asked:
+        if metric not in allowed:
+            raise UserError(
+                f"evaluate.metrics names {metric}, which the feature network {features} does not allow",
+                remedy=f"it allows {', '.join(allowed)}",
+            )
+    return list(asked) or allowed
 
 
 def described(metric: str, features: str, parameters: dict[str, Any] | None = None) -> str:
@@ -84,5 +111,6 @@ def described(metric: str, features: str, parameters: dict[str, Any] | None = No
     found = METRICS[metric]
     used = {**found.parameters, **(parameters or {})}
     listed = "; " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in used.items()) if used else ""
-    compared = "" if features == "inception" else "; not comparable with published numbers"
+    published = features == "inception" or names_of(metric, features) == (FD_DINOV2,)
+    compared = "" if published else "; not comparable with published numbers"
     return f"{found.definition} ({found.source}){listed}; features of {features}{compared}"

@@ -39,6 +39,8 @@ def write_shard(path: str, shard: FeatureShard) -> None:
     """`path/features-START-STOP.arrow`, atomically. A file that a power failure cuts off is noticed, and computed again."""
     columns: dict[str, Any] = {name: pa.array(getattr(shard, name), pa.int64()) for name in NUMBERS}
     for name, values in shard.features._asdict().items():
+        if not values.shape[1]:  # the network has none, and Arrow no lists of no values
+            continue
         flat = pa.array(np.ascontiguousarray(values, np.float32).reshape(-1))
         columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
     table = pa.table(columns)
@@ -72,7 +74,10 @@ class KeptFeatures:
 
     def column(self, number: int, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
         """`pooled`, `spatial` or `logits` of the shard with this number, float32 (N, D); only these rows if given."""
-        column = self._table(self.ranges[number]).column(name).combine_chunks()
+        table = self._table(self.ranges[number])
+        if name in Features._fields and name not in table.column_names:  # the network has none
+            return np.zeros((table.num_rows, 0), np.float32)[slice(None) if rows is None else rows]
+        column = table.column(name).combine_chunks()
         width = column.type.list_size
         values = column.values.to_numpy().reshape(-1, width)[column.offset :][: len(column)]
         return values if rows is None else values[rows]

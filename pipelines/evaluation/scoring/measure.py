@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.features.sizes import LOGITS
 from pipelines.evaluation.metrics import kid, precision_recall, uncertainty
 from pipelines.evaluation.metrics.definitions import METRICS, described, names_of
 from pipelines.evaluation.metrics.frechet import FeatureSums, FrechetReference
@@ -61,7 +62,7 @@ class Measuring:
 
     def block_sums(self) -> list[Any]:
         """Started calls for the sums of each block of samples."""
-        of_split = splits(self.total)
+        of_split = splits(self.total) if LOGITS[self.features] else None
         bounds = block_bounds(self.total)
         return [
             sums_of(self.kept, self.counts, start, stop, of_split, self.tasks) for start, stop in itertools.pairwise(bounds) if stop > start

@@ -114,5 +114,5 @@ def test_inception_is_torch_fidelitys(tmp_path: Path) -> None:
 
 
 def test_unknown_network() -> None:
-    with pytest.raises(UserError, match="'resnet', expected inception or efficientnet-lite0"):
+    with pytest.raises(UserError, match="'resnet', expected inception, efficientnet-lite0, dinov2"):
         network_digest("resnet", "")
