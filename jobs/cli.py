@@ -11,7 +11,7 @@ import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
-from jobs.evaluation_commands import RecordOut, SamplesGiven, evaluate_assignments, export, reference_command
+from jobs.evaluation_commands import RecordOut, SamplesGiven, TokenizerGiven, evaluate_assignments, export, reference_command
 from jobs.leaving import last_line, say
 from jobs.path_options import Command, path_given
 from jobs.released import import_command
@@ -105,8 +105,8 @@ def _stage_command(name: str) -> Callable[..., None]:
     def run_cache(check: Check = False, *, given: ConfigOptions) -> None:
         _run(name, given.load(), check=check)
 
-    def run_evaluate(samples: SamplesGiven = "", out: RecordOut = "", *, given: ConfigOptions) -> None:
-        _run(name, given.load(evaluate_assignments(samples, out)))
+    def run_evaluate(samples: SamplesGiven = "", tokenizer: TokenizerGiven = "", out: RecordOut = "", *, given: ConfigOptions) -> None:
+        _run(name, given.load(evaluate_assignments(samples, tokenizer, out)))
 
     own: dict[str, Callable[..., None]] = {"cache": run_cache, "generate": run_generate, "evaluate": run_evaluate}
     return own.get(name, run)

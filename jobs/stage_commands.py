@@ -17,8 +17,8 @@ class StageCommand:
 
 STAGES = {
     "tokenize": StageCommand(
-        "pipelines.tokenizing.stage:tokenize",
-        ("images", "tokenizer"),
+        "jobs.tokenizing:tokenize",
+        ("images", "tokenizer", "evaluate"),
         ("images.source",),
         "tokenizer.path",
         "Train the tokenizer, a KL autoencoder, on images.",

@@ -15,6 +15,9 @@ class EvaluateSettings:
     samples: str = operational(
         "", "samples to evaluate in place of drawn ones: folder of images, .npz with arr_0, WebDataset, Parquet, or a folder with shards/"
     )
+    tokenizer: str = operational("", "tokenizer to evaluate by its reconstructions of images, in place of samples")
+    split: Literal["held_out", "train", "all"] = operational("held_out", "part of images.source that evaluate.tokenizer reconstructs")
+    lpips_weights: str = operational("", "file of VGG16's weights (torchvision's vgg16-397923af.pth), for LPIPS of evaluate.tokenizer")
     reference: str = identity("", "statistics .npz, latent cache, or image source; empty: the held-out part of images.source")
     features: Literal["inception", "efficientnet-lite0", "dinov2"] = identity(
         "inception", "feature network: inception (result named fid), dinov2 (fd_dinov2) or efficientnet-lite0"

@@ -36,7 +36,7 @@ def build_reference(out: str, images: Images, split: str, count: int, evaluate: 
     """
     if not out.endswith(".npz"):
         raise UserError(f"--out is {out!r}, expected the name of an .npz file")
-    rows = _chosen(images, split, count)
+    rows = chosen_images(images, split, count)
     source = RealImages(images.settings, rows)
     digest = network_digest(evaluate.features, evaluate.weights)
     about = {**source.identity(), "source": images.settings.source, "split": split, "chosen": len(rows), "network": digest}
@@ -60,16 +60,19 @@ def build_reference(out: str, images: Images, split: str, count: int, evaluate: 
     return {"file": out, "images": used, "images_kept": len(chosen), **{name: about[name] for name in ("source", "split", "size")}}
 
 
-def _chosen(images: Images, split: str, count: int) -> ImageRows:
-    """Rows of one part of the source, sorted by key."""
+def chosen_images(images: Images, split: str, count: int, at_most: bool = False) -> ImageRows:
+    """`count` rows of one part of the source (0: all), chosen by the hash of their keys, sorted by key. Raises UserError if there are
+    fewer, unless `at_most`, and for fewer than two."""
     listing = images.listing
     rows = {"all": listing.rows, "train": listing.train(), "held_out": listing.held_out()}[split]
+    if at_most:
+        count = min(count, len(rows))
     if len(rows) < max(count, 2):
         raise UserError(
             f"images.source {images.settings.source!r} has {len(rows):,} images in the part {split!r}, expected {max(count, 2):,} or more",
             remedy="lower --images, or choose another --split",
         )
-    if not count:
+    if count in (0, len(rows)):
         return rows
     keys = rows.column("key")
     order = sorted(range(len(keys)), key=lambda number: hashlib.sha256(keys[number].encode()).digest())[:count]
