@@ -130,13 +130,13 @@ def _measured(kept: KeptFeatures, pairs: dict[str, np.ndarray], reference: Refer
     found.definitions = {name: f"of reconstructions against the same originals: {described('fid', evaluate.features)}"}
     reasons = {"lpips": NO_WEIGHTS, "ssim": f"the images are smaller than the window of {WINDOW}×{WINDOW} pixels"}
     for metric in NAMES:
-        values = pairs[metric]
-        if np.isnan(values).any():
+        each = pairs[metric]
+        if np.isnan(each).any():
             found.left_out[metric] = reasons[metric]
             continue
-        found.values[metric], found.definitions[metric] = float(values.mean()), DEFINITIONS[metric]
-        few = len(values) < uncertainty.BLOCKS
-        found.errors[metric] = float("nan") if few else float(values.std(ddof=1) / np.sqrt(len(values)))
+        found.values[metric], found.definitions[metric] = float(each.mean()), DEFINITIONS[metric]
+        few = len(each) < uncertainty.BLOCKS
+        found.errors[metric] = float("nan") if few else float(each.std(ddof=1) / np.sqrt(len(each)))
     return found
 
 
