@@ -18,7 +18,7 @@ from pipelines.runtime.stage import Stage
 
 STATISTICS, RECORD, PICTURE, FEATURES = "statistics.npz", "evaluation.json", "samples.png", "features"
 
-FORMAT_VERSION = 2  # 1: a Fréchet distance and label agreement alone
+FORMAT_VERSION = 3  # 1: a Fréchet distance and label agreement alone; 2: without the model, metrics by class and training images
 LABEL_AGREEMENT = "label_agreement"
 LABEL_AGREEMENT_DEFINITION = "share of samples that the classifier assigns to the class they were drawn for"
 
@@ -93,8 +93,11 @@ def write_record(
 
 
 def has_metrics(summary: Mapping[str, Any], evaluate: EvaluateSettings) -> bool:
-    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't."""
+    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't, and searched among
+    `evaluate.training_images` (unless an earlier version wrote it)."""
     known = {*summary, *summary.get("left_out", ())}
+    if summary.get("training_images", evaluate.training_images) != evaluate.training_images:
+        return False
     return known.issuperset(name for metric in evaluate.metrics for name in names_of(metric, evaluate.features))
 
 
