@@ -1,5 +1,6 @@
 """The evaluation record: its files, its fields and the definitions of its metrics."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ def write_record(
         **record,
     }
     storage.write_json(storage.join(evaluate.path, RECORD), null_for_nan(written))
+    stage.tag(tags_of(record))
     for file in (RECORD, PICTURE):
         if storage.exists(storage.join(evaluate.path, file)):
             stage.artifact(storage.join(evaluate.path, file))
@@ -90,6 +92,13 @@ def write_record(
             **known,
         },
     )
+
+
+def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The feature network and the reference of a record, as tags for MLflow."""
+    reference, network = record["reference"], record["network"]
+    content = {name: value for name, value in reference.items() if name not in ("images", "made_of")}
+    return {"network": f"{network['name']} {network['digest']}", "reference": json.dumps(reference.get("made_of") or content)}
 
 
 def has_metrics(summary: Mapping[str, Any], evaluate: EvaluateSettings) -> bool:

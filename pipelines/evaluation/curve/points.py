@@ -21,6 +21,8 @@ class EvaluationOfCheckpoint:
     """What is read again of a checkpoint's `evaluation.json`."""
 
     metrics: dict[str, float | None]
+    reference: dict[str, Any]
+    network: dict[str, Any]
     standard_errors: dict[str, float | None] = field(default_factory=dict)
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any
 
 from pipelines.checkpoints.directory import checkpoint_names
-from pipelines.evaluation.curve.points import CURVE, FORMAT_VERSION, draw_curve, finished_points
+from pipelines.evaluation.curve.points import CURVE, FORMAT_VERSION, REMEDY, EvaluationOfCheckpoint, draw_curve, finished_points
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.record import has_metrics
+from pipelines.evaluation.record import RECORD, has_metrics, tags_of
 from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.references.made import with_features
 from pipelines.evaluation.settings import EvaluateSettings
@@ -90,6 +90,7 @@ def _finish(evaluate: EvaluateSettings, identity: dict[str, Any], skipped: list[
         storage.write_bytes(storage.join(evaluate.path, file), data)
         stage.artifact(storage.join(evaluate.path, file))
     newest = points[-1]["checkpoint"]
+    stage.tag(tags_of(storage.read_json(storage.join(evaluate.path, newest, RECORD), EvaluationOfCheckpoint, REMEDY)))
     summary = read_summary(storage.join(evaluate.path, newest), "run the same command again")
     kept = {name: value for name, value in summary.items() if name not in OF_THE_STAGE}
     checkpoints = {"newest": newest, "checkpoints": [point["checkpoint"] for point in points], "skipped": skipped}

@@ -55,9 +55,7 @@ def test_the_distance_of_means_does_not_grow_with_fewer_images() -> None:
     shift, few, trials = np.array([1.0, 0.0, 0.0, 0.5]), 3, 4000
     sets = [generator.normal(size=(trials, few, 4)) for _ in range(2)]
     sets[1] += shift
-    one, other = (
-        ClassMeans(np.full(trials, few), values.mean(axis=1), values.var(axis=1, ddof=1).sum(axis=1) / few) for values in sets
-    )
+    one, other = (ClassMeans(np.full(trials, few), values.mean(axis=1), values.var(axis=1, ddof=1).sum(axis=1) / few) for values in sets)
     plain = np.square(one.means - other.means).sum(axis=1).mean()
     assert plain > 3.5  # 1.25 and the noise of two means
     assert one.distances(other).mean() == pytest.approx(1.25, abs=0.15)
