@@ -49,7 +49,7 @@ STAGES = {
         "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
-        "pipelines.evaluation.stage:evaluate",
+        "pipelines.evaluation.curve.stage:evaluate",
         ("images", "tokenizer_path", "train_path", "generate", "evaluate"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",

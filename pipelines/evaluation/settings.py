@@ -1,9 +1,13 @@
 """Section `evaluate` of the configuration."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from pipelines.runtime.settings import Count, identity, operational
+
+TrainingImages = Annotated[int, Field(ge=0, le=10_000, description="0 to 10,000")]  # a reference file keeps the features of no more
 
 
 @dataclass
@@ -27,5 +31,11 @@ class EvaluateSettings:
         help="metrics to compute; empty: all that the feature network and the reference allow", factory=list
     )
     classifier: str = identity("", "directory of a trained classifier, for label agreement; empty: none")
+    training_images: TrainingImages = operational(
+        10_000, "training images among which the nearest one to each sample is searched (images.source); 0: none"
+    )
+    checkpoints: Literal["newest", "all"] = operational(
+        "newest", "newest: one checkpoint; all: every kept checkpoint of train.path, each in a directory of its own in evaluate.path"
+    )
     batch: Count = operational(64, "images a batch of the feature network")
     actors: Count = operational(1, "actors that hold the feature network")
