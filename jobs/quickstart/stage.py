@@ -137,7 +137,7 @@ class Journey:
         if evaluate.checkpoints == "all":
             every = replace(evaluate, path=f"{evaluate.path.rstrip('/')}-checkpoints")
             rest = (images, sections.tokenizer_path, train.path, drawn, every)
-            self.stage("evaluate-checkpoints", every.path, lambda stage: curve.evaluate(*rest, stage))
+            self.stage("evaluate-checkpoints", every.path, lambda stage: curve.evaluate_all(*rest, stage))
         caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
         return {
             "samples": evaluated["images"],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.features import DIMENSIONS, SPATIAL
+from pipelines.evaluation.features.sizes import DIMENSIONS, SPATIAL
 from pipelines.evaluation.metrics.class_means import ClassMeans
 from pipelines.evaluation.statistics import REMEDY
 from pipelines.runtime.records import damaged

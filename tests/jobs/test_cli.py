@@ -39,6 +39,7 @@ COMMANDS = [
     "help",
     "import",
     "export",
+    "compare",
     "reference",
     "inspect",
     "verify",
@@ -48,7 +49,7 @@ CONFIGURED = [
 ]  # those are told all by their own options
 
 
-def test_the_seventeen_commands_are_there() -> None:
+def test_the_eighteen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 

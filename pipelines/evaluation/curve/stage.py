@@ -6,6 +6,8 @@ from typing import Any
 from pipelines.checkpoints.directory import checkpoint_names
 from pipelines.evaluation.curve.points import CURVE, FORMAT_VERSION, REMEDY, EvaluationOfCheckpoint, draw_curve, finished_points
 from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.given_samples import evaluate_given
+from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer
 from pipelines.evaluation.record import RECORD, has_metrics, tags_of
 from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.references.made import with_features
@@ -27,22 +29,33 @@ OF_THE_STAGE = ("format_version", "stage", "seconds", "identity")  # in every su
 def evaluate(
     images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
 ) -> dict[str, Any]:
-    """`evaluate.checkpoints=newest`: evaluate one checkpoint, or given samples (see `pipelines.evaluation.stage.evaluate`).
-
-    `all`: evaluate every checkpoint in `train_path` that is not yet evaluated, each in `evaluate.path/images-…`, and write `curve.json`,
-    `curve.png` and `curve.svg` with all of them; MLflow gets each metric at the checkpoint's images seen. Damaged checkpoints are skipped,
-    which is logged. Returns the summary: that of the newest checkpoint, and `checkpoints`, the names of all. Raises UserError for
-    contradicting settings, and if there is no checkpoint.
+    """Evaluate what the settings name: given samples (`evaluate.samples`, see `evaluate_given`), the reconstructions of a tokenizer
+    (`evaluate.tokenizer`, see `evaluate_tokenizer`), the samples of one checkpoint (`evaluate.checkpoints=newest`, see
+    `pipelines.evaluation.stage.evaluate`) or of every kept one (`all`, see `evaluate_all`). Raises UserError for contradicting settings.
     """
-    if evaluate.checkpoints == "newest":
-        return evaluate_one(images, tokenizer_path, train_path, generate, evaluate, stage)
-    for name, value in (
-        ("evaluate.samples", evaluate.samples),
-        ("evaluate.tokenizer", evaluate.tokenizer),
-        ("generate.checkpoint", generate.checkpoint),
-    ):
-        if value:
-            raise UserError(f"evaluate.checkpoints is 'all', but {name} is {value!r}", remedy="reset one of them")
+    given = {"evaluate.samples": evaluate.samples, "evaluate.tokenizer": evaluate.tokenizer}
+    if all(given.values()):
+        raise UserError("both evaluate.samples and evaluate.tokenizer are given", remedy="leave one of them empty")
+    if evaluate.checkpoints == "all":
+        for name, value in {**given, "generate.checkpoint": generate.checkpoint}.items():
+            if value:
+                raise UserError(f"evaluate.checkpoints is 'all', but {name} is {value!r}", remedy="reset one of them")
+        return evaluate_all(images, tokenizer_path, train_path, generate, evaluate, stage)
+    if evaluate.tokenizer:
+        return evaluate_tokenizer(images, evaluate, stage)
+    if evaluate.samples:
+        return evaluate_given(images, tokenizer_path, evaluate, stage)
+    return evaluate_one(images, tokenizer_path, train_path, generate, evaluate, stage)
+
+
+def evaluate_all(
+    images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
+) -> dict[str, Any]:
+    """Evaluate every checkpoint in `train_path` that is not yet evaluated, each in `evaluate.path/images-…`, and write `curve.json`,
+    `curve.png` and `curve.svg` with all of them; MLflow gets each metric at the checkpoint's images seen. Damaged checkpoints are skipped,
+    which is logged. Returns the summary: that of the newest checkpoint, and `checkpoints`, the names of all. Raises UserError if there is
+    no checkpoint.
+    """
     names = checkpoint_names(train_path)
     if not names:
         raise UserError(f"evaluate.checkpoints is 'all', but train.path {train_path!r} holds none", remedy="run `mar train` first")

@@ -14,7 +14,7 @@ from listening import Listening
 from tiny_run import write_images, write_tokenizer
 
 from mar_model.tokenizers import load_tokenizer
-from pipelines.evaluation.features import EfficientNetLite0
+from pipelines.evaluation.features.efficientnet import EfficientNetLite0
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
 from pipelines.evaluation.reconstructions import pixel_metrics as pixels
 from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer, reconstruction_name
