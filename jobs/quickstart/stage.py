@@ -16,7 +16,6 @@ from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows, real_and_noise
-from pipelines.evaluation.curve import stage as curve
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
@@ -135,6 +134,8 @@ class Journey:
 
         evaluated = self.stage("evaluate", evaluate.path, evaluate_and_compare)
         if evaluate.checkpoints == "all":
+            from pipelines.evaluation.curve import stage as curve
+
             every = replace(evaluate, path=f"{evaluate.path.rstrip('/')}-checkpoints")
             rest = (images, sections.tokenizer_path, train.path, drawn, every)
             self.stage("evaluate-checkpoints", every.path, lambda stage: curve.evaluate_all(*rest, stage))

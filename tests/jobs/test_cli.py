@@ -45,7 +45,7 @@ COMMANDS = [
     "verify",
 ]
 CONFIGURED = [
-    name for name in COMMANDS if name not in ("import", "export", "inspect", "verify", "help")
+    name for name in COMMANDS if name not in ("import", "export", "compare", "inspect", "verify", "help")
 ]  # those are told all by their own options
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mar_model.tokenizers.losses.perceptual import LPIPS, load_lpips
 from pipelines.evaluation.features.weights import DIGEST_GIVEN, weights_bytes
+from pipelines.images.pairs import psnr
 from pipelines.images.pixels import to_model
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
-from pipelines.tokenizing.result import psnr
 
 NAMES = ("psnr", "ssim", "lpips")
 WINDOW, SIGMA, K1, K2, RANGE = 11, 1.5, 0.01, 0.03, 255.0  # of Wang et al. 2004

@@ -22,6 +22,7 @@ from pipelines.evaluation.scoring.feature_shards import KeptFeatures, is_whole, 
 from pipelines.evaluation.scoring.measure import Measured, measure
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
+from pipelines.images.pairs import pairs_picture
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import require_workers
@@ -29,9 +30,9 @@ from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_config, tokenizer_digest
-from pipelines.tokenizing.result import PAIRS, pairs_picture
 
 PICTURE, PIXELS = "pairs.png", "pairs"
+PAIRS = 8  # in the picture
 LPIPS = "evaluate.lpips_weights"
 
 

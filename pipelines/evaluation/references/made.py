@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.image_sets.given import npz_images
 from pipelines.evaluation.image_sets.sets import ImageSource, RealImages
 from pipelines.evaluation.metrics.class_means import ClassMeans
 from pipelines.evaluation.reference_file import CLASS_ARRAYS, Reference, chosen_rows
@@ -62,6 +61,8 @@ def reference_parts(
     found = Reference.load(evaluate.reference, evaluate.features)
     if "arr_0" not in npz.names(evaluate.reference, REMEDY):
         return found
+    from pipelines.evaluation.image_sets.given import npz_images  # most references hold no images
+
     images = npz_images(evaluate.reference).in_order()
     if images.shape != tuple(shape):
         raise UserError(
@@ -83,6 +84,8 @@ def with_features(evaluate: EvaluateSettings, digest: str, stage: Stage) -> Eval
     there = npz.names(evaluate.reference, REMEDY)
     if "arr_0" not in there or "features" in there:
         return evaluate
+    from pipelines.evaluation.image_sets.given import npz_images  # most references hold no images
+
     images = npz_images(evaluate.reference).in_order()
     own = statistics_path(evaluate, images, digest)
     target = own.replace("reference-", "reference-with-features-")
