@@ -10,7 +10,6 @@ import numpy as np
 from pipelines.evaluation.causes.find import Evaluated, find_causes
 from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.image_sets.readers import ShardReader
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
 from pipelines.evaluation.metrics.definitions import METRICS
@@ -58,8 +57,9 @@ def evaluate(
     stage: Stage,
     shared: str = "",
 ) -> dict[str, Any]:
-    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference; with `evaluate.samples` compare those
-    (see `evaluate_given`) and draw none. shared: where the features of training images are kept, if not in `evaluate.path`.
+    """Draw `evaluate.images` samples of one checkpoint, every class in turn, and compare them with the reference.
+
+    shared: where the features of training images are kept, if not in `evaluate.path`.
 
     `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/`, their
     `features/` and the reference's statistics. Returns the summary: the metrics by name, the Fréchet distance also as
@@ -67,8 +67,6 @@ def evaluate(
     A finished evaluation that lacks one of `evaluate.metrics` computes it from the kept features. Raises UserError for missing weights,
     checkpoint, reference or classifier, and for fewer than two samples.
     """
-    if evaluate.samples:
-        return evaluate_given(images, tokenizer_path, evaluate, stage)
     check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     digest = network_digest(evaluate.features, evaluate.weights)

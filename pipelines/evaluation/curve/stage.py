@@ -1,4 +1,4 @@
-"""Stage *evaluate*: one checkpoint, or every kept checkpoint of a training run."""
+"""Stage *evaluate*: given samples, one checkpoint, or every kept checkpoint of a training run."""
 
 from dataclasses import replace
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pipelines.checkpoints.directory import checkpoint_names
 from pipelines.evaluation.curve.points import CURVE, FORMAT_VERSION, REMEDY, EvaluationOfCheckpoint, draw_curve, finished_points
 from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.record import RECORD, has_metrics, tags_of
 from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.references.made import with_features
@@ -27,13 +28,16 @@ OF_THE_STAGE = ("format_version", "stage", "seconds", "identity")  # in every su
 def evaluate(
     images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
 ) -> dict[str, Any]:
-    """`evaluate.checkpoints=newest`: evaluate one checkpoint, or given samples (see `pipelines.evaluation.stage.evaluate`).
+    """Evaluate the samples that `evaluate.samples` names (see `evaluate_given`), or one checkpoint (see `pipelines.evaluation.stage`), or with
+    `evaluate.checkpoints=all` every checkpoint of a training run.
 
-    `all`: evaluate every checkpoint in `train_path` that is not yet evaluated, each in `evaluate.path/images-…`, and write `curve.json`,
-    `curve.png` and `curve.svg` with all of them; MLflow gets each metric at the checkpoint's images seen. Damaged checkpoints are skipped,
-    which is logged. Returns the summary: that of the newest checkpoint, and `checkpoints`, the names of all. Raises UserError for
-    contradicting settings, and if there is no checkpoint.
+    That is every checkpoint in `train_path` that is not yet evaluated, each in `evaluate.path/images-…`; `curve.json`, `curve.png` and
+    `curve.svg` show all of them, and MLflow gets each metric at the checkpoint's images seen. Damaged checkpoints are skipped, which is
+    logged. Returns the summary: that of the newest checkpoint, with `checkpoints`, the names of all. Raises UserError for contradicting
+    settings, and if there is no checkpoint.
     """
+    if evaluate.samples and evaluate.checkpoints == "newest":
+        return evaluate_given(images, tokenizer_path, evaluate, stage)
     if evaluate.checkpoints == "newest":
         return evaluate_one(images, tokenizer_path, train_path, generate, evaluate, stage)
     for name, value in (("evaluate.samples", evaluate.samples), ("generate.checkpoint", generate.checkpoint)):
