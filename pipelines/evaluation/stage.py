@@ -57,7 +57,7 @@ def evaluate(
     stage: Stage,
     shared: str = "",
 ) -> dict[str, Any]:
-    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference.
+    """Draw `evaluate.images` samples of one checkpoint, every class in turn, and compare them with the reference.
 
     shared: where the features of training images are kept, if not in `evaluate.path`.
 

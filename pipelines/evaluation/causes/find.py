@@ -11,6 +11,7 @@ from pipelines.evaluation.causes.memorisation import PICTURE, SHARE, memorisatio
 from pipelines.evaluation.causes.pictures import write_rows
 from pipelines.evaluation.image_sets.readers import Reader
 from pipelines.evaluation.reference_file import Reference
+from pipelines.evaluation.references.made import source_statistics, statistics_path
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.measure import HERE
 from pipelines.evaluation.scoring.tasks import Tasks
@@ -61,7 +62,7 @@ def find_causes(one: Evaluated, images: Images, evaluate: EvaluateSettings, dige
         table.save(storage.join(evaluate.path, FILE))
         shown = _show_classes(storage.join(evaluate.path, CLASSES_PICTURE), table, one)
         causes.record["by_class"] = {**table.record(), **({"picture": CLASSES_PICTURE} if shown else {})}
-    if evaluate.training_images and one.square:
+    if evaluate.training_images:
         _compare_with_training(one, images, replace(evaluate, path=shared or evaluate.path), digest, stage, evaluate.path, causes)
     return causes
 
@@ -81,8 +82,14 @@ def _compare_with_training(
     one: Evaluated, images: Images, evaluate: EvaluateSettings, digest: str, stage: Stage, path: str, causes: Causes
 ) -> None:
     try:
+        if not one.square:
+            raise UserError("the samples are not square, and training images are cropped to squares")
         source = training_images(images, evaluate.training_images)
-        found, index, record = memorisation(one.kept, one.reference, source, evaluate, digest, stage)
+        source_statistics([source], evaluate, digest, stage)  # computed once, and kept as a reference's are
+        training = Reference.load(statistics_path(evaluate, source, digest), evaluate.features)
+        found, index, record = memorisation(one.kept, one.reference, training, source)
+    except storage.UnwritableError:
+        raise
     except UserError as error:
         stage.say(f"samples are not compared with training images: {error.text}")
         causes.record["memorisation"] = {"left_out": error.text}

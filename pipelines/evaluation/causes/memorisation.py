@@ -12,16 +12,13 @@ from pipelines.evaluation.image_sets.readers import Reader
 from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.evaluation.image_sets.turns import in_turn
 from pipelines.evaluation.reference_file import Reference
-from pipelines.evaluation.references.made import source_statistics, statistics_path
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.measure import HERE, share_error
 from pipelines.evaluation.scoring.tasks import Tasks
-from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
 from pipelines.images.reading import DECODERS, decode_row
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import null_for_nan
-from pipelines.runtime.stage import Stage
 
 PICTURE = "neighbours.png"
 SHARE = "near_training_share"
@@ -41,15 +38,13 @@ def training_images(images: Images, count: int) -> RealImages:
 
 
 def memorisation(
-    kept: KeptFeatures, reference: Reference, source: RealImages, evaluate: EvaluateSettings, digest: str, stage: Stage
+    kept: KeptFeatures, reference: Reference, training: Reference, source: RealImages
 ) -> tuple[Nearest, np.ndarray, dict[str, Any]]:
     """The nearest training images of the samples, by place; the number in `source` of each of the training images used, by row of these;
-    and what the evaluation record says. The training images' features are computed once and kept as a reference's are.
+    and what the evaluation record says. training: the features of `source`.
 
     Raises UserError where too few of the training images can be used.
     """
-    source_statistics([source], evaluate, digest, stage)
-    training = Reference.load(statistics_path(evaluate, source, digest), evaluate.features)
     assert training.features is not None
     assert training.index is not None
     total = sum(stop - start for start, stop in kept.ranges)

@@ -1,4 +1,4 @@
-"""Stage *evaluate*: one checkpoint, or every kept checkpoint of a training run."""
+"""Stage *evaluate*: given samples, one checkpoint, or every kept checkpoint of a training run."""
 
 from dataclasses import replace
 from typing import Any
