@@ -1,11 +1,12 @@
 """Evaluation at scale against torch-fidelity: agreement, speed and memory, each with its bar.
 
-    python -m benchmarks.evaluation [whole_path spatial speed actors kept memory]
+    python -m benchmarks.evaluation [whole_path spatial speed actors kept memory kills]
 
 whole_path: 600 photographs in a folder, Inception with random weights, evaluated through Ray and by torch-fidelity's `calculate_metrics`.
 spatial: spatial features against a hook on torch-fidelity's network. speed: one scoring actor against torch-fidelity's extractor alone,
 by turns. actors: two actors against one, beside two processes without Ray. kept: all metrics of 50,000 × 2,048 synthetic features
 against 10,000, and the peak memory. memory: peak memory of all processes for 2,000 and 20,000 samples in an .npz.
+kills: ten kills of the driver, drawing and judging actors at random moments; the records but for times.
 Without arguments: whole_path, spatial, speed.
 """
 
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import evaluation_interrupted
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.photographs import row as print_row
 from benchmarks.photographs import write_photographs
@@ -46,7 +49,7 @@ from pipelines.runtime.stage import Stage
 
 SIDE, COUNT, BATCH = 64, 600, 32
 ROWS: list[tuple[str, str, str, str, str]] = []  # printed once Ray, which takes over the terminal, has ended
-SECTIONS = ("whole_path", "spatial", "speed", "actors", "kept", "memory")
+SECTIONS = ("whole_path", "spatial", "speed", "actors", "kept", "memory", "kills")
 
 
 def row(what: str, found: str, baseline: str, ratio: str, bar: str) -> None:
@@ -275,6 +278,18 @@ def memory(folder: Path, cluster: ClusterSettings) -> bool:
     return growth < 0.1
 
 
+def kills(folder: Path, cluster: ClusterSettings) -> bool:
+    """Ten kills at random moments, each evaluation with a local Ray instance of its own; the records against an undisturbed one."""
+    found = evaluation_interrupted.kills(folder)
+    killed = ", ".join(f"{count} {kind}s" for kind, count in found["kills"].items())
+    for moment in found["moments"]:
+        row(f"killed: {moment}", "", "", "", "none")
+    row("records after kills", f"{len(found['differing'])} differences", killed, f"{found['evaluations']} records", "none differs")
+    for difference in found["differing"]:
+        row(f"differs: {difference}", "", "", "", "none")
+    return not found["differing"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
@@ -282,16 +297,16 @@ def main() -> int:
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; expected {', '.join(SECTIONS)}")
     functions: dict[str, Callable[[Path, ClusterSettings], bool]] = {
-        "whole_path": whole_path, "spatial": spatial, "speed": speed, "actors": actors, "kept": kept, "memory": memory,
+        "whole_path": whole_path, "spatial": spatial, "speed": speed, "actors": actors, "kept": kept, "memory": memory, "kills": kills,
     }  # fmt: skip
     cluster = ClusterSettings(cpus=2)
     failed = []
     root = Path(tempfile.mkdtemp(prefix="benchmark-evaluation-"))
     try:
-        with connected(cluster, root / "ray.log"):
-            for name in wanted:
-                folder = root / name
-                folder.mkdir()
+        for name in wanted:
+            folder = root / name
+            folder.mkdir()
+            with nullcontext() if name == "kills" else connected(cluster, root / "ray.log"):
                 if not functions[name](folder, cluster):
                     failed.append(name)
     finally:
