@@ -1,5 +1,9 @@
-"""Imports what Ray's workers import, then forks one for each connection to the Unix socket whose path is given; ends when stdin does."""
+"""Imports what Ray's workers import, then forks one for each connection to the Unix socket whose path is given; ends when stdin does.
 
+A worker lives as long as its launcher, which is the process that the raylet ends, and the launcher as long as its worker.
+"""
+
+import ctypes
 import gc
 import importlib
 import json
@@ -65,37 +69,83 @@ def load_with_ray() -> None:
     drawn = set[bytes]()
     for _ in range(2):
         reader, writer = os.pipe()
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             os.write(writer, ObjectRef.from_random().binary())
             os._exit(0)
         os.close(writer)
         with open(reader, "rb") as stream:
             drawn.add(stream.read())
+        os.waitpid(pid, 0)
     assert len(drawn) == 2, "Ray's random generator was used while modules were imported"
 
 
+class Workers:
+    """The forked workers and the connections of their launchers. A file descriptor of each can be waited on."""
+
+    def __init__(self) -> None:
+        self._launchers = dict[int, socket.socket]()  # by the descriptor of the worker's process
+        self._pids = dict[int, int]()
+
+    def add(self, pid: int, launcher: socket.socket) -> None:
+        ended = os.pidfd_open(pid)
+        self._launchers[ended], self._pids[ended] = launcher, pid
+
+    def descriptors(self) -> list[int]:
+        """Readable once a worker or a launcher has ended."""
+        return [one for ended, launcher in self._launchers.items() for one in (ended, launcher.fileno())]
+
+    def heed(self, readable: set[int]) -> None:
+        """End the workers whose launchers have ended, and the launchers whose workers have."""
+        for ended, launcher in list(self._launchers.items()):
+            if launcher.fileno() in readable:
+                os.kill(self._pids[ended], signal.SIGKILL)
+            if ended in readable or launcher.fileno() in readable:
+                os.waitpid(self._pids.pop(ended), 0)
+                os.close(ended)
+                self._launchers.pop(ended).close()
+
+    def close(self) -> None:
+        """In a forked child."""
+        for ended, launcher in self._launchers.items():
+            os.close(ended)
+            launcher.close()
+
+
+def end_with_parent() -> None:
+    """This process gets SIGKILL when the one that forked it ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
+    workers = Workers()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(sys.argv[1])
         server.listen(64)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended children are forgotten at once
         load(WITHOUT_RAY)
         while True:
-            readable, _, _ = select.select([server, sys.stdin], [], [])
-            if sys.stdin in readable:
+            found, _, _ = select.select([server, sys.stdin, *workers.descriptors()], [], [])
+            if sys.stdin in found:
                 return
+            workers.heed({one for one in found if isinstance(one, int)})
+            if server not in found:
+                continue
             connection, _ = server.accept()
             wanted = asked(connection)
             if "ray" not in sys.modules:  # reads once and for all from the environment what all workers of a driver have in common
                 os.environ.update(wanted["environment"])
                 load_with_ray()
-            if os.fork() == 0:
+            pid = os.fork()
+            if pid == 0:
+                end_with_parent()
+                workers.close()
+                connection.close()
                 server.close()
                 become(wanted)
                 return
+            workers.add(pid, connection)
             for file in wanted["files"]:
                 os.close(file)
-            connection.close()
 
 
 main()
