@@ -28,8 +28,8 @@ OF_THE_STAGE = ("format_version", "stage", "seconds", "identity")  # in every su
 def evaluate(
     images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
 ) -> dict[str, Any]:
-    """Evaluate the samples that `evaluate.samples` names (see `evaluate_given`), or one checkpoint (see `pipelines.evaluation.stage`), or with
-    `evaluate.checkpoints=all` every checkpoint of a training run.
+    """Evaluate the samples that `evaluate.samples` names (see `evaluate_given`), or one checkpoint (see `pipelines.evaluation.stage`), or
+    with `evaluate.checkpoints=all` every checkpoint of a training run.
 
     That is every checkpoint in `train_path` that is not yet evaluated, each in `evaluate.path/images-…`; `curve.json`, `curve.png` and
     `curve.svg` show all of them, and MLflow gets each metric at the checkpoint's images seen. Damaged checkpoints are skipped, which is
