@@ -1,4 +1,4 @@
-"""The command `mar`: one subcommand per stage, plus quickstart, report, submit, doctor, plan, import, export, inspect and verify."""
+"""The command `mar`: one subcommand per stage, plus quickstart, report, compare, submit, doctor, plan, import, export and others."""
 
 import signal
 import sys
@@ -11,7 +11,8 @@ import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
-from jobs.evaluation_commands import RecordOut, SamplesGiven, evaluate_assignments, export, reference_command
+from jobs.compare import compare_command
+from jobs.evaluation_commands import RecordOut, SamplesGiven, TokenizerGiven, evaluate_assignments, export, reference_command
 from jobs.leaving import last_line, say
 from jobs.path_options import Command, path_given
 from jobs.released import import_command
@@ -105,8 +106,8 @@ def _stage_command(name: str) -> Callable[..., None]:
     def run_cache(check: Check = False, *, given: ConfigOptions) -> None:
         _run(name, given.load(), check=check)
 
-    def run_evaluate(samples: SamplesGiven = "", out: RecordOut = "", *, given: ConfigOptions) -> None:
-        _run(name, given.load(evaluate_assignments(samples, out)))
+    def run_evaluate(samples: SamplesGiven = "", tokenizer: TokenizerGiven = "", out: RecordOut = "", *, given: ConfigOptions) -> None:
+        _run(name, given.load(evaluate_assignments(samples, tokenizer, out)))
 
     own: dict[str, Callable[..., None]] = {"cache": run_cache, "generate": run_generate, "evaluate": run_evaluate}
     return own.get(name, run)
@@ -212,6 +213,7 @@ def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", hel
 
 command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
 command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export)
+command("compare", epilog="Example:  mar compare runs/demo runs/other")(compare_command)
 command("reference", epilog="Example:  mar reference --preset demo --out runs/reference.npz")(expanded(reference_command))
 command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
 command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)

@@ -15,6 +15,9 @@ from pipelines.runtime.errors import UserError
 SamplesGiven = Annotated[
     str, typer.Option("--samples", metavar="PATH", callback=path_given, help="evaluate these: folder, .npz, WebDataset, Parquet, shards")
 ]
+TokenizerGiven = Annotated[
+    str, typer.Option("--tokenizer", metavar="DIR", callback=path_given, help="evaluate the reconstructions of this tokenizer")
+]
 RecordOut = Annotated[str, typer.Option("--out", metavar="DIR", callback=path_given, help="directory of the record: evaluate.path")]
 
 
@@ -26,9 +29,9 @@ class Split(StrEnum):
     HELD_OUT = "held_out"
 
 
-def evaluate_assignments(samples: str, out: str) -> list[str]:
+def evaluate_assignments(samples: str, tokenizer: str, out: str) -> list[str]:
     """The options of `mar evaluate` as `section.key=value`."""
-    given = {"evaluate.samples": samples, "evaluate.path": out}
+    given = {"evaluate.samples": samples, "evaluate.tokenizer": tokenizer, "evaluate.path": out}
     return [f"{name}={write_text(value)}" for name, value in given.items() if value]
 
 

@@ -17,8 +17,8 @@ class StageCommand:
 
 STAGES = {
     "tokenize": StageCommand(
-        "pipelines.tokenizing.stage:tokenize",
-        ("images", "tokenizer"),
+        "jobs.tokenizing:tokenize",
+        ("images", "tokenizer", "evaluate"),
         ("images.source",),
         "tokenizer.path",
         "Train the tokenizer, a KL autoencoder, on images.",
@@ -49,7 +49,7 @@ STAGES = {
         "mar generate --preset demo --label 3 --label 7 --film",
     ),
     "evaluate": StageCommand(
-        "pipelines.evaluation.stage:evaluate",
+        "pipelines.evaluation.curve.stage:evaluate",
         ("images", "tokenizer_path", "train_path", "generate", "evaluate"),
         ("images.source", "train.path", "tokenizer.path"),
         "evaluate.path",

@@ -9,6 +9,7 @@ from jobs.quickstart.attempts import Attempts
 from jobs.quickstart.digits import write_digits
 from jobs.report.page import report
 from jobs.stages import run_directory, sections_of
+from jobs.tokenizing import tokenize
 from mar_model.config import Architecture
 from pipelines.caching import stage as caching
 from pipelines.evaluation import cautions
@@ -29,7 +30,6 @@ from pipelines.sweeping import stage as sweeping
 from pipelines.sweeping.settings import SweepSettings
 from pipelines.sweeping.stage import check_metric
 from pipelines.sweeping.trials import Sections
-from pipelines.tokenizing import stage as tokenizing
 
 if TYPE_CHECKING:
     from jobs.config.schema import RunConfig
@@ -103,7 +103,7 @@ class Journey:
         """All stages; the figures that the run's summary shows."""
         config, images, train = self.config, sections.images, sections.train
         root = run_directory(config)
-        self.stage("tokenize", config.tokenizer.path, lambda stage: tokenizing.tokenize(images, config.tokenizer, stage))
+        self.stage("tokenize", config.tokenizer.path, lambda stage: tokenize(images, config.tokenizer, config.evaluate, stage))
         self.stage("cache", config.cache.path, lambda stage: caching.cache(images, config.tokenizer.path, config.cache, stage))
         self.stage("train", train.path, lambda stage: training.train(**vars(sections), stage=stage))
         classifier = storage.join(root, "classifier")
@@ -133,6 +133,12 @@ class Journey:
             return summary
 
         evaluated = self.stage("evaluate", evaluate.path, evaluate_and_compare)
+        if evaluate.checkpoints == "all":
+            from pipelines.evaluation.curve import stage as curve
+
+            every = replace(evaluate, path=f"{evaluate.path.rstrip('/')}-checkpoints")
+            rest = (images, sections.tokenizer_path, train.path, drawn, every)
+            self.stage("evaluate-checkpoints", every.path, lambda stage: curve.evaluate_all(*rest, stage))
         caution = cautions.of_distance({cautions.ROW_IMAGES: compared}, evaluate.features)
         return {
             "samples": evaluated["images"],

@@ -30,6 +30,14 @@ class StageOutput:
         path = storage.join(self.path, name)
         return path if storage.exists(path) else None
 
+    def within(self, name: str) -> str:
+        """The path of a file of the evaluation: of the newest checkpoint's if several were evaluated."""
+        return storage.join(self.path, str(self.summary.get("newest") or ""), name)
+
+    def within_file(self, name: str) -> str | None:
+        path = self.within(name)
+        return path if storage.exists(path) else None
+
 
 def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
     """All plain values of a summary, those of nested mappings as `name · key`."""

@@ -1,13 +1,12 @@
 """One self-contained page about a run: samples, quality, cost, and how to repeat it."""
 
-import base64
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from jobs.report.evaluation import causes, curve, metrics
 from jobs.report.figures import StageOutput, distances, duration, figures, key_figures, measured_on, number, times
-from jobs.report.metrics import metrics
+from jobs.report.pictures import Pictures
 from jobs.report.reading import Classes, Reading, ReportedSummary
 from pipelines.images.grid import GRID_CLASSES
 from pipelines.runtime import storage
@@ -19,22 +18,8 @@ from pipelines.runtime.tracking import without_password
 from pipelines.training.metrics.divergence import diverged, skipped_steps
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+WORDS = {"real_train": "real (other images)", "near_training_share": "share near training images"}
 ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # order of the stages on the page
-
-
-@dataclass
-class Pictures:
-    """Collects the page's pictures: each is written to `folder` as PNG and embedded in the page."""
-
-    folder: str
-
-    def add(self, name: str, data: bytes) -> str:
-        """The picture as a `data:` URI."""
-        storage.write_bytes(storage.join(self.folder, f"{name}.png"), data)
-        return "data:image/png;base64," + base64.b64encode(data).decode()
-
-    def copy(self, name: str, data: bytes | None) -> str | None:
-        return self.add(name, data) if data else None
 
 
 def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
@@ -58,6 +43,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
             "them",
             remedy="give the run's directory, e.g. `mar report runs/demo`",
         )
+    evaluations = [one for one in stages if one.stage == "evaluate"]
     summary = run_summary or reading.object(storage.join(path, "summary.json"), ReportedSummary)
     run = summary if summary.get("stage") not in [one.stage for one in stages] else {}
     configuration = reading.object(storage.join(path, "configuration.json"), Configuration)
@@ -68,16 +54,19 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
     environment.filters |= {
         "number": number,
         "duration": duration,
-        "words": lambda name: str(name).replace("_", " ").replace("frechet", "Fréchet"),
+        "rounded": lambda error: number(float(f"{error:.2g}")),
+        "words": lambda name: WORDS.get(name, str(name).replace("_", " ").replace("frechet", "Fréchet")),
     }
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=path.rpartition("/")[2],
         path=path,
         tiles=key_figures(run, stages),
-        cautions=cautions.of_run(run, [one.summary for one in stages if one.stage == "evaluate"]),
+        cautions=cautions.of_run(run, [one.summary for one in evaluations]),
         samples=_samples(path, stages, pictures, run, reading),
         distances=distances(run, stages),
-        metrics=metrics([one.summary for one in stages if one.stage == "evaluate"]),
+        metrics=metrics(evaluations),
+        curve=curve(stages, pictures, reading),
+        causes=causes(evaluations, pictures, reading),
         training=_training(stages, pictures, reading),
         tokenizer=_tokenizer(stages, pictures, reading),
         sweeps=_sweeps(stages, pictures, reading),
@@ -108,7 +97,7 @@ def find_stages(path: str, reading: Reading) -> list[StageOutput]:
 def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any], reading: Reading) -> dict[str, Any] | None:
     """The grid of the evaluation, or else of the generation; also copied to `path/samples.png`."""
     for one in sorted(stages, key=lambda one: one.stage != "evaluate"):
-        data = reading.picture(one.file("samples.png")) if one.stage in ("evaluate", "generate") else None
+        data = reading.picture(one.within_file("samples.png")) if one.stage in ("evaluate", "generate") else None
         if data:
             if one.path != path:
                 storage.write_bytes(storage.join(path, "samples.png"), data)

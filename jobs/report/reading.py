@@ -41,6 +41,8 @@ class ReportedSummary(Summary):
     classifier_accuracy_real: float | None = None
     samples: int | None = None
     sampling: dict[str, Any] | None = None
+    newest: str | None = None
+    checkpoints: list[str] | None = None
     peak_memory_gb: float | None = None
 
 

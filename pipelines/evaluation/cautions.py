@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.features import DIMENSIONS
 from pipelines.evaluation.features.inception import INCEPTION_DIGEST
+from pipelines.evaluation.features.sizes import DIMENSIONS
 
 PUBLISHED_FEWEST = 10_000  # samples that a published number is of at least
 ROW_IMAGES = "images in each row of the comparison"

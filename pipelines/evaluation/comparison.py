@@ -1,18 +1,16 @@
 """Fréchet distances of generated, real and noise images at equal numbers of images."""
 
 import json
-from collections import Counter
-from collections.abc import Sequence
 
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, NoiseImages, RealImages, ReconstructedImages
+from pipelines.evaluation.image_sets.turns import in_turn
 from pipelines.evaluation.record import RECORD, Record
 from pipelines.evaluation.references.made import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import distance
 from pipelines.images.listing import Images
-from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import SUMMARY, Stage
@@ -27,9 +25,10 @@ def real_and_noise(images: Images, seed: int, count: int, tokenizer_path: str = 
     parts = {"held_out": images.listing.held_out(), "real_train": images.listing.train()}
     for name, rows in parts.items():
         _require(name, len(rows), count)
-    chosen = {name: _in_turn(rows, count) for name, rows in parts.items()}
+    chosen = {name: in_turn(rows, count) for name, rows in parts.items()}
+    names = images.listing.class_names
     return {
-        **{name: RealImages(images.settings, chosen[name]) for name in parts},
+        **{name: RealImages(images.settings, chosen[name], names) for name in parts},
         **({"reconstructed": ReconstructedImages(images.settings, chosen["real_train"], tokenizer_path)} if tokenizer_path else {}),
         "noise": NoiseImages(count, images.settings.size, seed),
     }
@@ -70,14 +69,3 @@ def frechet_rows(images: Images, evaluate: EvaluateSettings, count: int, stage: 
     if caution := cautions.of_distance({cautions.ROW_IMAGES: count}, evaluate.features):
         stage.say(caution)
     return {name: finished[name] for name in sources if name != "held_out"}
-
-
-def _in_turn(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
-    """`count` rows, every class in turn, sorted by key: the same rows whatever order they came in."""
-    places: Counter[int] = Counter()
-    ranked = []
-    for row in sorted(rows, key=lambda row: row.key):
-        ranked.append((places[row.label], row.label, row))
-        places[row.label] += 1
-    chosen = sorted(ranked, key=lambda one: one[:2])[:count]
-    return sorted((row for _, _, row in chosen), key=lambda row: row.key)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.causes.find import Evaluated, find_causes
 from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.given import find_samples
@@ -13,7 +14,7 @@ from pipelines.evaluation.image_sets.readers import GivenSamples
 from pipelines.evaluation.metrics.definitions import wanted_metrics
 from pipelines.evaluation.record import LABEL_AGREEMENT, LABEL_AGREEMENT_DEFINITION, PICTURE, features_path, has_metrics, write_record
 from pipelines.evaluation.references.find import find_reference
-from pipelines.evaluation.references.made import reference_parts, source_statistics
+from pipelines.evaluation.references.made import described_reference, reference_parts, source_statistics
 from pipelines.evaluation.scoring.actor import Judges
 from pipelines.evaluation.scoring.measure import measure, share_error
 from pipelines.evaluation.scoring.sources import features_of
@@ -74,14 +75,17 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
         found.definitions[LABEL_AGREEMENT] = LABEL_AGREEMENT_DEFINITION
     shown = np.arange(grid_samples(len(given), len(np.unique(given.labels))))
     write_grid(storage.join(evaluate.path, PICTURE), given.reader.take(shown), given.labels[shown])
+    one = Evaluated(kept, found.inside, known, given.class_names, given.reader, len(shown), given.shape[0] == given.shape[1])
+    causes = find_causes(one, Images(replace(images.settings, size=given.shape[0])), evaluate, digest, stage)
     record = {
-        "reference": {**reference.identity(), "images": count},
+        **causes.record,
+        "reference": described_reference(reference, count),
         "network": {"name": evaluate.features, "digest": digest},
         "seed": stage.seed,
         "samples": {"path": evaluate.samples, "height": given.shape[0], "width": given.shape[1], **given.about},
         "identity": identity,
     }
-    return write_record(found, {}, record, given.labels, evaluate, stage)
+    return write_record(found, causes.figures, record, given.labels, evaluate, stage)
 
 
 def _of_their_size(images: Images, given: GivenSamples, evaluate: EvaluateSettings) -> Images:

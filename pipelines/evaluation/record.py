@@ -1,5 +1,6 @@
 """The evaluation record: its files, its fields and the definitions of its metrics."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.runtime.stage import Stage
 
 STATISTICS, RECORD, PICTURE, FEATURES = "statistics.npz", "evaluation.json", "samples.png", "features"
 
-FORMAT_VERSION = 2  # 1: a Fréchet distance and label agreement alone
+FORMAT_VERSION = 3  # 1: a Fréchet distance and label agreement alone; 2: without the model, metrics by class and training images
 LABEL_AGREEMENT = "label_agreement"
 LABEL_AGREEMENT_DEFINITION = "share of samples that the classifier assigns to the class they were drawn for"
 
@@ -74,6 +75,7 @@ def write_record(
         **record,
     }
     storage.write_json(storage.join(evaluate.path, RECORD), null_for_nan(written))
+    stage.tag(tags_of(record))
     for file in (RECORD, PICTURE):
         if storage.exists(storage.join(evaluate.path, file)):
             stage.artifact(storage.join(evaluate.path, file))
@@ -92,9 +94,19 @@ def write_record(
     )
 
 
+def tags_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """The feature network and the reference of a record, as tags for MLflow."""
+    reference, network = record["reference"], record["network"]
+    content = {name: value for name, value in reference.items() if name not in ("images", "made_of")}
+    return {"network": f"{network['name']} {network['digest']}", "reference": json.dumps(reference.get("made_of") or content)}
+
+
 def has_metrics(summary: Mapping[str, Any], evaluate: EvaluateSettings) -> bool:
-    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't."""
+    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't, and searched among
+    `evaluate.training_images` (unless an earlier version wrote it)."""
     known = {*summary, *summary.get("left_out", ())}
+    if summary.get("training_images", evaluate.training_images) != evaluate.training_images:
+        return False
     return known.issuperset(name for metric in evaluate.metrics for name in names_of(metric, evaluate.features))
 
 

@@ -1,18 +1,20 @@
 """What a reference file holds, part by part: a metric takes those that it needs, and says which is missing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.features import DIMENSIONS, SPATIAL
+from pipelines.evaluation.features.sizes import DIMENSIONS, SPATIAL
+from pipelines.evaluation.metrics.class_means import ClassMeans
 from pipelines.evaluation.statistics import REMEDY
 from pipelines.runtime.records import damaged
 
 MOST_FEATURES = 10_000  # images of a reference whose features are kept: as many as ADM's file holds for precision and recall
 SEED = 2020
+CLASS_ARRAYS = ("class_names", "class_counts", "class_means", "class_noise")  # see `ClassMeans`
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Reference:
     spatial: tuple[np.ndarray, np.ndarray] | None = None
     features: np.ndarray | None = None  # (M, D) float32
     lacking: Mapping[str, str] = field(default_factory=dict)
+    index: np.ndarray | None = None  # (M,) int64: the number in its source of each image whose features are kept
+    classes: tuple[Sequence[str], ClassMeans] | None = None  # names of the classes, and their means
 
     @classmethod
     def load(cls, path: str, features: str) -> "Reference":
@@ -30,7 +34,7 @@ class Reference:
 
         Raises DamagedFileError for parts of other shapes than the network's, and for values that are not finite.
         """
-        arrays = npz.read(path, ("mu", "sigma", "mu_s", "sigma_s", "features"), REMEDY)
+        arrays = npz.read(path, ("mu", "sigma", "mu_s", "sigma_s", "features", "index", *CLASS_ARRAYS), REMEDY)
         _check(path, "mu", arrays.get("mu"), DIMENSIONS[features])
         lacking = {}
         spatial = None
@@ -46,7 +50,8 @@ class Reference:
         else:
             _check(path, "features", kept[0] if len(kept) else None, DIMENSIONS[features])
             _check_finite(path, {"features": kept})
-        return cls((arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)), spatial, kept, lacking)
+        pooled = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+        return cls(pooled, spatial, kept, lacking, arrays.get("index"), _classes(path, arrays, DIMENSIONS[features]))
 
 
 def chosen_rows(count: int) -> np.ndarray:
@@ -54,6 +59,15 @@ def chosen_rows(count: int) -> np.ndarray:
     if count <= MOST_FEATURES:
         return np.arange(count)
     return np.sort(np.random.RandomState(SEED).permutation(count)[:MOST_FEATURES])
+
+
+def _classes(path: str, arrays: Mapping[str, np.ndarray], dimension: int) -> tuple[list[str], ClassMeans] | None:
+    if any(name not in arrays for name in CLASS_ARRAYS):
+        return None
+    names, counts, means, noise = (arrays[name] for name in CLASS_ARRAYS)
+    if not len(names) == len(counts) == len(means) == len(noise) or means.shape[1:] != (dimension,):
+        raise damaged(path, f"it holds {len(names)} classes and class_means of shape {means.shape}", REMEDY)
+    return names.tolist(), ClassMeans(counts, means.astype(np.float64), noise)
 
 
 def _check(path: str, name: str, values: np.ndarray | None, dimension: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.evaluation.causes.find import Evaluated, find_causes
 from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.given_samples import evaluate_given
+from pipelines.evaluation.image_sets.readers import ShardReader
 from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
 from pipelines.evaluation.metrics.definitions import wanted_metrics
 from pipelines.evaluation.record import (
@@ -23,7 +24,7 @@ from pipelines.evaluation.record import (
     write_record,
 )  # fmt: skip
 from pipelines.evaluation.references.find import find_reference
-from pipelines.evaluation.references.made import reference_parts, source_statistics, statistics_path
+from pipelines.evaluation.references.made import described_reference, reference_parts, source_statistics, statistics_path
 from pipelines.evaluation.scoring.actor import Judges, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.measure import HERE, measure, share_error
@@ -48,10 +49,17 @@ NOT_USED = ("generate.images", "generate.labels", "generate.samples", "generate.
 
 
 def evaluate(
-    images: Images, tokenizer_path: str, train_path: str, generate: GenerateSettings, evaluate: EvaluateSettings, stage: Stage
+    images: Images,
+    tokenizer_path: str,
+    train_path: str,
+    generate: GenerateSettings,
+    evaluate: EvaluateSettings,
+    stage: Stage,
+    shared: str = "",
 ) -> dict[str, Any]:
-    """Draw `evaluate.images` samples, every class in turn, and compare them with the reference; with `evaluate.samples` compare those
-    (see `evaluate_given`) and draw none.
+    """Draw `evaluate.images` samples of one checkpoint, every class in turn, and compare them with the reference.
+
+    shared: where the features of training images are kept, if not in `evaluate.path`.
 
     `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/`, their
     `features/` and the reference's statistics. Returns the summary: the metrics by name, the Fréchet distance also as
@@ -59,8 +67,6 @@ def evaluate(
     A finished evaluation that lacks one of `evaluate.metrics` computes it from the kept features. Raises UserError for missing weights,
     checkpoint, reference or classifier, and for fewer than two samples.
     """
-    if evaluate.samples:
-        return evaluate_given(images, tokenizer_path, evaluate, stage)
     check_count("evaluate.images", evaluate.images)
     generate = replace(generate, precision=resolved(generate.precision, stage.cluster))
     wanted = wanted_metrics(evaluate.metrics, evaluate.features)
@@ -104,15 +110,20 @@ def evaluate(
     equal = found.values.get(name) if first is samples_statistics else None
     record = {
         "at_equal_numbers": {"images": first.count, name: distance(first, real) if equal is None else equal},
-        "reference": {**reference.identity(), "images": real.count},
+        "reference": described_reference(reference, real.count),
         "network": {"name": evaluate.features, "digest": digest},
         "seed": stage.seed,
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
+        "model": {**drawing.state["model"], "image_size": drawing.state["image_size"]},
         "identity": identity,
     }
+    reader = ShardReader(evaluate.path, samples.shards_there(evaluate.path))
+    shown = grid_samples(evaluate.images, len(drawing.labels))
+    names = drawing.state.get("class_names") or []
+    causes = find_causes(Evaluated(scores.kept, found.inside, known, names, reader, shown), images, evaluate, digest, stage, shared)
     speed = {**drawing.speed(scores.drawn, scores.seconds), "images_per_second": scores.images_per_second}
-    labels = drawing.labels_of(range(evaluate.images))
-    return write_record(found, {"out_of_range": scores.out_of_range, **speed}, record, labels, evaluate, stage)
+    figures = {"out_of_range": scores.out_of_range, "images_seen": drawing.state["images_seen"], **speed, **causes.figures}
+    return write_record(found, figures, {**record, **causes.record}, drawing.labels_of(range(evaluate.images)), evaluate, stage)
 
 
 def scoring_identity(

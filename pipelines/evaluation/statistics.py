@@ -24,6 +24,7 @@ class FeatureStatistics:
     count: int | None = None  # images; None in files that don't say (ADM's)
     network: str | None = None
     digest: str | None = None  # of the network
+    made_of: str = ""  # JSON, the identity of the images; empty where the file does not say
 
     @classmethod
     def of(cls, sums: FeatureSums, network: str, digest: str) -> "FeatureStatistics":
@@ -46,7 +47,7 @@ class FeatureStatistics:
         DamagedFileError when it holds no `mu` and `sigma` that fit, or values that are not finite."""
         if not storage.exists(path):
             raise UserError(f"statistics {path!r} are not there; expected an .npz with mu and sigma")
-        entries = npz.read(path, ("mu", "sigma", "count", "network", "digest"), REMEDY)
+        entries = npz.read(path, ("mu", "sigma", "count", "network", "digest", "made_of"), REMEDY)
         try:
             count = int(entries["count"]) if "count" in entries else None
         except (ValueError, TypeError) as error:
@@ -65,6 +66,7 @@ class FeatureStatistics:
             count=count,
             network=str(entries["network"]) if "network" in entries else None,
             digest=str(entries["digest"]) if "digest" in entries else None,
+            made_of=str(entries.get("made_of", "")),
         )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipelines.checkpoints.directory import VALIDATION
 from pipelines.evaluation import cautions
-from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
+from pipelines.evaluation.features import load_network, network_digest
+from pipelines.evaluation.features.sizes import DIMENSIONS
 from pipelines.evaluation.record import check_count, metric_name
 from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.references.made import source_statistics

@@ -1,9 +1,12 @@
 """Plots as PNG bytes: training curves, and a sweep's metric against its parameters."""
 
 import io
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 LOG_SCALE_RATIO = 30.0  # the axis is logarithmic if the ratio of the largest to the smallest parameter value is at least this
@@ -83,6 +86,29 @@ def sweep_plot(rows: list[dict[str, Any]], metric: str, best: str) -> bytes:
         axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
     axes.set_ylabel(literal(metric.replace("_", " ").replace("frechet", "Fréchet")), color=INK, fontsize=9)
     return _finished(figure, axes, across)
+
+
+def metric_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> dict[str, bytes]:
+    """One small plot for each metric: points (images seen, value, standard error), with error bars of one standard error where it is
+    known. Returns the figure as `png` and `svg`."""
+    rows = -(-len(curves) // 2)
+    figure = Figure(figsize=(7.2, 1.9 * rows + 0.3), dpi=120, layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, (name, points) in zip(panels, curves.items(), strict=False):
+        _style(axes)
+        _count_images(axes)
+        seen, values, errors = zip(*points, strict=True)
+        axes.errorbar(
+            seen, values, yerr=[error if math.isfinite(error) else 0.0 for error in errors],
+            color=BAND_COLOURS[1], linewidth=1.6, marker="o", markersize=3.5, capsize=3, ecolor=INK, elinewidth=0.9,
+        )  # fmt: skip
+        axes.set_title(literal(name.replace("_", " ").replace("frechet", "Fréchet")), fontsize=9, color=INK)
+    for axes in list(figure.axes)[len(curves) :]:
+        axes.set_visible(False)
+    with rc_context({"svg.hashsalt": "mar"}):  # equal figures give equal files
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    return {"png": _png(figure), "svg": svg.getvalue()}
 
 
 def literal(text: str) -> str:

@@ -80,6 +80,11 @@ class Stage:
         if self.tracker is not None:
             self.tracker.log(metrics, step)
 
+    def tag(self, tags: dict[str, str]) -> None:
+        """Set tags of the stage's MLflow run."""
+        if self.tracker is not None:
+            self.tracker.tag(tags)
+
     def artifact(self, path: str) -> None:
         """Log a file to MLflow if it is local; files on S3 are not copied."""
         if self.tracker is not None and storage.is_local(path):

@@ -121,6 +121,15 @@ class Tracker:
             if time.monotonic() >= self._next_flush:
                 self._flush()
 
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        try:
+            with _short_waits():
+                for name, value in tags.items():
+                    self._client.set_tag(self.run_id, name, value[:LONGEST_PARAMETER])
+        except Exception as error:  # a failing store must not end a stage
+            self._say(f"MLflow did not accept the tags {', '.join(tags)}: {_without_secrets(error, self._uri)}")
+
     def artifact(self, path: str) -> None:
         """Upload a local file or folder to the run's artefacts."""
         self._flush()

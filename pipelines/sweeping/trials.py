@@ -98,7 +98,7 @@ def grid(sections: Sections, sweep: SweepSettings) -> list[Trial]:
             own_paths |= {"train.path": path, "generate.checkpoint": ""}
             if sections.train.keep_best.startswith("validation_"):  # trials are not validated
                 own_paths |= {"train.keep_best": ""}
-        values = {**parameters, **own_paths, "evaluate.images": sweep.images}
+        values = {**parameters, **own_paths, "evaluate.images": sweep.images, "evaluate.training_images": 0}
         trials[name] = Trial(name, path, parameters, sections.with_values(values))
     return list(trials.values())
 

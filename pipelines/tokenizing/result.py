@@ -1,7 +1,5 @@
 """The result of training a tokenizer: weights, PSNR and a picture of reconstructions."""
 
-import io
-import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from mar_model.tokenizers import KLAutoencoder, save_tokenizer
 from pipelines.images.listing import ImageListing
+from pipelines.images.pairs import pairs_picture, psnr
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import DecodedImages
 from pipelines.runtime import storage
@@ -26,8 +24,6 @@ RESULT = "training.json"  # written when the trained tokenizer is in place
 EVALUATED = 500  # images that PSNR is measured on, spread evenly over the held-out part
 
 PAIRS = 8
-
-PAIR_PIXELS = 96  # smallest side of an image in the picture of pairs
 
 
 @torch.no_grad()
@@ -70,20 +66,3 @@ def diverged(found: str, settings: TokenizerSettings) -> UserError:
         f"training the tokenizer diverged ({found})",
         remedy=f"lower tokenizer.learning_rate, now {settings.learning_rate:g}, and give another tokenizer.path",
     )
-
-
-def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB (peak 255): two uint8 (n, H, W, 3) → float64 (n,); at most 100 dB."""
-    error = (originals.astype(np.float64) - reconstructions.astype(np.float64)) ** 2
-    decibels: np.ndarray = 10 * np.log10(255.0**2 / np.maximum(error.mean(axis=(1, 2, 3)), 255.0**2 * 1e-10))
-    return decibels
-
-
-def pairs_picture(pairs: np.ndarray) -> bytes:
-    """uint8 (n, 2, S, S, 3), original then reconstruction → a PNG of n columns and two rows, small images enlarged."""
-    count, _, size, _, _ = pairs.shape
-    picture = Image.fromarray(pairs.transpose(1, 2, 0, 3, 4).reshape(2 * size, count * size, 3))
-    factor = math.ceil(PAIR_PIXELS / size)
-    encoded = io.BytesIO()
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(encoded, format="PNG")
-    return encoded.getvalue()

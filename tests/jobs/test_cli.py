@@ -39,16 +39,17 @@ COMMANDS = [
     "help",
     "import",
     "export",
+    "compare",
     "reference",
     "inspect",
     "verify",
 ]
 CONFIGURED = [
-    name for name in COMMANDS if name not in ("import", "export", "inspect", "verify", "help")
+    name for name in COMMANDS if name not in ("import", "export", "compare", "inspect", "verify", "help")
 ]  # those are told all by their own options
 
 
-def test_the_seventeen_commands_are_there() -> None:
+def test_the_eighteen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 

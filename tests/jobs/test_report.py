@@ -126,7 +126,7 @@ def test_every_figure_is_on_the_page_and_nothing_is_fetched(run: Path) -> None:
     for shown in (
         "93.6\u00a0%", "98.4\u00a0%", "23.9 dB", "23.92 dB", "0.4376", "647.8", "128,000", "4,123,456", "5 min 18 s",
         "5.4 GB",  # tiles
-        "54.81", "18.25", "402.8", "generated", "real train", "noise",  # Fréchet rows
+        "54.81", "18.25", "402.8", "generated", "real (other images)", "noise",  # Fréchet rows
         "1 min 01 s", "13 s", "2 min 20 s", "80,000", "4,500", "334.7", "1,306",  # times
         "temperature=0.9", "61.25", "0.875", "55.12", "ValueError: <too hot>", "1 failed", "lowest Fréchet distance x",  # sweep
         "ant · <bee>", "rejected", "5.43",  # classes, all figures
@@ -141,6 +141,63 @@ def test_every_figure_is_on_the_page_and_nothing_is_fetched(run: Path) -> None:
     assert "url(" not in source
     assert "@import" not in source
     assert re.search(r'<tr class="best"><th scope="row">temperature=1.0</th>', source)
+
+
+def evaluated(folder: Path, copies: int = 0) -> None:
+    """The record of an evaluation with three classes, of which two are shown, and two samples beside training images."""
+    summary = json.loads((folder / "summary.json").read_text())
+    errors = {"frechet_distance_x": 61.25, "frechet_distance_x_standard_error": 0.98765, "frechet_distance_x_extrapolated": 58.5}
+    (folder / "summary.json").write_text(json.dumps({**summary, **errors}))
+    classes = [
+        {"label": label, "class": name, "samples": 100, "precision": share, "distance_of_means": distance, "label_agreement": None}
+        for label, name, share, distance in ((0, "ant", 0.25, 3.5), (1, "<bee>", None, 12.0))
+    ]
+    by_class = {
+        "file": "by_class.csv", "classes": 3, "distance_of_means_to": "the reference's mean of the class", "ranked_by": "distance_of_means",
+        "best": classes[:1], "worst": classes[1:], "picture": "classes.png",
+    }  # fmt: skip
+    nearest = [{"sample": sample, "label": 0, "ratio": ratio, "keys": ["train/a.png"]} for sample, ratio in ((7, 0.8125), (3, 1.5))]
+    memorisation = {
+        "share": 0.125, "standard_error": 0.0101, "reference": 0.36, "copies": copies, "training_images": 500, "train_part": 4500,
+        "picture": "neighbours.png", "nearest": nearest,
+    }  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps({"format_version": 3, "by_class": by_class, "memorisation": memorisation}))
+    for name in ("classes.png", "neighbours.png"):
+        rows = np.repeat(np.array([60, 180], np.uint8), 10)  # two rows of 10 pixels
+        Image.fromarray(np.broadcast_to(rows[:, None, None], (20, 40, 3)).copy()).save(folder / name)
+
+
+def test_the_causes_of_an_evaluation_are_on_the_page(run: Path) -> None:
+    evaluated(run / "evaluation", copies=2)
+    page = Page(Path(report(str(run))).read_text())
+    text = " ".join(page.text.split())
+    for shown in (
+        "real (other images)", "58.5", "0.99",  # rows of the comparison, extrapolation, error
+        "1 best and 1 worst of 3 classes by distance of means", "ant · precision 0.25 · distance of means 3.5 · 100 samples",
+        "<bee> · precision none · distance of means 12 · 100 samples", "by_class.csv",
+        "12.5 % ± 1.0 of all samples have a ratio below 1", "of the reference images 36.0 % do",
+        "2 samples have the same features as a training image.", "500 of 4,500 training images were searched", "sample 7 · ratio 0.8125",
+    ):  # fmt: skip
+        assert shown in text, shown
+    parts = [np.asarray(Image.open(run / "report" / f"{name}-{row}.png")) for name in ("class", "neighbours") for row in (1, 2)]
+    assert [(part.shape, int(part.min()), int(part.max())) for part in parts] == [((10, 40, 3), shade, shade) for shade in (60, 180)] * 2
+    (run / "evaluation" / "classes.png").write_bytes(b"cut off")
+    (run / "evaluation" / "evaluation.json").write_text('{"by_class": 3}')
+    assert "evaluation.json is damaged: by_class" in Path(report(str(run))).read_text()
+
+
+def test_the_curve_and_the_newest_of_its_evaluations_are_on_the_page(run: Path) -> None:
+    folder = run / "evaluation"
+    write(folder, {"stage": "evaluate", "seconds": 9.0, "images": 300, "newest": "images-2", "checkpoints": ["images-1", "images-2"]})
+    picture(folder / "curve.png", 90)
+    write(folder / "images-2", {"stage": "evaluate", "images": 300})
+    evaluated(folder / "images-2")
+    picture(folder / "images-2" / "samples.png", 30)
+    text = Page(Path(report(str(run))).read_text()).text
+    assert "Evaluations of 2 checkpoints" in text
+    assert "1 best and 1 worst of 3 classes" in text
+    assert (run / "report" / "samples.png").read_bytes() == (folder / "images-2" / "samples.png").read_bytes()
+    assert (run / "report" / "curve.png").read_bytes() == (folder / "curve.png").read_bytes()
 
 
 def test_pictures_are_inside_the_page_and_beside_it(run: Path) -> None:

@@ -1,29 +1,14 @@
-"""Feature networks: what metrics compare images by."""
+"""Feature networks: what metrics compare images by. The module of a network is imported when the network is used."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
-from pipelines.evaluation.features import dinov2, efficientnet, inception
-from pipelines.evaluation.features.dinov2 import DINOv2
-from pipelines.evaluation.features.efficientnet import EfficientNetLite0
-from pipelines.evaluation.features.inception import Inception
-from pipelines.evaluation.features.sizes import DIMENSIONS, LOGITS, SPATIAL, Features
+from pipelines.evaluation.features.sizes import DIMENSIONS, Features
 from pipelines.runtime.errors import UserError
 
-__all__ = [
-    "DIMENSIONS",
-    "LOGITS",
-    "SPATIAL",
-    "DINOv2",
-    "EfficientNetLite0",
-    "FeatureNetwork",
-    "Features",
-    "Inception",
-    "load_network",
-    "network_digest",
-]
+if TYPE_CHECKING:
+    import torch
 
 
 class FeatureNetwork(Protocol):
@@ -40,15 +25,23 @@ class FeatureNetwork(Protocol):
         """Everything that metrics need, from one pass of the network over uint8 images (N, H, W, 3)."""
 
 
-def load_network(name: str, weights: str, device: torch.device) -> FeatureNetwork:
+def load_network(name: str, weights: str, device: "torch.device") -> FeatureNetwork:
     """The network `efficientnet-lite0` (embedded), `inception` or `dinov2` (from the file `weights`), ready to use.
 
     Raises UserError as `network_digest` does.
     """
     _check_name(name)
     if name == "inception":
+        from pipelines.evaluation.features.inception import Inception
+
         return Inception(weights, device)
-    return DINOv2(weights, device) if name == "dinov2" else EfficientNetLite0(device)
+    if name == "dinov2":
+        from pipelines.evaluation.features.dinov2 import DINOv2
+
+        return DINOv2(weights, device)
+    from pipelines.evaluation.features.efficientnet import EfficientNetLite0
+
+    return EfficientNetLite0(device)
 
 
 def network_digest(name: str, weights: str) -> str:
@@ -58,8 +51,16 @@ def network_digest(name: str, weights: str) -> str:
     """
     _check_name(name)
     if name == "inception":
+        from pipelines.evaluation.features import inception
+
         return inception.weights_digest(weights)
-    return dinov2.weights_digest(weights) if name == "dinov2" else efficientnet.weights_digest()
+    if name == "dinov2":
+        from pipelines.evaluation.features import dinov2
+
+        return dinov2.weights_digest(weights)
+    from pipelines.evaluation.features import efficientnet
+
+    return efficientnet.weights_digest()
 
 
 def _check_name(name: str) -> None:

@@ -35,7 +35,7 @@ class DINOv2:
     dimension = DIMENSIONS[name]
 
     def __init__(self, weights: str, device: torch.device, *, model: str = MODEL) -> None:
-        data = weights_bytes(self.name, weights, GET)
+        data = weights_bytes("the feature network dinov2", weights, GET)
         self.digest = storage.digest(data)
         self._network = _network(model, _tensors(weights, data), weights).to(device)
         self._device = device
@@ -60,7 +60,7 @@ class DINOv2:
 def weights_digest(weights: str) -> str:
     """SHA-256 of the weights. Raises UserError if the file or the package timm is missing."""
     _timm()
-    return storage.digest(weights_bytes(DINOv2.name, weights, GET))
+    return storage.digest(weights_bytes("the feature network dinov2", weights, GET))
 
 
 def positions(published: Tensor, side: int) -> Tensor:

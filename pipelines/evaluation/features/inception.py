@@ -28,7 +28,7 @@ class Inception:
 
     def __init__(self, weights: str, device: torch.device, expected_digest: str = INCEPTION_DIGEST) -> None:
         """`expected_digest`: what the SHA-256 of the file `weights` begins with."""
-        data = weights_bytes(self.name, weights, GET, expected_digest)
+        data = weights_bytes("the feature network inception", weights, GET, expected_digest)
         self.digest = storage.digest(data)
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -62,4 +62,4 @@ class Inception:
 
 def weights_digest(weights: str) -> str:
     """SHA-256 of the weights. Raises UserError if the file is missing or is not the published one."""
-    return storage.digest(weights_bytes(Inception.name, weights, GET, INCEPTION_DIGEST))
+    return storage.digest(weights_bytes("the feature network inception", weights, GET, INCEPTION_DIGEST))

@@ -8,9 +8,9 @@ from pipelines.runtime.errors import UserError
 DIGEST_GIVEN = "#sha256="  # after a path: the first digits of the SHA-256 that the file must have
 
 
-def weights_bytes(network: str, weights: str, remedy: str, published: str = "") -> bytes:
-    """The bytes of the file `weights` (`evaluate.weights`) of a feature network. `PATH#sha256=DIGEST` names the digest that it must have, in
-    place of the `published` one, if that is known; both are first digits of a SHA-256.
+def weights_bytes(network: str, weights: str, remedy: str, published: str = "", setting: str = "evaluate.weights") -> bytes:
+    """The bytes of the file `weights` of a feature network, which `setting` names. `PATH#sha256=DIGEST` names the digest that the file must
+    have, in place of the `published` one, if that is known; both are first digits of a SHA-256.
 
     Raises UserError if there is no file, or if it has another digest; the error ends with `remedy`.
     """
@@ -18,9 +18,9 @@ def weights_bytes(network: str, weights: str, remedy: str, published: str = "") 
     expected = given or published
     if not path or not storage.exists(path):
         found = "is not set" if not path else f"{path!r} is not there"
-        raise UserError(f"the feature network {network} needs its weights file, and evaluate.weights {found}: {remedy}")
+        raise UserError(f"{network} needs its weights file, and {setting} {found}: {remedy}")
     data = storage.read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
     if not digest.startswith(expected):
-        raise UserError(f"evaluate.weights {path!r} has the SHA-256 {digest[:16]}…, expected {expected}…: {remedy}")
+        raise UserError(f"{setting} {path!r} has the SHA-256 {digest[:16]}…, expected {expected}…: {remedy}")
     return data

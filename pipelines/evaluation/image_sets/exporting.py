@@ -8,6 +8,7 @@ import numpy as np
 from pipelines.evaluation import npz
 from pipelines.evaluation.image_sets.given import own_shards
 from pipelines.evaluation.image_sets.readers import GivenSamples
+from pipelines.evaluation.image_sets.turns import interleaved
 from pipelines.generation import samples
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
@@ -35,16 +36,6 @@ def export_samples(run: str, file: str) -> dict[str, Any]:
         writer.rows("arr_0", (len(order), *given.shape, 3), np.uint8, _parts(given, order))
         writer.array("arr_1", given.labels[order])
     return {"file": file, "samples": len(order), "height": given.shape[0], "width": given.shape[1], "classes": len(np.unique(given.labels))}
-
-
-def interleaved(labels: np.ndarray) -> np.ndarray:
-    """Numbers of the samples with the classes in turn, each class in its own order: (N,) int64."""
-    by_class = np.argsort(labels, kind="stable")
-    ordered = labels[by_class]
-    starts = np.searchsorted(ordered, ordered, side="left")
-    rank = np.empty(len(labels), np.int64)
-    rank[by_class] = np.arange(len(labels)) - starts
-    return np.lexsort((labels, rank))
 
 
 def _parts(given: GivenSamples, order: np.ndarray) -> Iterator[np.ndarray]:

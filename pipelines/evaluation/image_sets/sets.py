@@ -45,6 +45,7 @@ class RealImages:
 
     images: ImageSettings
     rows: Sequence[ImageRow]
+    class_names: Sequence[str] = ()  # by label; empty: the labels have no meaning
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipelines.evaluation import npz
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.sets import RealImages, ranges
-from pipelines.evaluation.reference_file import chosen_rows
+from pipelines.evaluation.reference_file import CLASS_ARRAYS, chosen_rows
 from pipelines.evaluation.references.made import source_statistics, statistics_path
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import REMEDY
@@ -24,7 +24,7 @@ from pipelines.runtime.stage import Stage
 
 SPLITS = ("all", "train", "held_out")
 WORK = ".work"  # ends the name of the folder beside the file in which an interrupted attempt resumes
-ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "count", "network", "digest")
+ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features", "index", *CLASS_ARRAYS, "count", "network", "digest", "made_of")
 
 
 def build_reference(out: str, images: Images, split: str, count: int, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def build_reference(out: str, images: Images, split: str, count: int, evaluate: 
     """
     if not out.endswith(".npz"):
         raise UserError(f"--out is {out!r}, expected the name of an .npz file")
-    rows = _chosen(images, split, count)
-    source = RealImages(images.settings, rows)
+    rows = chosen_images(images, split, count)
+    source = RealImages(images.settings, rows, images.listing.class_names)
     digest = network_digest(evaluate.features, evaluate.weights)
     about = {**source.identity(), "source": images.settings.source, "split": split, "chosen": len(rows), "network": digest}
     if storage.exists(out):
@@ -53,23 +53,26 @@ def build_reference(out: str, images: Images, split: str, count: int, evaluate: 
     chosen = chosen_rows(used)
     shape = (len(chosen), images.settings.size, images.settings.size, 3)
     with npz.writing(out) as writer:
-        for name in ARRAYS:
+        for name in arrays:
             writer.array(name, arrays[name])
         writer.array("about", json.dumps(about))
         writer.rows("arr_0", shape, np.uint8, _images(source, chosen, evaluate.batch))
     return {"file": out, "images": used, "images_kept": len(chosen), **{name: about[name] for name in ("source", "split", "size")}}
 
 
-def _chosen(images: Images, split: str, count: int) -> ImageRows:
-    """Rows of one part of the source, sorted by key."""
+def chosen_images(images: Images, split: str, count: int, at_most: bool = False) -> ImageRows:
+    """`count` rows of one part of the source (0: all), chosen by the hash of their keys, sorted by key. Raises UserError if there are
+    fewer, unless `at_most`, and for fewer than two."""
     listing = images.listing
     rows = {"all": listing.rows, "train": listing.train(), "held_out": listing.held_out()}[split]
+    if at_most:
+        count = min(count, len(rows))
     if len(rows) < max(count, 2):
         raise UserError(
             f"images.source {images.settings.source!r} has {len(rows):,} images in the part {split!r}, expected {max(count, 2):,} or more",
             remedy="lower --images, or choose another --split",
         )
-    if not count:
+    if count in (0, len(rows)):
         return rows
     keys = rows.column("key")
     order = sorted(range(len(keys)), key=lambda number: hashlib.sha256(keys[number].encode()).digest())[:count]

@@ -2,7 +2,7 @@
 
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST
-from pipelines.evaluation.features import DIMENSIONS
+from pipelines.evaluation.features.sizes import DIMENSIONS
 from pipelines.evaluation.image_sets.sets import CachedLatents, ImageSource, RealImages
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics
@@ -24,16 +24,15 @@ def find_reference(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
                 f"evaluate.reference is empty and nothing of images.source {images.settings.source!r} is held out",
                 remedy="set images.held_out_share or images.held_out_folder, or name statistics, a latent cache or an image source",
             )
-        return RealImages(images.settings, held_out)
+        return RealImages(images.settings, held_out, images.listing.class_names)
     if reference.endswith(".npz"):
         return _checked(FeatureStatistics.load(reference), evaluate, digest)
     if storage.exists(storage.join(reference, MANIFEST)):
         require_tokenizer(tokenizer_path, LatentCache(reference).manifest.tokenizer["digest"], f"evaluate.reference {reference!r}")
         return CachedLatents(reference, tokenizer_path)
-    whole = ImageSettings(
-        source=reference, size=images.settings.size, exif=images.settings.exif, allow_empty_classes=True
-    )  # classes play no part
-    return RealImages(whole, list_images(whole).rows)
+    whole = ImageSettings(source=reference, size=images.settings.size, exif=images.settings.exif, allow_empty_classes=True)
+    listing = list_images(whole)
+    return RealImages(whole, listing.rows, listing.class_names)
 
 
 def _checked(statistics: FeatureStatistics, evaluate: EvaluateSettings, digest: str) -> FeatureStatistics:

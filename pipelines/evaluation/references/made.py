@@ -3,14 +3,16 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.image_sets.given import npz_images
 from pipelines.evaluation.image_sets.sets import ImageSource, RealImages
-from pipelines.evaluation.reference_file import Reference, chosen_rows
+from pipelines.evaluation.metrics.class_means import ClassMeans
+from pipelines.evaluation.reference_file import CLASS_ARRAYS, Reference, chosen_rows
 from pipelines.evaluation.scoring.actor import Judges
+from pipelines.evaluation.scoring.class_sums import class_means
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.pairs import rows_at
 from pipelines.evaluation.scoring.sources import features_of
@@ -41,7 +43,7 @@ def source_statistics(sources: Sequence[ImageSource], evaluate: EvaluateSettings
         for (path, source), features in zip(missing.items(), found, strict=True):
             counts = features.counts() if features.ranges else np.zeros(0, np.int64)
             _check_used(source, int(counts.sum()), stage)
-            _write(path, features, counts, evaluate.features, digest)
+            _write(path, source, features, counts, evaluate.features, digest)
             storage.delete(features.path)
     return [FeatureStatistics.load(path) for path in paths]
 
@@ -59,6 +61,8 @@ def reference_parts(
     found = Reference.load(evaluate.reference, evaluate.features)
     if "arr_0" not in npz.names(evaluate.reference, REMEDY):
         return found
+    from pipelines.evaluation.image_sets.given import npz_images  # most references hold no images
+
     images = npz_images(evaluate.reference).in_order()
     if images.shape != tuple(shape):
         raise UserError(
@@ -74,16 +78,50 @@ def reference_parts(
     return replace(found, features=own.features, lacking={name: why for name, why in found.lacking.items() if name != "features"})
 
 
-def _write(path: str, features: KeptFeatures, counts: np.ndarray, network: str, digest: str) -> None:
-    """The reference file of these features."""
+def with_features(evaluate: EvaluateSettings, digest: str, stage: Stage) -> EvaluateSettings:
+    """The same settings, `evaluate.reference` being a file with features if its images (`arr_0`, as in ADM's files) allow it: many
+    evaluations share them. The file is written below `evaluate.path`."""
+    there = npz.names(evaluate.reference, REMEDY)
+    if "arr_0" not in there or "features" in there:
+        return evaluate
+    from pipelines.evaluation.image_sets.given import npz_images  # most references hold no images
+
+    images = npz_images(evaluate.reference).in_order()
+    own = statistics_path(evaluate, images, digest)
+    target = own.replace("reference-", "reference-with-features-")
+    if not storage.exists(target):
+        stage.say(f"features of the {len(images):,} images in {evaluate.reference}")
+        source_statistics([images], evaluate, digest, stage)
+        arrays = npz.read(evaluate.reference, ("mu", "sigma", "mu_s", "sigma_s", "count"), REMEDY)
+        npz.save(target, {**arrays, **npz.read(own, ("features", "index"), REMEDY), "network": evaluate.features, "digest": digest})
+    return replace(evaluate, reference=target)
+
+
+def _write(path: str, source: ImageSource, features: KeptFeatures, counts: np.ndarray, network: str, digest: str) -> None:
+    """The reference file of the features of this source."""
     total = int(counts.sum())
     tasks = Tasks(total <= HERE)
     [sums] = tasks.results([sums_of(features, counts, 0, total, None, tasks)])
     mu, sigma = sums.pooled.moments()
     mu_s, sigma_s = sums.spatial.moments()
-    rows = rows_at(features, counts, chosen_rows(total))
-    about = {"count": total, "network": network, "digest": digest}
-    npz.save(path, {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, "features": rows, **about})
+    chosen = chosen_rows(total)
+    numbers = features.numbers()
+    kept = {"features": rows_at(features, counts, chosen), "index": numbers["index"][chosen]}
+    about = {"count": total, "network": network, "digest": digest, "made_of": json.dumps(source.identity(), sort_keys=True)}
+    names = list(source.class_names) if isinstance(source, RealImages) else []
+    classes = _by_class(class_means(features, counts, numbers["label"], len(names), tasks), names) if names else {}
+    npz.save(path, {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s, **kept, **classes, **about})
+
+
+def _by_class(means: ClassMeans, names: list[str]) -> dict[str, np.ndarray]:
+    values = (np.array(names), means.counts, means.means.astype(np.float32), means.noise)
+    return dict(zip(CLASS_ARRAYS, values, strict=True))
+
+
+def described_reference(reference: FeatureStatistics | ImageSource, images: int | None) -> dict[str, Any]:
+    """What the evaluation record says of a reference of so many images."""
+    made_of = {"made_of": json.loads(reference.made_of)} if isinstance(reference, FeatureStatistics) and reference.made_of else {}
+    return {**reference.identity(), "images": images, **made_of}
 
 
 def _is_kept(path: str, stage: Stage) -> bool:
@@ -92,7 +130,7 @@ def _is_kept(path: str, stage: Stage) -> bool:
         return False
     try:
         FeatureStatistics.load(path)
-        return "features" in npz.names(path, REMEDY)  # an earlier version kept mu and sigma alone
+        return "made_of" in npz.names(path, REMEDY)  # earlier versions kept less
     except DamagedFileError as error:
         stage.say(f"{error.text}; the statistics are computed again")
         return False

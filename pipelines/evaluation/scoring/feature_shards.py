@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.evaluation.features import Features
+from pipelines.evaluation.features.sizes import Features
 from pipelines.runtime import storage
 from pipelines.runtime.records import damaged
 

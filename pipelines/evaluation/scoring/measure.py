@@ -39,6 +39,7 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)
     definitions: dict[str, str] = field(default_factory=dict)
     moments: FeatureSums | None = None
+    inside: np.ndarray | None = None  # (N,) bool: at each place, whether the sample lies in a ball of the reference
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def _precision_recall(one: Measuring, sums: list[Any], reference: Reference, fou
             _leave_out(found, metric, one.features, f"{fewest} images, expected more than {precision_recall.NEIGHBOURS}")
         return
     flags = dict(zip(names, coverage(one.kept, one.counts, reference.features, one.tasks), strict=True))
+    found.inside = flags["precision"]
     for metric, name in names.items():
         found.values[name] = float(flags[metric].mean())
         found.errors[name] = share_error(flags[metric])

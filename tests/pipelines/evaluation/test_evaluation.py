@@ -11,7 +11,8 @@ from mar_model.tokenizers import load_tokenizer
 from pipelines.evaluation.classifier.network import check_classes, classifier_digest, load_classifier
 from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows
-from pipelines.evaluation.features import EfficientNetLite0, network_digest
+from pipelines.evaluation.features import network_digest
+from pipelines.evaluation.features.efficientnet import EfficientNetLite0
 from pipelines.evaluation.image_sets.sets import NoiseImages
 from pipelines.evaluation.metrics.inception_score import inception_score
 from pipelines.evaluation.metrics.kid import kernel_distance

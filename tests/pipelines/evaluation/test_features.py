@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.evaluation.features import EfficientNetLite0, Inception, load_network, network_digest
+from pipelines.evaluation.features import load_network, network_digest
+from pipelines.evaluation.features.efficientnet import EfficientNetLite0
+from pipelines.evaluation.features.inception import Inception
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.storage import digest
 

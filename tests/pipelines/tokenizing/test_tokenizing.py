@@ -15,6 +15,7 @@ from mar_model.noise import stream
 from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
 from mar_model.training.recipe import learning_rate
 from pipelines.images.listing import Images, list_images
+from pipelines.images.pairs import psnr
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import DecodedImages
 from pipelines.images.settings import ImageSettings
@@ -24,7 +25,7 @@ from pipelines.runtime.stage import Stage
 from pipelines.tokenizing import stage as tokenizing
 from pipelines.tokenizing.directory import tokenizer_digest
 from pipelines.tokenizing.job import TokenizerJob
-from pipelines.tokenizing.result import RESULT, psnr, write_result
+from pipelines.tokenizing.result import RESULT, write_result
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.tokenizing.stage import tokenize
 from pipelines.tokenizing.worker import GRADIENT_CLIP, PROGRESS, WARMUP_SHARE, Objective, batches, load_progress, save_progress

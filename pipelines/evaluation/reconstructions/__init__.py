@@ -1,0 +1,1 @@
+"""Evaluation of a tokenizer by its reconstructions of images."""
