@@ -27,6 +27,9 @@ class Reader(Protocol):
     def take(self, index: np.ndarray) -> np.ndarray:
         """Pixels of these images, uint8 (n, H, W, 3), in their order. Raises UserError for one that can't be used."""
 
+    def name(self, number: int) -> str:
+        """What to call an image in a message."""
+
 
 @dataclass(frozen=True)
 class GivenSamples:
@@ -45,6 +48,9 @@ class GivenSamples:
 
     def identity(self) -> dict[str, Any]:
         return self.about
+
+    def name(self, number: int) -> str:
+        return self.reader.name(number)
 
     def block(self, start: int, stop: int) -> Block:
         index = self.order[start:stop]
@@ -65,6 +71,9 @@ class ListedReader:
 
     def take(self, index: np.ndarray) -> np.ndarray:
         return np.stack([self._pixels(int(number)) for number in index])
+
+    def name(self, number: int) -> str:
+        return f"{self.rows[number].key} of {self.settings.source}"
 
     def _pixels(self, number: int) -> np.ndarray:
         row = self.rows[number]
@@ -108,6 +117,9 @@ class NpzReader:
             return self._rows.read(int(index[0]), int(index[-1]) + 1)
         return np.concatenate([self._rows.read(int(number), int(number) + 1) for number in index])
 
+    def name(self, number: int) -> str:
+        return f"row {number} of {self.member.name} in {self.member.path}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {"member": self.member}  # without an open file
 
@@ -124,6 +136,9 @@ class ShardReader:
 
     path: str
     ranges: Sequence[tuple[int, int]]
+
+    def name(self, number: int) -> str:
+        return f"drawn to {self.path}"
 
     def take(self, index: np.ndarray) -> np.ndarray:
         stops = np.array([stop for _, stop in self.ranges])

@@ -35,6 +35,9 @@ class ImageSource(Protocol):
     def block(self, start: int, stop: int) -> Block:
         """The images at these places; those that can't be used are left out."""
 
+    def name(self, number: int) -> str:
+        """What to call the image with this number (`Block.index`) in a message."""
+
 
 @dataclass(frozen=True)
 class RealImages:
@@ -55,6 +58,9 @@ class RealImages:
     def versions(self) -> str:
         """A digest of the times at which the images' files were written."""
         return storage.digest(np.array([row.version for row in self.rows], "<i8").tobytes())
+
+    def name(self, number: int) -> str:
+        return f"{self.rows[number].key} of {self.images.source}"
 
     def block(self, start: int, stop: int) -> Block:
         found, index, labels = [], [], []
@@ -84,6 +90,9 @@ class CachedLatents:
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "latents", "cache": self._cache.digest, "tokenizer": self._cache.manifest.tokenizer["digest"]}
+
+    def name(self, number: int) -> str:
+        return f"latent {number} of {self.path}"
 
     @torch.inference_mode()
     def block(self, start: int, stop: int) -> Block:
@@ -117,6 +126,9 @@ class ReconstructedImages:
         real = RealImages(self.images, self.rows)
         return {**real.identity(), "kind": "reconstructions", "versions": real.versions(), "tokenizer": tokenizer_digest(self.tokenizer)}
 
+    def name(self, number: int) -> str:
+        return f"the reconstruction of {self.rows[number].key}"
+
     @torch.inference_mode()
     def block(self, start: int, stop: int) -> Block:
         real = RealImages(self.images, self.rows).block(start, stop)
@@ -141,6 +153,9 @@ class NoiseImages:
     def identity(self) -> dict[str, Any]:
         return {"kind": "noise", "count": self.count, "size": self.size, "seed": self.seed}
 
+    def name(self, number: int) -> str:
+        return "an image of noise"
+
     def block(self, start: int, stop: int) -> Block:
         return _numbered(self.read(start, stop), start)
 
@@ -164,6 +179,9 @@ class DrawnSamples:
 
     def identity(self) -> dict[str, Any]:
         return {"kind": "samples", "count": self.count, "drawing": self.drawing}
+
+    def name(self, number: int) -> str:
+        return f"drawn to {self.path}"
 
     def block(self, start: int, stop: int) -> Block:
         images, labels = [], []

@@ -39,8 +39,9 @@ def _checked(statistics: FeatureStatistics, evaluate: EvaluateSettings, digest: 
     found = (statistics.network or "inception", len(statistics.mu))
     expected = (evaluate.features, DIMENSIONS[evaluate.features])
     if found != expected or statistics.digest not in (None, digest):
+        network = found[0] if statistics.network else "an unnamed network, which stands for inception"
         raise UserError(
-            f"evaluate.reference {evaluate.reference!r} holds statistics of {found[1]} features of {found[0]} "
+            f"evaluate.reference {evaluate.reference!r} holds statistics of {found[1]} features of {network} "
             f"(digest {(statistics.digest or 'unknown')[:12]}), expected {expected[1]} of {expected[0]} ({digest[:12]})",
             remedy="set evaluate.features, or name images and the statistics are computed",
         )

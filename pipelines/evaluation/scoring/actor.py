@@ -35,7 +35,7 @@ def scored(dataset: "Dataset", judges: Judges) -> Iterator[dict[str, np.ndarray]
 
     Columns of the dataset: `image` (uint8), `index`, `label`, `start` and `stop` (the block's places) and `source` (the set's number),
     the last three of which are added to drawn samples; all but `image` are passed on. With a classifier `predicted` (int64) is added.
-    Raises UserError for an image whose features are not finite.
+    Raises NotFiniteError for an image whose features are not finite.
     """
     import ray.data
 
@@ -48,6 +48,14 @@ def scored(dataset: "Dataset", judges: Judges) -> Iterator[dict[str, np.ndarray]
         num_gpus=judges.cluster.gpus_per_worker,
     )
     yield from results.iter_batches(batch_size=None, batch_format="numpy")
+
+
+class NotFiniteError(UserError):
+    """Features that are not finite. `source` and `number`: of the first such image, its set and its number in it."""
+
+    def __init__(self, text: str, remedy: str = "", source: int = 0, number: int = 0) -> None:
+        super().__init__(text, remedy)
+        self.source, self.number = source, number
 
 
 class ScoringActor:
@@ -82,10 +90,11 @@ class ScoringActor:
         finite = np.logical_and.reduce([np.isfinite(one).all(axis=1) for one in features])
         if not finite.all():
             first = int(block["index"][np.argmin(finite)])
-            raise UserError(
-                f"{count - int(finite.sum())} of {count} images have features that are not finite, the first is image {first} of those in "
-                f"{path.rpartition('/')[0] or path}",
-                remedy=f"check evaluate.weights, the weights of the feature network {self.judges.features}",
+            raise NotFiniteError(
+                f"{count - int(finite.sum())} of {count} images have features that are not finite, the first is image {first}",
+                f"check evaluate.weights, the weights of the feature network {self.judges.features}",
+                int(block["source"][0]),
+                first,
             )
         predicted = self.classifier.predict(images) if asked else np.full(count, -1)
         write_shard(path, FeatureShard(*place, block["index"], block["label"], predicted, features))

@@ -3,22 +3,32 @@
 from collections.abc import Sequence
 
 from pipelines.evaluation.image_sets.sets import ImageSource, ranges, read_sources
-from pipelines.evaluation.scoring.actor import Judges, scored
+from pipelines.evaluation.scoring.actor import Judges, NotFiniteError, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures, is_whole, shards_there
+from pipelines.runtime.errors import UserError, mistake_of
 from pipelines.runtime.stage import Stage
 
 
 def features_of(sources: Sequence[ImageSource], judges: Judges, batch: int, stage: Stage) -> list[KeptFeatures]:
-    """The features of each source, in `judges.kept`; blocks of images whose features are there are not read again."""
+    """The features of each source, in `judges.kept`; blocks of images whose features are there are not read again.
+
+    Raises UserError for an image whose features are not finite, with its name."""
     asked = bool(judges.classifier)
     blocks = [ranges(len(source), batch) for source in sources]
     done = [_done(folder, wanted, asked) for folder, wanted in zip(judges.kept, blocks, strict=True)]
     seen = sum(stop - start for one in done for start, stop in one)
     with stage.progress(sum(len(source) for source in sources), done=seen) as bar:
         if any(len(wanted) > len(one) for wanted, one in zip(blocks, done, strict=True)):
-            for block in scored(read_sources(sources, batch, done), judges):
-                seen += len(block["source"])
-                bar.update(seen)
+            try:
+                for block in scored(read_sources(sources, batch, done), judges):
+                    seen += len(block["source"])
+                    bar.update(seen)
+            except Exception as error:
+                mistake = mistake_of(error)
+                if not isinstance(mistake, NotFiniteError):
+                    raise
+                name = sources[mistake.source].name(mistake.number)
+                raise UserError(f"{mistake.text}, {name}", mistake.remedy) from error
     found = []
     for folder, wanted in zip(judges.kept, blocks, strict=True):
         there = set(shards_there(folder))
