@@ -112,7 +112,7 @@ def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: Eff
     names = {"frechet_distance", "spatial_frechet_distance", "class_score_mean", "class_score_std", "kernel_distance_mean",
              "kernel_distance_std", "precision", "recall"}  # fmt: skip
     assert set(record["metrics"]) == {f"{name}_efficientnet-lite0" for name in names} | {"label_agreement"}
-    assert record["format_version"] == 2
+    assert record["format_version"] == 3
     whole_set, reference_set = network.features(drawn(path)), network.features(real(run["images"].settings, held_out=True))
     spatial = [FeatureSums.of(one.spatial).moments() for one in (whole_set, reference_set)]
     expected = {
