@@ -59,7 +59,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Draw `evaluate.images` samples of one checkpoint, every class in turn, and compare them with the reference.
 
-    shared: where the features of training images are kept, if not in `evaluate.path`.
+    shared: where what is computed of the reference and of training images is kept, if not in `evaluate.path`.
 
     `evaluate.path` gets `evaluation.json`, `statistics.npz` (mu, sigma of the samples), `samples.png`, the samples' `shards/`, their
     `features/` and the reference's statistics. Returns the summary: the metrics by name, the Fréchet distance also as
@@ -77,10 +77,11 @@ def evaluate(
     require_workers({"generate.actors": generate.actors}, stage.cluster)
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
     reference = find_reference(images, tokenizer_path, evaluate, digest)
+    common = replace(evaluate, path=shared or evaluate.path)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
     finished = stage.begin(evaluate.path, identity, enough=lambda summary: has_metrics(summary, evaluate))
     if finished is not None:
-        if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
+        if isinstance(reference, RealImages) and not storage.exists(statistics_path(common, reference, digest)):
             stage.say(
                 "files of the reference's images were written since it was measured, with as many bytes: whether they are the same "
                 "images is not known; give another evaluate.path to measure them again"
@@ -90,9 +91,9 @@ def evaluate(
         real = reference
     else:
         stage.say(f"features of {len(reference):,} reference images")
-        [real] = source_statistics([reference], evaluate, digest, stage)
+        [real] = source_statistics([reference], common, digest, stage)
 
-    known = reference_parts(reference, evaluate, digest, (drawing.state["image_size"],) * 2, stage)
+    known = reference_parts(reference, common, digest, (drawing.state["image_size"],) * 2, stage)
     scores = _score(drawing, evaluate, digest, stage)
     found = measure(scores.kept, evaluate.features, known, wanted)
     if evaluate.classifier:

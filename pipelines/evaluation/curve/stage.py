@@ -10,7 +10,6 @@ from pipelines.evaluation.given_samples import evaluate_given
 from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer
 from pipelines.evaluation.record import RECORD, has_metrics, tags_of
 from pipelines.evaluation.references.find import find_reference
-from pipelines.evaluation.references.made import with_features
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate as evaluate_one
 from pipelines.evaluation.stage import scoring_identity, with_reference
@@ -70,16 +69,16 @@ def evaluate_all(
     }
 
     def enough(summary: dict[str, Any]) -> bool:
-        return set(names) <= {*summary["checkpoints"], *summary["skipped"]} and has_metrics(summary, evaluate)
+        return set(names) <= set(summary["checkpoints"]) and has_metrics(summary, evaluate)
 
     finished = stage.begin(evaluate.path, identity, enough)
     if finished is not None:
         return finished
-    shared = with_features(with_reference(images, tokenizer_path, evaluate, stage), digest, stage)
+    measured = with_reference(images, tokenizer_path, evaluate, stage)
     skipped = []
     for name in names:
         stage.say(f"checkpoint {name}")
-        one = replace(shared, path=storage.join(evaluate.path, name), checkpoints="newest")
+        one = replace(measured, path=storage.join(evaluate.path, name), checkpoints="newest")
         checkpoint = storage.join(train_path, "checkpoints", name)
         own = Stage(stage.name, stage.cluster, stage.configuration, seed=stage.seed)
         try:

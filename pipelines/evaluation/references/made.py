@@ -78,25 +78,6 @@ def reference_parts(
     return replace(found, features=own.features, lacking={name: why for name, why in found.lacking.items() if name != "features"})
 
 
-def with_features(evaluate: EvaluateSettings, digest: str, stage: Stage) -> EvaluateSettings:
-    """The same settings, `evaluate.reference` being a file with features if its images (`arr_0`, as in ADM's files) allow it: many
-    evaluations share them. The file is written below `evaluate.path`."""
-    there = npz.names(evaluate.reference, REMEDY)
-    if "arr_0" not in there or "features" in there:
-        return evaluate
-    from pipelines.evaluation.image_sets.given import npz_images  # most references hold no images
-
-    images = npz_images(evaluate.reference).in_order()
-    own = statistics_path(evaluate, images, digest)
-    target = own.replace("reference-", "reference-with-features-")
-    if not storage.exists(target):
-        stage.say(f"features of the {len(images):,} images in {evaluate.reference}")
-        source_statistics([images], evaluate, digest, stage)
-        arrays = npz.read(evaluate.reference, ("mu", "sigma", "mu_s", "sigma_s", "count"), REMEDY)
-        npz.save(target, {**arrays, **npz.read(own, ("features", "index"), REMEDY), "network": evaluate.features, "digest": digest})
-    return replace(evaluate, reference=target)
-
-
 def _write(path: str, source: ImageSource, features: KeptFeatures, counts: np.ndarray, network: str, digest: str) -> None:
     """The reference file of the features of this source."""
     total = int(counts.sum())

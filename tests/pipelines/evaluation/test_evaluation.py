@@ -198,7 +198,7 @@ def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
     assert evaluate(**sections(run)) == run["summary"]
     written = {file.name: file.stat().st_mtime_ns for file in (path / "shards").iterdir()}
     references = list(path.glob("reference-*.npz"))
-    assert len(references) == 2  # the held-out images, and as many samples
+    assert len(references) == 3  # the held-out images, as many samples, and the training images
     for name in ("summary.json", "evaluation.json", "shards/samples-00000008-00000016.parquet"):
         (path / name).unlink()
     again = evaluate(**sections(run))

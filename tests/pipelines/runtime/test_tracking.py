@@ -50,12 +50,14 @@ def test_runs_nest_and_hold_configuration_metrics_and_artefacts(settings: Tracki
         child.log({"loss": step / 10, "bad": math.nan}, step)
     (tmp_path / "picture.txt").write_text("pixels")
     child.artifact(str(tmp_path / "picture.txt"))
+    child.tag({"network": "inception 67268"})
     child.close()
     parent.close("KILLED")
 
     client = MlflowClient(settings.uri)
     run = client.get_run(child.run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert run.data.tags["network"] == "inception 67268"
     assert child.parent is parent
     assert run.info.run_name == "train"
     assert run.info.status == "FINISHED"
