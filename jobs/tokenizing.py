@@ -15,31 +15,46 @@ from pipelines.tokenizing.settings import TokenizerSettings
 
 FOLDER = "evaluation"  # in tokenizer.path
 MOST_IMAGES = 5_000
+LITE = "efficientnet-lite0"  # its weights come with the extra demo
 
 
 def tokenize(images: Images, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
     """Run `tokenizing.tokenize`, then evaluate the reconstructions of up to 5,000 held-out images, with the feature network
-    `evaluate.features`.
+    `evaluate.features`, or with efficientnet-lite0 if that one's weights are missing.
 
-    Without the network, or with fewer than two held-out images, the evaluation is left out, and the reason is printed.
+    Without either network, or with fewer than two held-out images, the evaluation is left out, and the reason is printed.
     """
     summary = tokenizing.tokenize(images, tokenizer, stage)
     path = storage.join(tokenizer.path, FOLDER)
     if tokenizer.kind == "pixels" or storage.exists(storage.join(path, SUMMARY)):
         return summary
     later = f"`mar evaluate --tokenizer {tokenizer.path}` does it"
-    try:
-        network_digest(evaluate.features, evaluate.weights)
-    except UserError as error:
-        stage.say(f"the reconstructions are not evaluated: {error.text}; later {later}")
+    features, reason = _network(evaluate)
+    if not features:
+        stage.say(f"the reconstructions are not evaluated: {reason}; later {later}")
         return summary
+    if reason:
+        stage.say(f"the reconstructions are judged by {features}: {reason}")
     if len(images.listing.held_out()) < 2:
         stage.say(f"the reconstructions are not evaluated: nothing is held out; {later} with --set evaluate.split=train")
         return summary
-    settings = replace(
-        evaluate, path=path, tokenizer=tokenizer.path, split="held_out", images=min(evaluate.images, MOST_IMAGES), samples="", metrics=[]
-    )
+    count = min(evaluate.images, MOST_IMAGES)
+    chosen = replace(evaluate, path=path, tokenizer=tokenizer.path, split="held_out", images=count, features=features)
+    settings = replace(chosen, samples="", metrics=[])
     found = evaluate_tokenizer(images, settings, Stage(stage.name, stage.cluster, stage.configuration, seed=stage.seed))
     figures = {name: value for name, value in found.items() if name in ("psnr", "ssim", "lpips", "rfid") or "reconstruction" in name}
     stage.log({f"reconstruction/{name}": value for name, value in figures.items()}, step=tokenizer.images)
     return summary
+
+
+def _network(evaluate: EvaluateSettings) -> tuple[str, str]:
+    """The feature network that there is, and why it is not `evaluate.features`; empty if there is none."""
+    reason = ""
+    for features in dict.fromkeys([evaluate.features, LITE]):
+        try:
+            network_digest(features, evaluate.weights)
+        except UserError as error:
+            reason = reason or error.text.partition(": ")[0]
+        else:
+            return features, reason
+    return "", reason

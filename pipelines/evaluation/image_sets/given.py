@@ -52,7 +52,7 @@ def npz_images(path: str, name: str = "arr_0") -> GivenSamples:
     size, version = storage.size_and_version(path)
     about = {"kind": "npz", "images": count, "size": size, "version": version}
     labels = np.full(count, -1)
-    order = np.arange(count) if found.offset is None else _fair_order(labels)  # a compressed file is read from its beginning on
+    order = np.arange(count) if found.offset is None else uncertainty.fair_order(labels)  # a compressed file is read from its beginning on
     return _checked(path, GivenSamples(NpzReader(found), labels, order, (height, width), about, []))
 
 
@@ -112,7 +112,7 @@ def _listed(path: str) -> GivenSamples:
     about = {"kind": "images", "images": len(rows), "listing": storage.digest(described.encode())}
     labels = rows.column("label")
     reader: Reader = ListedReader(settings, rows, (height, width))
-    return _checked(path, GivenSamples(reader, labels, _fair_order(labels), (height, width), about, found.class_names or []))
+    return _checked(path, GivenSamples(reader, labels, uncertainty.fair_order(labels), (height, width), about, found.class_names or []))
 
 
 def _flat(path: str) -> Listed | None:
@@ -124,11 +124,6 @@ def _flat(path: str) -> Listed | None:
     names, sizes, versions = (list(column) for column in zip(*files, strict=True))
     table = listed(names, [None] * count, [None] * count, [-1] * count, sizes, [None] * count, versions)
     return Listed(table, None)
-
-
-def _fair_order(labels: np.ndarray) -> np.ndarray:
-    """Numbers of the images, so that contiguous blocks of them are random parts with every class in equal numbers: (N,) int64."""
-    return np.argsort(uncertainty.blocks(labels), kind="stable")
 
 
 def _checked(path: str, found: GivenSamples) -> GivenSamples:

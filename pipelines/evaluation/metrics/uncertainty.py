@@ -17,6 +17,11 @@ def blocks(labels: np.ndarray, number: int = BLOCKS, seed: int = SEED) -> np.nda
     return found
 
 
+def fair_order(labels: np.ndarray) -> np.ndarray:
+    """Numbers of the images, so that contiguous parts are such blocks: (N,) int64. labels: (N,)."""
+    return np.argsort(blocks(labels), kind="stable")
+
+
 def jackknife_error(without: np.ndarray) -> float:
     """Standard error of a metric from its values without each of the G blocks, (G,): √((G − 1)/G · Σ (θ₍₋g₎ − mean)²).
 

@@ -12,15 +12,16 @@ import torch
 
 from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines.evaluation.reconstructions.pixel_metrics import NAMES, lpips_network, pixel_metrics
+from pipelines.evaluation.scoring.actor import NotFiniteError
 from pipelines.images.pixels import to_model, to_uint8
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import default_device, use_threads
-from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
 
 NAME = re.compile(r"pairs-(\d{9})-(\d{9})\.arrow")
 REMEDY = "delete it and run the same command again"
+AT_ONCE = 16  # images that go through the tokenizer at a time: its activations are far larger than the features
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,24 @@ class Reconstructor:
         originals = block["image"]
         if not len(originals):
             return block
-        means = self.tokenizer.moments(to_model(originals).to(default_device())).chunk(2, dim=1)[0]
-        decoded = self.tokenizer.decode(means)
+        decoded = torch.cat([self._decoded(part) for part in to_model(originals).split(AT_ONCE)])
         finite = decoded.isfinite().flatten(1).all(dim=1).cpu().numpy()
         if not finite.all():
             first = int(block["index"][np.argmin(finite)])
-            raise UserError(
+            raise NotFiniteError(
                 f"the tokenizer {self.job.tokenizer!r} reconstructs {int((~finite).sum())} of {len(finite)} images with values that are "
                 f"not finite, the first is image {first}",
-                remedy="train it again, with a lower tokenizer.learning_rate",
+                "train it again, with a lower tokenizer.learning_rate",
+                number=first,
             )
         reconstructions = to_uint8(decoded)
         values = pixel_metrics(originals, reconstructions, self.lpips)
         _write(self.job.kept, int(block["start"][0]), int(block["stop"][0]), block["index"], values)
         return {**block, "image": reconstructions}
+
+    def _decoded(self, images: torch.Tensor) -> torch.Tensor:
+        means = self.tokenizer.moments(images.to(default_device())).chunk(2, dim=1)[0]
+        return self.tokenizer.decode(means)
 
 
 def pairs_there(path: str) -> set[tuple[int, int]]:
@@ -78,7 +83,8 @@ def pairs_there(path: str) -> set[tuple[int, int]]:
 def read_pairs(path: str, ranges: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
     """`index` (N,) int64 and each of NAMES (N,) float64 of these blocks. Raises DamagedFileError."""
     parts = [_read(storage.join(path, _file(*one))) for one in ranges]
-    return {name: np.concatenate([part.column(name).to_numpy() for part in parts]) for name in ("index", *NAMES)}
+    nothing = {"index": np.zeros(0, np.int64), **dict.fromkeys(NAMES, np.zeros(0))}
+    return {name: np.concatenate([empty, *(part.column(name).to_numpy() for part in parts)]) for name, empty in nothing.items()}
 
 
 def _read(file: str) -> pa.Table:

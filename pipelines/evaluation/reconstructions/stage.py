@@ -1,29 +1,31 @@
 """Evaluation of a tokenizer: images → reconstructions → features, and metrics of both."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.sets import RealImages, ReconstructedImages, ranges, read_sources
 from pipelines.evaluation.metrics import uncertainty
-from pipelines.evaluation.metrics.definitions import described, names_of
 from pipelines.evaluation.reconstructions.actor import Reconstructing, Reconstructor, pairs_there, read_pairs
-from pipelines.evaluation.reconstructions.pixel_metrics import DEFINITIONS, NAMES, NO_WEIGHTS, WINDOW, lpips_network
+from pipelines.evaluation.reconstructions.measure import ERRORS, measure_pairs
+from pipelines.evaluation.reconstructions.pixel_metrics import lpips_network
 from pipelines.evaluation.record import check_count, features_path, write_record
-from pipelines.evaluation.reference_file import Reference
 from pipelines.evaluation.references.building import chosen_images
-from pipelines.evaluation.references.made import source_statistics, statistics_path
+from pipelines.evaluation.references.made import check_used
 from pipelines.evaluation.scoring.actor import Judges, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures, is_whole, shards_there
-from pipelines.evaluation.scoring.measure import Measured, measure
+from pipelines.evaluation.scoring.sources import features_of, images_named
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
 from pipelines.images.pairs import pairs_picture
 from pipelines.images.pixels import to_model, to_uint8
+from pipelines.images.sources.table import ImageRows
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
@@ -32,8 +34,8 @@ from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_config, tokenizer_digest
 
 PICTURE, PIXELS = "pairs.png", "pairs"
+ORIGINALS = "-originals"  # ends the name of the folder with the originals' features
 PAIRS = 8  # in the picture
-LPIPS = "evaluate.lpips_weights"
 
 
 def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
@@ -52,7 +54,8 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
     if size % stride:
         raise UserError(f"images.size is {size}, expected a multiple of {stride}, the stride of {evaluate.tokenizer!r}")
     require_workers({"evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
-    rows = chosen_images(images, evaluate.split, evaluate.images, at_most=True)
+    chosen = chosen_images(images, evaluate.split, evaluate.images, at_most=True)
+    rows = ImageRows(chosen.table.take(pa.array(uncertainty.fair_order(chosen.column("label")))))
     real = RealImages(images.settings, rows)
     reconstructed = ReconstructedImages(images.settings, rows, evaluate.tokenizer)
     identity = {
@@ -66,13 +69,17 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
     if finished is not None:
         return finished
     stage.say(f"features of {len(real):,} images and of their reconstructions")
-    [statistics] = source_statistics([real], evaluate, digest, stage)
-    kept, pairs = _reconstruct(real, evaluate, digest, stage)
-    found = _measured(kept, pairs, Reference.load(statistics_path(evaluate, real, digest), evaluate.features), evaluate)
+    path = features_path(evaluate.path, evaluate.features, digest)
+    judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster, [path + ORIGINALS])
+    [originals] = features_of([real], judges, evaluate.batch, stage)
+    kept, pairs = _reconstruct(real, reconstructed, replace(judges, kept=[path]), evaluate, stage)
+    check_used(real, len(pairs["index"]), stage)
+    found = measure_pairs(originals, kept, pairs, evaluate.features)
     storage.write_bytes(storage.join(evaluate.path, PICTURE), _picture(real, reconstructed))
     stage.artifact(storage.join(evaluate.path, PICTURE))
     record = {
-        "reference": {**real.identity(), "images": statistics.count, "split": evaluate.split, "source": images.settings.source},
+        "standard_error_method": ERRORS,
+        "reference": {**real.identity(), "images": len(pairs["index"]), "split": evaluate.split, "source": images.settings.source},
         "network": {"name": evaluate.features, "digest": digest},
         "tokenizer": {"path": evaluate.tokenizer, "digest": identity["tokenizer"], **tokenizer_config(evaluate.tokenizer)},
         "seed": stage.seed,
@@ -81,26 +88,22 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
     return write_record(found, {}, record, np.full(len(pairs["index"]), -1), evaluate, stage)
 
 
-def reconstruction_name(features: str) -> str:
-    """What the Fréchet distance of reconstructions is called, by the feature network."""
-    return "rfid" if features == "inception" else f"reconstruction_{names_of('fid', features)[0]}"
-
-
 def _stride(path: str) -> int:
     tokenizer_config(path) if storage.exists(storage.join(path, "config.json")) else tokenizer_digest(path)
     check_tokenizer_files(path)
     return load_tokenizer(storage.local_directory(path)).stride
 
 
-def _reconstruct(real: RealImages, evaluate: EvaluateSettings, digest: str, stage: Stage) -> tuple[KeptFeatures, dict[str, np.ndarray]]:
+def _reconstruct(
+    real: RealImages, reconstructed: ReconstructedImages, judges: Judges, evaluate: EvaluateSettings, stage: Stage
+) -> tuple[KeptFeatures, dict[str, np.ndarray]]:
     """The features of all reconstructions, and the metrics of the pairs; what an earlier attempt kept is not computed again."""
     import ray.data
 
-    path = features_path(evaluate.path, evaluate.features, digest)
+    [path] = judges.kept
     pairs_path = storage.join(evaluate.path, PIXELS + ("-lpips" if evaluate.lpips_weights else ""))
     wanted = ranges(len(real), evaluate.batch)
     done = {one for one in pairs_there(pairs_path).intersection(shards_there(path)) if is_whole(path, one, False)}
-    judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster, [path])
     job = Reconstructing(evaluate.tokenizer, evaluate.lpips_weights, stage.cluster, pairs_path)
     seen = sum(stop - start for start, stop in done.intersection(wanted))
     with stage.progress(len(real), done=seen) as bar:
@@ -115,30 +118,12 @@ def _reconstruct(real: RealImages, evaluate: EvaluateSettings, digest: str, stag
                 num_cpus=0,
                 num_gpus=stage.cluster.gpus_per_worker,
             )
-            for block in scored(dataset, judges):
-                seen += len(block["index"])
-                bar.update(seen)
+            with images_named([reconstructed]):
+                for block in scored(dataset, judges):
+                    seen += len(block["index"])
+                    bar.update(seen)
     there = [one for one in wanted if one in pairs_there(pairs_path)]
     return KeptFeatures(path, tuple(there)), read_pairs(pairs_path, there)
-
-
-def _measured(kept: KeptFeatures, pairs: dict[str, np.ndarray], reference: Reference, evaluate: EvaluateSettings) -> Measured:
-    found = measure(kept, evaluate.features, reference, ["fid"])
-    [fid], name = names_of("fid", evaluate.features), reconstruction_name(evaluate.features)
-    for values in (found.values, found.errors, found.extrapolated):
-        if fid in values:
-            values[name] = values.pop(fid)
-    found.definitions = {name: f"of reconstructions against the same originals: {described('fid', evaluate.features)}"}
-    reasons = {"lpips": NO_WEIGHTS, "ssim": f"the images are smaller than the window of {WINDOW}×{WINDOW} pixels"}
-    for metric in NAMES:
-        each = pairs[metric]
-        if np.isnan(each).any():
-            found.left_out[metric] = reasons[metric]
-            continue
-        found.values[metric], found.definitions[metric] = float(each.mean()), DEFINITIONS[metric]
-        few = len(each) < uncertainty.BLOCKS
-        found.errors[metric] = float("nan") if few else float(each.std(ddof=1) / np.sqrt(len(each)))
-    return found
 
 
 @torch.inference_mode()

@@ -70,7 +70,7 @@ def chosen_images(images: Images, split: str, count: int, at_most: bool = False)
     if len(rows) < max(count, 2):
         raise UserError(
             f"images.source {images.settings.source!r} has {len(rows):,} images in the part {split!r}, expected {max(count, 2):,} or more",
-            remedy="lower --images, or choose another --split",
+            remedy="set evaluate.split to another part" if at_most else "lower --images, or choose another --split",
         )
     if count in (0, len(rows)):
         return rows

@@ -42,7 +42,7 @@ def source_statistics(sources: Sequence[ImageSource], evaluate: EvaluateSettings
         found = features_of(list(missing.values()), judges, evaluate.batch, stage)
         for (path, source), features in zip(missing.items(), found, strict=True):
             counts = features.counts() if features.ranges else np.zeros(0, np.int64)
-            _check_used(source, int(counts.sum()), stage)
+            check_used(source, int(counts.sum()), stage)
             _write(path, source, features, counts, evaluate.features, digest)
             storage.delete(features.path)
     return [FeatureStatistics.load(path) for path in paths]
@@ -117,7 +117,8 @@ def _is_kept(path: str, stage: Stage) -> bool:
         return False
 
 
-def _check_used(source: ImageSource, used: int, stage: Stage) -> None:
+def check_used(source: ImageSource, used: int, stage: Stage) -> None:
+    """Print how many images of a source could not be used. Raises UserError where fewer than two could."""
     kind = source.identity()["kind"]
     if used < 2:
         raise UserError(

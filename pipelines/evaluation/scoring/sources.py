@@ -1,6 +1,7 @@
 """Features of image sources: whole sets go through the scoring actors, and only what is not kept yet."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pipelines.evaluation.image_sets.sets import ImageSource, ranges, read_sources
 from pipelines.evaluation.scoring.actor import Judges, NotFiniteError, scored
@@ -19,21 +20,27 @@ def features_of(sources: Sequence[ImageSource], judges: Judges, batch: int, stag
     seen = sum(stop - start for one in done for start, stop in one)
     with stage.progress(sum(len(source) for source in sources), done=seen) as bar:
         if any(len(wanted) > len(one) for wanted, one in zip(blocks, done, strict=True)):
-            try:
+            with images_named(sources):
                 for block in scored(read_sources(sources, batch, done), judges):
                     seen += len(block["source"])
                     bar.update(seen)
-            except Exception as error:
-                mistake = mistake_of(error)
-                if not isinstance(mistake, NotFiniteError):
-                    raise
-                name = sources[mistake.source].name(mistake.number)
-                raise UserError(f"{mistake.text}, {name}", mistake.remedy) from error
     found = []
     for folder, wanted in zip(judges.kept, blocks, strict=True):
         there = set(shards_there(folder))
         found.append(KeptFeatures(folder, tuple(one for one in wanted if one in there)))
     return found
+
+
+@contextmanager
+def images_named(sources: Sequence[ImageSource]) -> Iterator[None]:
+    """Turn NotFiniteError of one of these sources into a UserError with the image's name."""
+    try:
+        yield
+    except Exception as error:
+        mistake = mistake_of(error)
+        if not isinstance(mistake, NotFiniteError):
+            raise
+        raise UserError(f"{mistake.text}, {sources[mistake.source].name(mistake.number)}", mistake.remedy) from error
 
 
 def _done(folder: str, wanted: Sequence[tuple[int, int]], predicted: bool) -> set[tuple[int, int]]:

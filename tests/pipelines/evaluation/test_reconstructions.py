@@ -15,9 +15,12 @@ from tiny_run import write_images, write_tokenizer
 
 from mar_model.tokenizers import load_tokenizer
 from pipelines.evaluation.features.efficientnet import EfficientNetLite0
+from pipelines.evaluation.metrics import uncertainty
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
+from pipelines.evaluation.metrics.paired import distance_without, distances_without
 from pipelines.evaluation.reconstructions import pixel_metrics as pixels
-from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer, reconstruction_name
+from pipelines.evaluation.reconstructions.measure import reconstruction_name
+from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
 from pipelines.images.pixels import to_model, to_uint8
@@ -70,6 +73,37 @@ def test_lpips_is_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def features_of_pairs(count: int, dimension: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    originals = generator.normal(size=(count, dimension)) * np.linspace(0.5, 2, dimension)
+    return originals, 0.9 * originals + 0.1 + generator.normal(0, 0.2, (count, dimension))
+
+
+def blocks_of(count: int) -> list[tuple[int, int]]:
+    return [(number * count // 10, (number + 1) * count // 10) for number in range(10)]
+
+
+@pytest.mark.parametrize("count", [23, 90])
+def test_distances_without_some_pairs_are_those_of_the_others(count: int) -> None:
+    one, other = features_of_pairs(count, 30, 0)
+    found = distances_without(one, other, blocks_of(count))
+    sums = [tuple(FeatureSums.of(values[start:stop]) for values in (one, other)) for start, stop in blocks_of(count)]
+    for number, (start, stop) in enumerate(blocks_of(count)):
+        rest = [np.delete(values, np.s_[start:stop], axis=0) for values in (one, other)]
+        expected = frechet_distance(*(part for values in rest for part in (values.mean(0), np.cov(values, rowvar=False))))
+        assert found[number] == pytest.approx(expected, rel=1e-6)
+        assert distance_without(number, *sums) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_error_of_a_distance_of_pairs_is_how_much_it_varies_with_the_images() -> None:
+    distances, errors = [], []
+    for seed in range(60):
+        one, other = features_of_pairs(200, 6, seed)
+        distances.append(frechet_distance(*(part for values in (one, other) for part in FeatureSums.of(values).moments())))
+        errors.append(uncertainty.jackknife_error(distances_without(one, other, blocks_of(200))))
+    assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.25)
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, ray_local: ClusterSettings) -> dict[str, Any]:
     """A tokenizer of random weights, evaluated on the 24 held-out images."""
@@ -97,6 +131,12 @@ def test_the_metrics_are_those_of_reconstructions_made_here(evaluated: dict[str,
     assert record["standard_errors"]["psnr"] == pytest.approx(decibels.std(ddof=1) / 24**0.5, rel=1e-3)
     expected = np.mean([direct_ssim(*pair) for pair in zip(originals, reconstructions, strict=True)])
     assert found["ssim"] == pytest.approx(expected, rel=1e-3)
+    order = uncertainty.fair_order(np.arange(24) // 8)  # in blocks of all classes
+    pairs = [network(images[order]) for images in (originals, reconstructions)]
+    without = [np.delete(np.arange(24), np.arange(number * 24 // 10, (number + 1) * 24 // 10)) for number in range(10)]
+    distances = [frechet_distance(*(part for one in pairs for part in FeatureSums.of(one[rows]).moments())) for rows in without]
+    assert record["standard_errors"][RFID] == pytest.approx(uncertainty.jackknife_error(np.array(distances)), rel=1e-2)
+    assert "together with their reconstructions" in record["standard_error_method"]
     assert record["left_out"] == {"lpips": pixels.NO_WEIGHTS}
     assert (record["reference"]["split"], record["images"], record["tokenizer"]["kind"]) == ("held_out", 24, "kl")
     assert record["metrics"].keys() == {RFID, "psnr", "ssim"} == record["definitions"].keys()
