@@ -1,7 +1,7 @@
 """The stage *tokenize*, with the metrics of the trained tokenizer's reconstructions."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.reconstructions.stage import evaluate_tokenizer
@@ -15,7 +15,7 @@ from pipelines.tokenizing.settings import TokenizerSettings
 
 FOLDER = "evaluation"  # in tokenizer.path
 MOST_IMAGES = 5_000
-LITE = "efficientnet-lite0"  # its weights come with the extra demo
+LITE: Literal["efficientnet-lite0"] = "efficientnet-lite0"  # its weights come with the extra demo
 
 
 def tokenize(images: Images, tokenizer: TokenizerSettings, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
@@ -29,17 +29,17 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, evaluate: EvaluateSet
     if tokenizer.kind == "pixels" or storage.exists(storage.join(path, SUMMARY)):
         return summary
     later = f"`mar evaluate --tokenizer {tokenizer.path}` does it"
-    features, reason = _network(evaluate)
-    if not features:
+    judged, reason = _network(evaluate)
+    if judged is None:
         stage.say(f"the reconstructions are not evaluated: {reason}; later {later}")
         return summary
     if reason:
-        stage.say(f"the reconstructions are judged by {features}: {reason}")
+        stage.say(f"the reconstructions are judged by {judged.features}: {reason}")
     if len(images.listing.held_out()) < 2:
         stage.say(f"the reconstructions are not evaluated: nothing is held out; {later} with --set evaluate.split=train")
         return summary
     count = min(evaluate.images, MOST_IMAGES)
-    chosen = replace(evaluate, path=path, tokenizer=tokenizer.path, split="held_out", images=count, features=features)
+    chosen = replace(judged, path=path, tokenizer=tokenizer.path, split="held_out", images=count)
     settings = replace(chosen, samples="", metrics=[])
     found = evaluate_tokenizer(images, settings, Stage(stage.name, stage.cluster, stage.configuration, seed=stage.seed))
     figures = {name: value for name, value in found.items() if name in ("psnr", "ssim", "lpips", "rfid") or "reconstruction" in name}
@@ -47,14 +47,14 @@ def tokenize(images: Images, tokenizer: TokenizerSettings, evaluate: EvaluateSet
     return summary
 
 
-def _network(evaluate: EvaluateSettings) -> tuple[str, str]:
-    """The feature network that there is, and why it is not `evaluate.features`; empty if there is none."""
+def _network(evaluate: EvaluateSettings) -> tuple[EvaluateSettings | None, str]:
+    """The settings with a feature network that there is (None if there is none), and why it is not `evaluate.features`."""
     reason = ""
-    for features in dict.fromkeys([evaluate.features, LITE]):
+    for settings in (evaluate, replace(evaluate, features=LITE)):
         try:
-            network_digest(features, evaluate.weights)
+            network_digest(settings.features, settings.weights)
         except UserError as error:
             reason = reason or error.text.partition(": ")[0]
         else:
-            return features, reason
-    return "", reason
+            return settings, reason
+    return None, reason

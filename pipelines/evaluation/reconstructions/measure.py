@@ -43,7 +43,8 @@ def measure_pairs(originals: KeptFeatures, reconstructions: KeptFeatures, pairs:
     found.errors[name] = float("nan")
     if len(bounds) == uncertainty.BLOCKS:
         if total <= DIMENSIONS[features]:
-            without = distances_without(*(rows_of(kept, counts, 0, total) for kept in (originals, reconstructions)), bounds)
+            first, second = (rows_of(kept, counts, 0, total) for kept in (originals, reconstructions))
+            without = distances_without(first, second, bounds)
         else:
             without = np.array(tasks.results([tasks.call(distance_without, number, *blocks) for number in range(len(bounds))]))
         found.errors[name] = uncertainty.jackknife_error(without)
