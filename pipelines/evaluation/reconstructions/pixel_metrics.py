@@ -12,6 +12,7 @@ from mar_model.tokenizers.losses.perceptual import LPIPS, load_lpips
 from pipelines.evaluation.features.weights import DIGEST_GIVEN, weights_bytes
 from pipelines.images.pairs import psnr
 from pipelines.images.pixels import to_model
+from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.records import damaged
 
@@ -49,6 +50,12 @@ def _blurred(images: Tensor) -> Tensor:
     line = (line / line.sum()).repeat(3, 1)
     rows = F.conv2d(images, line[:, None, :, None], groups=3)
     return F.conv2d(rows, line[:, None, None, :], groups=3)
+
+
+def lpips_weights_digest(weights: str) -> str:
+    """SHA-256 of the file `weights`, after LPIPS was made of it. Raises as `lpips_network` does."""
+    lpips_network(weights)
+    return storage.digest(storage.read_bytes(weights.partition(DIGEST_GIVEN)[0]))
 
 
 def lpips_network(weights: str) -> LPIPS:

@@ -14,7 +14,7 @@ from pipelines.evaluation.image_sets.sets import RealImages, ReconstructedImages
 from pipelines.evaluation.metrics import uncertainty
 from pipelines.evaluation.reconstructions.actor import Reconstructing, Reconstructor, pairs_there, read_pairs
 from pipelines.evaluation.reconstructions.measure import ERRORS, measure_pairs
-from pipelines.evaluation.reconstructions.pixel_metrics import lpips_network
+from pipelines.evaluation.reconstructions.pixel_metrics import lpips_weights_digest
 from pipelines.evaluation.record import check_count, features_path, write_record
 from pipelines.evaluation.references.building import chosen_images
 from pipelines.evaluation.references.made import check_used
@@ -36,6 +36,7 @@ from pipelines.tokenizing.directory import check_tokenizer_files, tokenizer_conf
 PICTURE, PIXELS = "pairs.png", "pairs"
 ORIGINALS = "-originals"  # ends the name of the folder with the originals' features
 PAIRS = 8  # in the picture
+LPIPS_WEIGHTS = "lpips_weights"  # in summary and record: SHA-256 of VGG16's weights, so that other weights are noticed
 
 
 def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage) -> dict[str, Any]:
@@ -48,8 +49,7 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
     """
     check_count("evaluate.images", evaluate.images)
     digest = network_digest(evaluate.features, evaluate.weights)
-    if evaluate.lpips_weights:
-        lpips_network(evaluate.lpips_weights)
+    lpips_digest = lpips_weights_digest(evaluate.lpips_weights) if evaluate.lpips_weights else ""
     size, stride = images.settings.size, _stride(evaluate.tokenizer)
     if size % stride:
         raise UserError(f"images.size is {size}, expected a multiple of {stride}, the stride of {evaluate.tokenizer!r}")
@@ -65,14 +65,16 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
         "tokenizer": tokenizer_digest(evaluate.tokenizer),
         "images": storage.digest(json.dumps([real.identity(), real.versions()], sort_keys=True).encode()),
     }
-    finished = stage.begin(evaluate.path, identity, enough=lambda summary: "lpips" in summary or not evaluate.lpips_weights)
+    finished = stage.begin(evaluate.path, identity, enough=lambda summary: lpips_digest in ("", summary.get(LPIPS_WEIGHTS)))
     if finished is not None:
         return finished
     stage.say(f"features of {len(real):,} images and of their reconstructions")
     path = features_path(evaluate.path, evaluate.features, digest)
     judges = Judges(evaluate.features, evaluate.weights, "", evaluate.actors, stage.cluster, [path + ORIGINALS])
     [originals] = features_of([real], judges, evaluate.batch, stage)
-    kept, pairs = _reconstruct(real, reconstructed, replace(judges, kept=[path]), evaluate, stage)
+    pairs_path = storage.join(evaluate.path, f"{PIXELS}-lpips-{lpips_digest[:12]}" if lpips_digest else PIXELS)
+    job = Reconstructing(evaluate.tokenizer, evaluate.lpips_weights, stage.cluster, pairs_path)
+    kept, pairs = _reconstruct((real, reconstructed), job, replace(judges, kept=[path]), evaluate, stage)
     check_used(real, len(pairs["index"]), stage)
     found = measure_pairs(originals, kept, pairs, evaluate.features)
     storage.write_bytes(storage.join(evaluate.path, PICTURE), _picture(real, reconstructed))
@@ -85,26 +87,26 @@ def evaluate_tokenizer(images: Images, evaluate: EvaluateSettings, stage: Stage)
         "seed": stage.seed,
         "identity": identity,
     }
-    return write_record(found, {}, record, np.full(len(pairs["index"]), -1), evaluate, stage)
+    figures = {LPIPS_WEIGHTS: lpips_digest} if lpips_digest else {}
+    return write_record(found, figures, record, np.full(len(pairs["index"]), -1), evaluate, stage)
 
 
 def _stride(path: str) -> int:
-    tokenizer_config(path) if storage.exists(storage.join(path, "config.json")) else tokenizer_digest(path)
+    tokenizer_digest(path)  # raises UserError where there is no tokenizer
     check_tokenizer_files(path)
     return load_tokenizer(storage.local_directory(path)).stride
 
 
 def _reconstruct(
-    real: RealImages, reconstructed: ReconstructedImages, judges: Judges, evaluate: EvaluateSettings, stage: Stage
+    sources: tuple[RealImages, ReconstructedImages], job: Reconstructing, judges: Judges, evaluate: EvaluateSettings, stage: Stage
 ) -> tuple[KeptFeatures, dict[str, np.ndarray]]:
     """The features of all reconstructions, and the metrics of the pairs; what an earlier attempt kept is not computed again."""
     import ray.data
 
     [path] = judges.kept
-    pairs_path = storage.join(evaluate.path, PIXELS + ("-lpips" if evaluate.lpips_weights else ""))
+    (real, reconstructed), pairs_path = sources, job.kept
     wanted = ranges(len(real), evaluate.batch)
     done = {one for one in pairs_there(pairs_path).intersection(shards_there(path)) if is_whole(path, one, False)}
-    job = Reconstructing(evaluate.tokenizer, evaluate.lpips_weights, stage.cluster, pairs_path)
     seen = sum(stop - start for start, stop in done.intersection(wanted))
     with stage.progress(len(real), done=seen) as bar:
         if done.issuperset(wanted):

@@ -14,6 +14,7 @@ from listening import Listening
 from tiny_run import write_images, write_tokenizer
 
 from mar_model.tokenizers import load_tokenizer
+from mar_model.tokenizers.losses.perceptual import LPIPS
 from pipelines.evaluation.features.efficientnet import EfficientNetLite0
 from pipelines.evaluation.metrics import uncertainty
 from pipelines.evaluation.metrics.frechet import FeatureSums, frechet_distance
@@ -166,6 +167,20 @@ def test_two_actors_and_a_resume_give_the_same_numbers_and_another_tokenizer_is_
             evaluate_tokenizer(evaluated["images"], settings, evaluated["stage"])
     finally:
         config.write_text(before)
+
+
+def test_lpips_is_computed_again_with_other_weights(evaluated: dict[str, Any], tmp_path: Path) -> None:
+    found, settings = [], replace(evaluated["settings"], path=str(tmp_path / "out"))
+    for seed in (0, 1, 1):
+        torch.manual_seed(seed)
+        path = tmp_path / f"vgg16-{seed}.pth"
+        torch.save({name: value for name, value in LPIPS().state_dict().items() if name.startswith("features.")}, path)
+        given = f"{path}#sha256={storage.digest(path.read_bytes())}"
+        found.append(evaluate_tokenizer(evaluated["images"], replace(settings, lpips_weights=given), evaluated["stage"]))
+    assert found[0]["psnr"] == found[1]["psnr"]
+    assert found[0]["lpips"] != pytest.approx(found[1]["lpips"], rel=1e-3)
+    assert found[2] == found[1]  # complete
+    assert found[1]["lpips_weights"] == storage.digest((tmp_path / "vgg16-1.pth").read_bytes())
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(evaluated: dict[str, Any], tmp_path: Path) -> None:
