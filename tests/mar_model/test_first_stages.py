@@ -35,7 +35,7 @@ def lightning(path: Path, weights: dict[str, Tensor], **others: Any) -> Path:
     sys.modules.update(packages)
     content = {
         "epoch": 3, "global_step": 1000, "pytorch-lightning_version": "1.4.2", "state_dict": {**weights, **LOSS},
-        "callbacks": {callback: {"best_model_score": torch.tensor(0.5), "best_model_path": "x"}}, "optimizer_states": [], "lr_schedulers": [],
+        "callbacks": {callback: {"best_model_score": torch.tensor(0.5), "best_model_path": "x"}}, "optimizer_states": [],
     }  # fmt: skip
     torch.save({**content, **others}, path)
     for name in packages:
