@@ -1,16 +1,16 @@
-# Everything here sets up what it needs on a fresh machine with Python 3.11–3.13 (with venv) and make.
+# Every target works on a fresh machine with Python 3.11–3.13 (with venv) and make: it first creates .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test test-long lint bench lock clean
 
-demo: .venv/installed  ## digits: images, tokenizer, cache, model, sweeps, evaluation, report
+demo: .venv/installed  ## all stages on digits: images, tokenizer, cache, model, sweeps, evaluation, report
 	$(BIN)/mar quickstart
 
-test: .venv/installed  ## the suite
-	$(BIN)/python -m pytest -q
+test: .venv/installed  ## the test suite, in two processes
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-test-long: .venv/installed  ## trials that take minutes each: killed and hung workers, lost nodes, failing S3
+test-long: .venv/installed  ## tests that take minutes each: killed and hung workers, node failures, failing S3
 	$(BIN)/python -m pytest -q -m long
 
 lint: .venv/installed  ## ruff, import-linter and mypy
@@ -19,15 +19,15 @@ lint: .venv/installed  ## ruff, import-linter and mypy
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: .venv/installed  ## the benchmarks that need no files and no finished run, one after the other
+bench: .venv/installed  ## benchmarks that need no files and no finished run
 	@set -e; for script in cache loader model training; do echo "== $$script"; $(BIN)/python -m benchmarks.$$script; done
 
-lock:  ## pin every dependency anew (versions and hashes)
+lock:  ## pin all dependencies again (versions and hashes)
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q uv; }
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --all-extras --upgrade --generate-hashes \
 		--no-emit-index-url --no-header --quiet --output-file requirements.lock
 
-clean:  ## what make made; runs/ stays
+clean:  ## remove what make created, except runs/
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,1 +1,1 @@
-"""One script a headline number: each prints JSON lines and a table, with its baseline in the same run."""
+"""One script per headline number. Each prints JSON lines and a table, with a baseline measured in the same run."""

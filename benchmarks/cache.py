@@ -1,9 +1,9 @@
-"""Making a latent cache: images a second beside a bare loop, precision, memory, kills, S3 that fails, listing. Each bar with its baseline.
+"""Making a latent cache: images/s compared with a bare loop, precision, memory, kills, failing S3, listing. Each figure with its baseline.
 
     python -m benchmarks.cache [--what throughput,precision,memory,kills,faults,listing] [--images 2000]
     python -m benchmarks.cache --what forms --source FOLDER_OF_CLASS_FOLDERS
 
-Photographs are made: 500 × 375 JPEG of noise at several scales, about the size of ImageNet's. Ray's start is never part of a speed.
+The photographs are synthetic: 500 × 375 JPEG of noise at several scales, about the size of ImageNet's. Speeds exclude Ray's start.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHARD = 256
 
 
 def bare_loop(images: ImageSettings, tokenizer: str, threads: int) -> float:
-    """Images a second of one process without Ray after the first SHARD: decoding threads, encoding of both views, moments kept."""
+    """Images/s of one process without Ray after the first SHARD: decoding threads, encoding of both views, moments kept in memory."""
     use_threads(ClusterSettings(threads=threads))
     encoder = Encoder(tokenizer, "float32", "float16", torch.device("cpu"))
     rows, kept = list_images(images).train(), []
@@ -74,7 +74,7 @@ def bare_loop(images: ImageSettings, tokenizer: str, threads: int) -> float:
 
 
 def through_ray(images: ImageSettings, tokenizer: str, path: str, threads: int) -> tuple[float, dict[str, float]]:
-    """Images a second through the stage's encoders after the first shard, in a Ray that is already there; and where the time went."""
+    """Images/s of the stage's encoders after the first shard, on a running Ray instance, and the shares of time."""
     import ray
 
     rows = list_images(images).train()
@@ -109,7 +109,7 @@ def throughput(options: argparse.Namespace) -> None:
 
 
 def precision(options: argparse.Namespace) -> None:
-    """Each way in a process of its own: the baseline in PyTorch's, the others as workers are set up."""
+    """Each precision in a separate process: the baseline with PyTorch's defaults, the others set up like workers."""
     seconds, deviations = {}, {}
     for name in ("contiguous", "float32", "bf16"):
         command = [sys.executable, "-m", "benchmarks.cache", "--what", "encoding", "--precision", name, "--runs", str(options.runs)]
@@ -125,8 +125,8 @@ def precision(options: argparse.Namespace) -> None:
 
 
 def run_encoding(options: argparse.Namespace) -> None:
-    """KL-16 on 8 images at a time in one arithmetic: what `precision` compares. `contiguous`: float32 as PyTorch does it by itself; the
-    others run on a thread, as Ray's actors do."""
+    """KL-16 on batches of 8 images in one precision, for `precision`. `contiguous` is PyTorch's default float32; the others run on a
+    thread, like Ray's actors."""
     plain = options.precision == "contiguous"
     if plain:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -150,7 +150,7 @@ def run_encoding(options: argparse.Namespace) -> None:
         for _ in range(options.runs + 1):
             began = time.perf_counter()
             moments = encode() if plain else pool.submit(encode).result()
-            seconds.append((time.perf_counter() - began) / len(images) / (1 if plain else 2))  # the others encode the mirror image too
+            seconds.append((time.perf_counter() - began) / len(images) / (1 if plain else 2))  # the others also encode the mirror image
         if not plain:
             deviation = encoder.deviation(images, moments)["means_rms"]
     print(json.dumps({"seconds_an_image": statistics.median(seconds[1:]), "means_rms_deviation": deviation}))
@@ -158,7 +158,7 @@ def run_encoding(options: argparse.Namespace) -> None:
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """The largest proportional set size of this process and all below it, in MB, as the list's only element."""
+    """The largest proportional set size of this process and its descendants in MB, as the only element of the list."""
     peak, ended = [0.0], threading.Event()
 
     def watch() -> None:
@@ -196,8 +196,8 @@ def memory(options: argparse.Namespace) -> None:
 
 
 def run_stage(options: argparse.Namespace) -> None:
-    """The stage alone, small: what `memory` measures and `kills` kills."""
-    progress.LINE_SECONDS = 0.0  # a line whenever an image more is done: `kills` reads how many were lost
+    """The stage alone at a small size, measured by `memory` and killed by `kills`."""
+    progress.LINE_SECONDS = 0.0  # one line per finished image, from which `kills` counts the lost ones
     cluster = ClusterSettings(cpus=2)
     images = ImageSettings(source=options.source, size=64)
     settings = CacheSettings(path=options.path, shard_images=options.shard, batch=BATCH, encoders=options.encoders)
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--source", default="", help="of `forms`: a folder with a folder of images a class")
+    parser.add_argument("--source", default="", help="for `forms`: a folder with one folder of images per class")
     for name in ("tokenizer", "path"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=1024, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The same cache whatever happens: who makes it is killed, S3 fails, the images come in another form. Run by `benchmarks.cache`."""
+"""The cache has the same bytes after kills, S3 failures and from other forms of the source. Run by `benchmarks.cache`."""
 
 import argparse
 import itertools
@@ -38,7 +38,7 @@ from pipelines.tokenizing.settings import TokenizerSettings
 
 
 def kills(options: argparse.Namespace) -> None:
-    """Kill the driver or an encoder at random moments, start again after each death of the driver, and compare."""
+    """Kill the driver or an encoder at random moments, restart after each kill of the driver, and compare the results."""
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -60,7 +60,7 @@ def kills(options: argparse.Namespace) -> None:
         while killed < options.kills:
             target = time.perf_counter() + draw.uniform(0.0, 3.0)
             while driver.poll() is None and (time.perf_counter() < target or len(_times(shards)) == len(before)):
-                time.sleep(0.05)  # until something new is finished: each kill hits work
+                time.sleep(0.05)  # until something new is finished, so that each kill hits work
             if driver.poll() is not None:
                 break
             again += sum(before[name] != when for name, when in _times(shards).items() if name in before)
@@ -87,12 +87,12 @@ def kills(options: argparse.Namespace) -> None:
         ) and sorted(os.listdir(shards)) == sorted(os.listdir(folder / "undisturbed" / "shards"))
         said = re.findall(r"^cache: ([\d,]+) of [\d,]+ images", (folder / "killed.said").read_text(), re.MULTILINE)
         done = [int(one.replace(",", "")) for one in said]
-        lost = [one - other for one, other in itertools.pairwise(done) if other < one]  # done by somebody who was killed
+        lost = [one - other for one, other in itertools.pairwise(done) if other < one]  # done by a killed process
     found = {"kills": kinds, "finished_shards_made_again": again, "same_bytes": same, "images_lost": lost, "seconds": whole}
     print(json.dumps({"benchmark": "cache.kills", **found}))
     row(f"{killed} kills at random moments", "same bytes" if same else "OTHER BYTES", f"{kinds.count('driver')} drivers", "", "same bytes")
     row("  finished shards made again", str(again), f"{kinds.count('encoder')} encoders", "", "0")
-    row("  images encoded twice, of a kill at most", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
+    row("  images encoded twice, maximum per kill", str(max(lost, default=0)), "2 encoders", "shards of 32", f"{2 * 32}")
 
 
 def _uploaded(source: str, url: str) -> Any:
@@ -107,12 +107,12 @@ def _uploaded(source: str, url: str) -> Any:
 
 
 def faults(options: argparse.Namespace) -> None:
-    """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on one that says 503 for good."""
+    """The stage on S3 that answers 1 % of the requests with a 500, a 503, a reset or a stall; then on S3 that always answers 503."""
     with tempfile.TemporaryDirectory() as temporary, FaultyS3() as server:
         folder, cluster = Path(temporary), ClusterSettings(cpus=2)
         tokenizer = TokenizerSettings(path=write_tokenizer(folder / "tokenizer", SMALL))
         source = write_photographs(folder / "images", options.images, size=(160, 120))
-        server.stall = s3.WRITE_SECONDS + 5  # longer than a client waits
+        server.stall = s3.WRITE_SECONDS + 5  # longer than the client's timeout
         client = _uploaded(source, server.url)
 
         def run(source: str, path: str) -> float:
@@ -137,7 +137,7 @@ def faults(options: argparse.Namespace) -> None:
             began, message = time.perf_counter(), "NONE"
             stop.start()
             try:
-                guarded("cache", "s3://data/lost", lambda: run("s3://data/images", "s3://data/lost"))  # what `mar cache` says
+                guarded("cache", "s3://data/lost", lambda: run("s3://data/images", "s3://data/lost"))  # the error of `mar cache`
             except UserError as error:
                 message = str(error)
             stop.cancel()
@@ -152,7 +152,7 @@ def faults(options: argparse.Namespace) -> None:
             run("s3://data/images", "s3://data/lost")
             recovered = same("s3://data/lost")
     if len(failed) < len(KINDS):
-        sys.exit(f"{requests} requests brought only {failed}; raise --images")
+        sys.exit(f"{requests} requests gave only {failed} failures; raise --images")
     figures = {"requests": requests, "faults": failed, "same_bytes": same_bytes, "told": message, "shards_kept": len(whole)}
     print(json.dumps({"benchmark": "cache.faults", **figures, "half_visible": half, "same_bytes_afterwards": recovered, **found}))
     kinds = ", ".join(f"{count} {kind}" for kind, count in failed.items())
@@ -160,7 +160,7 @@ def faults(options: argparse.Namespace) -> None:
     print(f"  {kinds}; {found['seconds_with_faults']:.0f} s, without faults {found['seconds_on_s3']:.0f} s")
     row("S3 that answers only 503: half visible", f"{len(half)} objects", f"{len(whole)} shards kept", "", "none")
     row("  answering again: the same command", "same bytes" if recovered else "OTHER BYTES", "", "", "same bytes")
-    print(f"  told after {found['seconds_until_told']:.0f} s: {message}")
+    print(f"  reported after {found['seconds_until_told']:.0f} s: {message}")
 
 
 def same_object(path: str, other: str) -> bool:
@@ -168,9 +168,9 @@ def same_object(path: str, other: str) -> bool:
 
 
 def forms(options: argparse.Namespace) -> None:
-    """The images of a folder in each form of source, cached: the same moments, labels and order."""
+    """Cache the images of a folder from each form of source, and compare moments, labels and order."""
     if not options.source:
-        sys.exit("--what forms needs --source: a folder with a folder of images a class")
+        sys.exit("--what forms needs --source: a folder with one folder of images per class")
     root, cluster = Path(options.source), ClusterSettings(cpus=2)
     images = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
     with tempfile.TemporaryDirectory() as temporary, connected(cluster, Path(temporary) / "ray.log"):

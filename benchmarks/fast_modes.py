@@ -1,9 +1,9 @@
-"""What each fast mode of generation gains and costs on the demo's model: seconds an image, label agreement, Fréchet distance.
+"""Speed and quality of each fast mode of generation on the demo's model: seconds per image, label agreement, Fréchet distance.
 
     python -m benchmarks.fast_modes [RUN, a finished `mar quickstart`: runs/demo] [--images 500] [--precision float32]
 
-Every mode draws the same samples with the settings that the run's evaluation used, in batches of 100, the modes by turns, on one thread;
-seconds are medians of the batches. The distance (EfficientNet-Lite0) is to the held-out images.
+Every mode draws the same samples with the settings of the run's evaluation, in batches of 100, in alternation, on one thread. Seconds are
+medians over batches. The distance (EfficientNet-Lite0) is to the held-out images.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.evaluation.classifier import load_classifier
+from pipelines.evaluation.classifier.network import load_classifier
 from pipelines.evaluation.features import load_network
-from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation.planning import plan_drawing
 from pipelines.generation.settings import GenerateSettings
@@ -63,7 +63,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
     drawn: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
     for model in models.values():
-        model.images(labels[:2], range(2))  # warms up
+        model.images(labels[:2], range(2))  # warm-up
     for start in range(0, options.images, BATCH):
         numbers = range(start, min(start + BATCH, options.images))
         for mode, model in models.items():

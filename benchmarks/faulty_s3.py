@@ -1,4 +1,4 @@
-"""An S3 server on the loopback that answers a share of the requests as a bucket on a bad day does."""
+"""An S3 server on the loopback that fails a share of the requests."""
 
 import os
 import socket
@@ -17,15 +17,15 @@ KINDS = ("500", "503", "reset", "stall")
 
 class _Handler(WSGIRequestHandler):
     def log_request(self, *_: object) -> None:
-        """Nothing: the requests are counted."""
+        """Log nothing; the requests are counted."""
 
     def connection_dropped(self, *_: object) -> None:
-        self.close_connection = True  # there is no socket to read the next request from
+        self.close_connection = True  # no socket to read the next request from
 
 
 class FaultyS3:
-    """`share` of the requests (of these `methods`, if any are named) fail, in turn as each of `kinds`; a stalled one is answered after
-    `stall` seconds."""
+    """Fail a `share` of the requests (only of `methods`, if given), cycling through `kinds`. A stalled request is answered after `stall`
+    seconds."""
 
     def __init__(self) -> None:
         self.share, self.kinds, self.stall = 0.0, KINDS, 3.0
@@ -49,19 +49,19 @@ class FaultyS3:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
             self.requests += 1
-            due = int(self.requests * self.share) > int((self.requests - 1) * self.share)  # evenly, so that tests know how many
+            due = int(self.requests * self.share) > int((self.requests - 1) * self.share)  # evenly spaced, so that tests know the number
             fails = due and (not self.methods or environ["REQUEST_METHOD"] in self.methods)
             kind = self.kinds[sum(self.faults.values()) % len(self.kinds)] if fails else ""
             if kind:
                 self.faults[kind] += 1
         if kind in ("500", "503"):
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # what is left unread would be taken for the next request
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))  # unread data would be parsed as the next request
             start_response(f"{kind} Fault", [("Content-Type", "text/plain"), ("Content-Length", "7")])
             return [b"a fault"]
         if kind == "reset":
             connection: socket.socket = environ["werkzeug.socket"]
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with RST
-            os.close(connection.detach())  # at once: `close` waits for the files that were made of the socket
+            os.close(connection.detach())  # `close` would wait for the files made from the socket
             raise ConnectionAbortedError
         if kind == "stall":
             time.sleep(self.stall)

@@ -1,9 +1,9 @@
-"""What a training process reads from the latent cache, beside the layouts it replaces: each bar with its baseline, medians.
+"""Reading the latent cache in training, compared with the layouts that it replaces. Each figure with its baseline; medians.
 
     python -m benchmarks.loader [--records 20000] [--batch 128] [--runs 5] [--what read,posterior,open,sampler,check]
 
-Records are those of KL-16 at 256 px: float16 moments of image and mirror image, 2 × 32 × 16 × 16. Files are warm; baselines are read
-in the same run, by turns.
+Records are those of KL-16 at 256 px: float16 moments of image and mirror image, 2 × 32 × 16 × 16. Files are in the page cache. Baselines
+alternate with the measurements in the same run.
 """
 
 import argparse
@@ -29,13 +29,13 @@ from pipelines.training.data import LatentDataset, Normalization
 
 SHAPE = (32, 16, 16)
 SHARD = 1024
-FILES = 4096  # of the layout of one file an image: more say nothing new
+FILES = 4096  # records for the layout with one file per image
 IMAGENET_SHARDS = 1280
-EPOCH_RATE = 1000.0  # images a second of one GPU, beyond what any size of the model trains at: the shortest epoch of one worker
+EPOCH_RATE = 1000.0  # images/s of one GPU, faster than any size of the model trains: the shortest epoch of one worker
 
 
 def write_cache(path: str, moments: np.ndarray, records: int, shard: int = SHARD) -> LatentCache:
-    """A cache of `records` records that repeat `moments` (shard, 2C, h, w); equal shards are one file under many names."""
+    """A cache of `records` records that repeat `moments` (shard, 2C, h, w); shards of equal length have the same bytes."""
     entries, made = [], dict[int, bytes]()
     for index in range(-(-records // shard)):
         rows = min(shard, records - index * shard)
@@ -93,7 +93,7 @@ def reading(records: int, batch: int, runs: int) -> None:
         def from_safetensors(start: int, stop: int) -> np.ndarray:
             loaded = []
             for row in order[start:stop]:
-                with safe_open(tensors / f"{row // SHARD}.safetensors", "pt") as shard:  # as map-style data sets do
+                with safe_open(tensors / f"{row // SHARD}.safetensors", "pt") as shard:  # like map-style datasets
                     loaded.append(shard.get_slice(name(row))[row % SHARD : row % SHARD + 1])
             return torch.cat(loaded).numpy()
 
@@ -147,8 +147,8 @@ def opening(batch: int) -> None:
 
 
 def checking(records: int, batch: int, runs: int) -> None:
-    """The comparison of all shards with their SHA-256 on one thread: alone, and beside the reads of an epoch, by turns with an epoch that
-    compares nothing. Seconds of the processor are given too, for a machine that does other work meanwhile."""
+    """Verify the SHA-256 of all shards on one thread: alone, and during an epoch, alternating with an epoch without verification. CPU
+    seconds are reported too, because the machine may be busy."""
     moments = np.random.default_rng(0).standard_normal((SHARD, *SHAPE)).astype(np.float16)
     with tempfile.TemporaryDirectory() as folder:
         shards = write_cache(folder, moments, records).manifest.shards

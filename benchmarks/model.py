@@ -1,14 +1,14 @@
-"""Training and generation of one model on one device: images a second, seconds an image, FLOPs, MFU, peak memory.
+"""Training and generation of one model on one device: images/s, seconds per image, FLOPs, MFU, peak memory.
 
     python -m benchmarks.model [--what train|generate|both] [--preset base|large|huge] [--precision float32 bf16] [--batch 4]
-    python -m benchmarks.model --release DIR        # beside the release's own code: git clone https://github.com/LTH14/mar DIR
+    python -m benchmarks.model --release DIR        # compare with the release's code: git clone https://github.com/LTH14/mar DIR
     python -m benchmarks.model --what generate --diffusion-steps-end 5 --reuse-steps 3 --guidance-interval 0.1 0.7   # the fast modes too
 
-Needs torch, numpy and safetensors alone. Everything runs in one process, by turns; after --warmup turns the medians of --runs count.
-A training step is forward, backward, clipping and AdamW, on random latents, the share --mask-ratio of the tokens masked. FLOPs are those
-that the work has to do (`mar_model.flops`; of the release too, which does more), so MFU is what that takes against what the device could
-do: by its data sheet in bf16, else by the best measured product. With both precisions, the deviation of bf16 from float32 on
-the same draws is printed. Peak memory includes the weights of all that take turns.
+Needs only torch, numpy and safetensors. All contestants alternate in one process; the medians of --runs after --warmup runs count. A
+training step is forward, backward, clipping and AdamW on random latents, with the share --mask-ratio of the tokens masked. FLOPs are the
+necessary ones (`mar_model.flops`, also for the release, which computes more). MFU is FLOP/s over the device's peak: the data sheet's
+in bf16, else the best measured product. With both precisions, the deviation of bf16 from float32 on the same draws is printed. Peak
+memory includes the weights of all contestants.
 """
 
 import argparse
@@ -43,13 +43,13 @@ LEARNING_RATE = 1e-4
 
 
 class OurModel:
-    """This project's model as the training worker and the generation stage use it."""
+    """This project's model, used like in the training worker and the generation stage."""
 
     def __init__(self, config: MARConfig, device: torch.device, options: argparse.Namespace) -> None:
         self.device, self.options = device, options
         torch.manual_seed(initial_weights(0))
         self.model = MAR(config).to(device)
-        for parameter in self.model.parameters():  # what begins at zero would hide what comes before it
+        for parameter in self.model.parameters():  # weights of zero would hide preceding layers
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, 0.02), lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
@@ -83,15 +83,15 @@ class OurModel:
             chosen = generation_options(options, **fast)
             return generate(self.model, labels, noise, chosen, token_sampler=self._token_sampler(precision))
 
-    @functools.cache  # noqa: B019  # one model lives as long as the process
+    @functools.cache  # noqa: B019  # the model exists as long as the process
     def _token_sampler(self, precision: str) -> TokenSampler:
-        """As the generation stage has it: with graphs, the weights are copied in their precision when the first image is drawn."""
+        """Set up like the generation stage: with graphs, the weights are copied in their precision at the first image."""
         copied = torch.bfloat16 if self.options.graph and precision == "bf16" else None
         return TokenSampler(self.model.diffloss.net, dtype=copied, cuda_graph=self.options.graph)
 
     @torch.no_grad()
     def deviation(self, latents: Tensor, labels: Tensor, masked: int, drawn: dict[str, Tensor]) -> dict[str, float]:
-        """Of bf16 from float32, on the same draws: the loss relatively, conditions and generated latents as relative root mean squares."""
+        """The deviation of bf16 from float32 on the same draws: relative for the loss, relative RMS for the others."""
         self.model.eval()
         found: dict[str, dict[str, Tensor]] = {"loss": {}, "z": {}, "generated": drawn}
         kept = micro_batch_draws(self.model.config, len(labels), masked, seed=1, images_seen=0, micro_batch=0)[0].orders[:, masked:]
@@ -109,7 +109,7 @@ class OurModel:
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
-    """TFLOP/s of the best of forty 2048³ products."""
+    """TFLOP/s of the fastest of forty 2048³ products."""
     side = 2048
     layer, x = Linear(side, side, bias=False).to(device), torch.randn(side, side, device=device)
     best = float("inf")
@@ -120,7 +120,7 @@ def measured_peak(device: torch.device, precision: str) -> float:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds until the device has done it."""
+    """Seconds of `work`, synchronised with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -131,14 +131,14 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 class PeakMemory:
-    """Gibibytes at most: of one run on a CUDA device; elsewhere resident in the process, which holds all models of the table."""
+    """Peak memory in GiB: of one run on a CUDA device; elsewhere resident memory of the process, which holds all models."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif platform.system() == "Linux":
-            Path("/proc/self/clear_refs").write_text("5")  # forget the process's high-water mark
+            Path("/proc/self/clear_refs").write_text("5")  # reset the process's peak
 
     def read(self) -> float:
         if self.device.type == "cuda":
@@ -150,7 +150,7 @@ class PeakMemory:
 
 
 def by_turns(contestants: dict[str, Callable[[], object]], device: torch.device, warmup: int, runs: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each run after the warm-up, one contestant after the other, and the peak memory of the last."""
+    """Seconds of each run after the warm-up, with alternating contestants, and the peak memory of the last run."""
     found: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in contestants}
     for turn in range(warmup + runs):
         for name, work in contestants.items():
@@ -188,14 +188,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, default=8)
     parser.add_argument("--diffusion-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--diffusion-steps-end", type=int, metavar="N", help="fast: the diffusion steps fall to N over the AR steps")
-    parser.add_argument("--reuse-steps", type=int, metavar="N", help="fast: N AR steps after each complete one take features from before")
+    parser.add_argument("--diffusion-steps-end", type=int, metavar="N", help="fast: decrease the diffusion steps to N over the AR steps")
+    parser.add_argument("--reuse-steps", type=int, metavar="N", help="fast: after each complete AR step, N steps reuse features")
     parser.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="fast: guidance in a part of the noise")
-    parser.add_argument("--graph", action="store_true", help="the denoiser's loop as a CUDA graph (on a CPU: its static buffers)")
+    parser.add_argument("--graph", action="store_true", help="run the denoiser's loop as a CUDA graph (on a CPU: with static buffers)")
     parser.add_argument("--compile", action="store_true", help="torch.compile on the blocks")
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to run beside")
-    parser.add_argument("--peak-tflops", type=float, help="of the device; by default its data sheet's, or on a CPU a measured product's")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device; default: data sheet, on a CPU a measured product")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--runs", type=int, default=5)
     return parser.parse_args()
@@ -207,7 +207,7 @@ def generation_options(options: argparse.Namespace, **fast: Any) -> GenerationOp
 
 
 def fast_modes(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `generate` that were asked for."""
+    """The arguments of `generate` from the options."""
     given = {name: getattr(options, name) for name in ("diffusion_steps_end", "reuse_steps", "guidance_interval")}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if value is not None}
 
@@ -216,7 +216,7 @@ def contestants(
     what: str, options: argparse.Namespace, ours: OurModel, release: ReleasedModel | None, latents: Tensor, labels: Tensor, masked: int,
     drawn: dict[str, Tensor],
 ) -> dict[str, Callable[[], object]]:  # fmt: skip
-    """What takes turns, by `code precision`; generations are kept in `drawn`."""
+    """The contestants, by `code precision`; generations are stored in `drawn`."""
 
     def keep(precision: str) -> None:
         drawn[precision] = ours.generate(precision, labels)
@@ -243,7 +243,7 @@ def contestants(
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
-    keep_freed_memory()  # for all that runs here, as the workers do
+    keep_freed_memory()  # for everything here, like the workers
     architecture = PUBLISHED[f"mar_{options.preset}"]
     if options.denoiser:
         depth, width = (int(part) for part in options.denoiser.split("/"))

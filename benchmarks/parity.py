@@ -1,12 +1,12 @@
-"""Golden records of the published release against this implementation, in float32: the error of every recorded quantity.
+"""Compares this implementation with golden records of the published release in float32: the error of every recorded quantity.
 
     python -m benchmarks.parity FILE... [--json] [--device cpu]
 
 A record is a safetensors file with inputs and outputs of the release's model, its arguments in the metadata, and its weights or the
-phase of the formula that fills them. What it holds is checked, each quantity from the rawest inputs that are there. Error: largest
-absolute error over the largest magnitude of the quantity. Bound: 1e-4 up to the loss, 1e-3 for sampled values, 0 for code indices.
-A record of metrics (`kind=metrics` in its metadata) holds features, logits and expected values; bounds: benchmarks/parity_metrics.py.
-Exit status: 0; 1 where an error is over its bound or not finite; 2 where a file is no record.
+phase of the formula that generates them. Each recorded quantity is computed from the earliest recorded inputs. Error: largest absolute
+error over the largest magnitude of the quantity. Bound: 1e-4 up to the loss, 1e-3 for sampled values, 0 for code indices.
+A record of metrics (`kind=metrics` in its metadata) has features, logits and expected values; bounds: benchmarks/parity_metrics.py.
+Exit status: 0; 1 if an error exceeds its bound or is not finite; 2 if a file is not a record.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from benchmarks.parity_first_stages import first_stage, is_first_stage, release_arithmetic
-from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors
 from mar_model import GenerationOptions, TrainingDraws, generate
 from mar_model.checkpoints.checkpoint import model_without_weights
 from mar_model.checkpoints.released_sizes import released_config
@@ -39,15 +38,15 @@ WEIGHTS = "model."
 
 
 class NoRecord(Exception):
-    """A file that is no golden record, or a damaged one."""
+    """The file is not a golden record, or is damaged."""
 
 
 class Missing(Exception):
-    """A quantity is recorded, but not what it is computed from; the text is the name of that."""
+    """A quantity is recorded, but not its input; the text is the input's name."""
 
 
 class Row(NamedTuple):
-    """One quantity of a record. `error` is None where it could not be checked; `remark` says why, or how it failed."""
+    """One quantity of a record. `error` is None if it could not be checked; `remark` gives the reason, or how the check failed."""
 
     quantity: str
     shape: list[int]
@@ -61,7 +60,7 @@ class Row(NamedTuple):
 
 
 class Record:
-    """Arguments and tensors of a golden record; a tensor is read when it is asked for."""
+    """Arguments and tensors of a golden record; a tensor is read on access."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device = path, device
@@ -82,7 +81,7 @@ class Record:
         return self.file.get_tensor(name).to(self.device)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number of the metadata."""
+        """A number in the metadata."""
         text = self.arguments.get(name, default)
         if text is None:
             raise Missing(f"{name} in the metadata")
@@ -92,8 +91,8 @@ class Record:
             raise NoRecord(f"{self.path} has {name}={text!r} in its metadata, expected a number") from error
 
     def fill(self, model: nn.Module, formula: bool = False) -> set[str]:
-        """Give `model`, whose tensors have no values yet, its weights: recorded, or by the formula (with `formula` all that are not
-        recorded). Returns the names left without."""
+        """Set the weights of `model` (on the meta device) from the record or the formula (with `formula` all that are not recorded).
+        Returns the names of missing weights."""
         own = shapes_of(model.state_dict())
         values = {}
         if formula or not self.weights:
@@ -123,7 +122,7 @@ def formula_fill(name: str, shape: tuple[int, ...], phase: float) -> Tensor:
 
 
 class MARQuantities:
-    """What a record of a MAR model holds. Where an input is not recorded, the recorded result of the step before it serves."""
+    """The quantities of a MAR record. If an input is not recorded, the recorded result of the previous step replaces it."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -147,14 +146,14 @@ class MARQuantities:
         }
 
     def need(self, *prefixes: str) -> None:
-        """Raises Missing for a weight of these modules that the record lacks."""
+        """Raises Missing for a weight of these modules that is not in the record."""
         absent = sorted(name for name in self.absent if name.startswith(prefixes))
         if absent:
             raise Missing(WEIGHTS + absent[0])
 
     @cached_property
     def mask(self) -> Tensor:
-        """(B, L) bool; of a record without it, the first tokens of the orders by the recorded ratio."""
+        """(B, L) bool; if it is not recorded, the first tokens of the orders by the recorded ratio."""
         if "train.mask" in self.record:
             mask = self.record["train.mask"].bool()
         else:
@@ -162,7 +161,7 @@ class MARQuantities:
             masked = masked_tokens(orders.shape[1], self.record.number("mask_ratio"))
             mask = torch.zeros_like(orders, dtype=torch.bool).scatter(1, orders[:, :masked], True)
         if len(mask.sum(dim=1).unique()) > 1:
-            raise ValueError("train.mask masks unequal numbers of tokens, expected as many in each image")
+            raise ValueError("train.mask masks different numbers of tokens, expected equal numbers in all images")
         return mask
 
     @cached_property
@@ -205,12 +204,12 @@ class MARQuantities:
         return self.model.diffloss(self.tokens.flatten(0, 1), self.z.flatten(0, 1), t, noise)
 
     def scalar_loss(self) -> Tensor:
-        """By the training path, which computes masked tokens alone; where its inputs aren't recorded, the mean over the mask."""
+        """The loss from the training path, which computes only masked tokens; if its inputs are not recorded, the mean over the mask."""
         masked = int(self.mask[0].sum())
         try:
             self.need("")
             batch, length = self.mask.shape
-            any_order = self.mask.logical_not().long().argsort(dim=1, stable=True)  # that begins with the masked tokens
+            any_order = self.mask.logical_not().long().argsort(dim=1, stable=True)  # starting with the masked tokens
             draws = TrainingDraws(
                 orders=self.record["train.orders"].long() if "train.orders" in self.record else any_order,
                 label_dropped=torch.zeros(batch, dtype=torch.bool, device=self.mask.device),
@@ -229,7 +228,7 @@ class MARQuantities:
         return int(self.record.number("num_sampling_steps"))
 
     def head_sample(self) -> Tensor:
-        """One run of the denoiser's sampler; with twice as many conditions as noises it is guided."""
+        """One run of the denoiser's sampler, guided if there are twice as many conditions as noises."""
         self.need("diffloss")
         z, initial = self.record["head.z"], self.record["head.initial_noise"]
         return sample_tokens(
@@ -275,7 +274,7 @@ class RecordedNoise:
 
 @torch.no_grad()
 def rows(record: Record) -> Iterator[Row]:
-    """Every recorded quantity with its error. Raises NoRecord where the file holds none, or no weights."""
+    """All recorded quantities with their errors. Raises NoRecord if the file has none, or no weights."""
     if record.arguments.get("kind") == "metrics":
         yield from metric_rows(record)
         return
@@ -283,7 +282,7 @@ def rows(record: Record) -> Iterator[Row]:
     try:
         computations = first_stage(record) if of_tokenizer else MARQuantities(record).computations()
     except ValueError as error:
-        raise NoRecord(f"{record.path} has arguments that make no model: {error}") from error
+        raise NoRecord(f"{record.path} has arguments of an invalid model: {error}") from error
     except Missing as missing:
         raise NoRecord(f"{record.path} is no golden record: it holds no weights and no {missing}") from missing
     checked = 0
@@ -312,7 +311,9 @@ def rows(record: Record) -> Iterator[Row]:
 
 
 def metric_rows(record: Record) -> Iterator[Row]:
-    """The rows of a record of metrics. Raises NoRecord where its metadata are incomplete, or its arrays no features."""
+    """The rows of a record of metrics. Raises NoRecord if its metadata are incomplete, or its arrays are not features."""
+    from benchmarks.parity_metrics import ARRAYS, NUMBERS, metric_errors  # imports pipelines, which a machine with a GPU may lack
+
     arrays = {name: record[name].cpu().numpy() for name in ARRAYS if name in record}
     try:
         numbers = {name: int(record.number(name)) for name in NUMBERS}
@@ -328,7 +329,7 @@ def metric_rows(record: Record) -> Iterator[Row]:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest absolute error over the largest magnitude of what is expected, which may be zero only where the error is."""
+    """Largest absolute error over the largest magnitude of what is expected, which may be zero only if the error is zero."""
     error = float((found.double() - expected.double().to(found.device)).abs().max()) if expected.numel() else 0.0
     largest = float(expected.double().abs().max()) if expected.numel() else 0.0
     return 0.0 if error == 0 else error / largest if largest else math.inf
@@ -338,9 +339,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--json", action="store_true", help="also a JSON line for each quantity")
-    parser.add_argument("--device", default="cpu", help="where our side is computed (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="device of this implementation (default: cpu)")
     options = parser.parse_args()
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.allow_tf32 = False  # no TF32
     status = 0
     for path in options.files:
         print(f"{path.name}\n  {'quantity':<18} {'shape':<20} {'error':>9} {'bound':>7}")

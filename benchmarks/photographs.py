@@ -1,4 +1,4 @@
-"""What the benchmarks of the cache read: made photographs, small tokenizers; and how they print a bar."""
+"""Synthetic photographs and small tokenizers for the cache benchmarks, and their table rows."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 from mar_model.tokenizers import KLAutoencoder, KLConfig, save_tokenizer
 
-DISTINCT = 100  # photographs; the others are the same bytes under other names
+DISTINCT = 100  # distinct photographs; the others are copies under other names
 CLASSES = 10
 BATCH = 32
 SMALL = KLConfig(channels=4, width=8, multipliers=(1, 1, 2), encoder_blocks=1, decoder_blocks=1, attention=False)

@@ -1,4 +1,4 @@
-"""The release's own code (LTH14/mar), run from a checkout outside of this project: none of it is here."""
+"""Runs the release's code (LTH14/mar) from a checkout. This project contains none of it."""
 
 import functools
 import importlib
@@ -18,14 +18,14 @@ NEEDS = ("timm", "scipy", "tqdm", "numpy")
 
 
 class ReleasedModel:
-    """The release's MAR model of the same sizes on `device`, trained and sampled as its scripts do.
+    """The release's MAR model of the same sizes on `device`, trained and sampled like in its scripts.
 
-    On a CUDA device it runs under its own autocast (float16, with loss scaling in training), elsewhere in float32.
+    On a CUDA device it uses its float16 autocast (with loss scaling in training), elsewhere float32.
     """
 
     def __init__(self, checkout: Path, config: MARConfig, device: torch.device, learning_rate: float, diffusion_steps: int) -> None:
         code = _import(checkout)
-        if device.type != "cuda":  # the release calls .cuda() in the middle of its model: elsewhere it has to mean nothing
+        if device.type != "cuda":  # the release's model calls .cuda(), which must be a no-op on other devices
             torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
         self.device, self.half = device, device.type == "cuda"
         self.precision = "float16" if self.half else "float32"
@@ -57,7 +57,7 @@ class ReleasedModel:
     def train_step(self, latents: Tensor, labels: Tensor, masked: int) -> None:
         """Forward, backward, clipping and AdamW, with `masked` tokens masked."""
         self.model.train()
-        ratio = (masked - 0.5) / self.model.seq_len  # which its ceil makes `masked`
+        ratio = (masked - 0.5) / self.model.seq_len  # the release takes the ceiling, which gives `masked`
         self.model.mask_ratio_generator = types.SimpleNamespace(rvs=lambda _: [ratio])
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half):
             loss = self.model(latents, labels)
@@ -72,7 +72,7 @@ class ReleasedModel:
 
     @torch.no_grad()
     def generate(self, labels: Tensor, ar_steps: int, guidance: float) -> Tensor:
-        """Latents (B, C, H, W) with the linear schedule of guidance."""
+        """Latents (B, C, H, W), sampled with the linear guidance schedule."""
         self.model.eval()
         with torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half):
             return self.model.sample_tokens(  # type: ignore[no-any-return]
@@ -81,13 +81,13 @@ class ReleasedModel:
 
 
 def _import(checkout: Path) -> types.ModuleType:
-    """The checkout's `models.mar`. Exits with what is missing."""
+    """The checkout's `models.mar`. Exits with a message if something is missing."""
     if not (checkout / "models" / "mar.py").is_file():
-        sys.exit(f"{checkout} has no models/mar.py: bring the release with  git clone https://github.com/LTH14/mar {checkout}")
+        sys.exit(f"{checkout} has no models/mar.py; get the release with  git clone https://github.com/LTH14/mar {checkout}")
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"the release needs {', '.join(missing)}, which this environment lacks; outside of it:  "
+            f"the release needs {', '.join(missing)}, which this environment does not have. Install outside of it:  "
             f"pip install --no-deps --target FOLDER {' '.join(missing)}  and then PYTHONPATH=FOLDER"
         )
     sys.path.insert(0, str(checkout))

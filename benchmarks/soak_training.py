@@ -1,10 +1,10 @@
-"""Training killed again and again, at random moments: does it end as the run that nothing happened to?
+"""Kills a training repeatedly at random moments, and compares the result with an undisturbed run.
 
     python -m benchmarks.soak_training [--kills 20] [--seconds 12] [--seed 0] [--folder DIR]
 
-Each kill is one of: -9 for a worker, a worker stopped (it hangs), -9 for the driver, SIGTERM for the driver. The run goes on by itself
-or is started again. In the end weights, averages, optimizer and the loss of every interval are compared bit by bit with an undisturbed
-run, and each key of the cache must stand once in each epoch.
+Each kill is one of: SIGKILL for a worker, SIGSTOP for a worker (it hangs), SIGKILL or SIGTERM for the driver. The run resumes by itself or
+is restarted. Finally weights, averages, optimizer and the loss of every interval must be bitwise equal to those of an undisturbed run, and
+each key of the cache must occur exactly once per epoch.
 """
 
 import argparse
@@ -38,7 +38,7 @@ KINDS = ("worker killed", "worker hangs", "driver killed", "driver terminated")
 
 
 def run(folder: Path, name: str, images: int) -> None:
-    """One attempt, as a process of its own; what is said goes to stdout."""
+    """One attempt in a separate process; messages go to stdout."""
     with connected(ClusterSettings(cpus=2), folder / f"{name}-ray.log"):
         stage = Recorded(ClusterSettings())
         stage.say = lambda text: print(f"  {text}", flush=True)  # type: ignore[method-assign]
@@ -60,7 +60,7 @@ def images_seen(folder: Path, name: str) -> int:
 
 
 def disturb(driver: subprocess.Popen[bytes], kind: str) -> bool:
-    """Whether there was something to disturb."""
+    """Kill once. Returns whether there was a process to kill."""
     children = psutil.Process(driver.pid).children(recursive=True)
     workers = [one for one in children if "RayTrainWorker" in " ".join(one.cmdline())]
     if kind.startswith("worker"):

@@ -1,4 +1,4 @@
-"""The same images written in every form that `images.source` may have."""
+"""Writes the same images in every form of `images.source`."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def write_tree(root: Path, images: Images) -> str:
 
 
 def write_ilsvrc(path: Path, images: Images) -> str:
-    """A tar of one tar a class, classes in reverse order."""
+    """A tar with one tar per class, classes in reverse order."""
     with tarfile.open(path, "w") as outer:
         for name in reversed(class_names(images)):
             sink = io.BytesIO()
@@ -51,7 +51,7 @@ def write_ilsvrc(path: Path, images: Images) -> str:
 
 
 def write_webdataset(folder: Path, images: Images, shards: int = 2) -> str:
-    """Samples of image and label, by turns as text and as JSON; returns the pattern."""
+    """Samples of image and label, alternately as text and JSON; returns the pattern."""
     names, keys = class_names(images), sorted(images)
     for shard in range(shards):
         with tarfile.open(folder / f"train-{shard:03d}.tar", "w") as tar:

@@ -1,8 +1,8 @@
-"""The bars of training: each figure beside its baseline, measured in the same run.
+"""Figures of training, each with a baseline from the same run.
 
     python -m benchmarks.training [--what throughput workers checkpoint restart node resume scale] [--steps 24]
 
-One torch thread a worker, a small model on a cache of random latents; prints a JSON line a part, then a table.
+One torch thread per worker and a small model on a cache of random latents. Prints one JSON line per part, then a table.
 """
 
 import argparse
@@ -42,15 +42,15 @@ from pipelines.training.job import TrainingJob
 from pipelines.training.metrics.log import MetricsLog
 from pipelines.training.stage import model_config, train
 
-SHARE = 128  # images of a global batch that each of two workers takes, as in the published recipe
-TURNS = 3  # of the runs that are compared: a machine's speed drifts
+SHARE = 128  # images of a global batch for each of two workers, as in the published recipe
+TURNS = 3  # rounds of the compared runs, because the machine's speed drifts
 
 
 class BareStep:
-    """The step of `mar_model` in a loop, and nothing around it: forward, backward, clip, AdamW, average, on batches in memory."""
+    """A bare loop over the step of `mar_model`: forward, backward, clip, AdamW, average, on batches in memory."""
 
     def __init__(self, cache: LatentCache, batches: int = 8, architecture: Architecture = MODEL, batch: int = RECIPE.batch) -> None:
-        use_threads(ClusterSettings())  # as the workers do
+        use_threads(ClusterSettings())  # like the workers
         self.batch = batch
         self.config = model_config(architecture, cache)
         self.model = MAR(self.config).train()
@@ -82,18 +82,17 @@ class BareStep:
 def stage_rows(
     cache: LatentCache, folder: Path, workers: int, steps: int, batch: int = RECIPE.batch, line_steps: int = 4
 ) -> list[dict[str, float]]:
-    """The lines of metrics, of `line_steps` each, of a run through Ray Train, without the first, in which workers warm up."""
+    """The metric lines of a Ray Train run, each over `line_steps`, without the first line (warm-up)."""
     with connected(ClusterSettings(), folder / "ray.log"):
         stage = Recorded(ClusterSettings())
         settings = replace(RECIPE, path=str(folder / f"run-{workers}-{time.time_ns()}"), workers=workers, batch=batch)
         settings = replace(settings, images=batch * (steps + line_steps), log_images=batch * line_steps)
         train(TOKENIZER.path, CacheSettings(path=cache.path), MODEL, settings, stage)
-    return stage.rows[1 : 1 + steps // line_steps]  # after these comes the summary
+    return stage.rows[1 : 1 + steps // line_steps]  # followed by the summary
 
 
 def throughput(folder: Path, steps: int) -> dict[str, Any]:
-    """The stage and the bare loop take turns, and lines of the same steps are compared: how long a step takes depends on how many tokens
-    it masks."""
+    """Alternate the stage and the bare loop, and compare lines of the same steps, because the time of a step depends on its mask ratio."""
     cache, line, count = write_cache(folder / "cache"), 4, max(steps // 4, 1) * 4
     ratios, stage, alone, waiting = [], list[float](), list[float](), list[float]()
     for _ in range(TURNS):
@@ -112,7 +111,7 @@ def throughput(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def bare_loop(cache: str, steps: int, first: bool, turn: Barrier, seconds: "Queue[tuple[str, float]]") -> None:
-    """One of two processes with a bare loop each: the first runs alone, then both run."""
+    """One of two processes with a bare loop: first one runs alone, then both."""
     bare = BareStep(LatentCache(cache), batch=SHARE, batches=2)
     bare()
     turn.wait()
@@ -123,7 +122,7 @@ def bare_loop(cache: str, steps: int, first: bool, turn: Barrier, seconds: "Queu
 
 
 def side_by_side(cache: LatentCache, steps: int) -> float:
-    """What two processes that have nothing to say to each other do in the time that one does alone: 2 where they don't slow each other."""
+    """The throughput of two independent processes relative to one: 2 if they do not slow each other down."""
     context = multiprocessing.get_context("spawn")
     turn, seconds = context.Barrier(2), context.Queue()
     both = [context.Process(target=bare_loop, args=(cache.path, steps, first, turn, seconds)) for first in (True, False)]
@@ -137,7 +136,7 @@ def side_by_side(cache: LatentCache, steps: int) -> float:
 
 
 def workers(folder: Path, steps: int) -> dict[str, Any]:
-    """Runs of one and of two take turns, and the same steps are compared."""
+    """Alternate runs of one and two workers, and compare the same steps."""
     cache = write_cache(folder / "cache")
     lines: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for count in (1, 2) * TURNS:
@@ -166,7 +165,7 @@ def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
         bare()
     times: dict[bool, list[float]] = {True: [], False: []}
     copies, written = [], []
-    for number in range(12):  # only a few steps fall into one
+    for number in range(12):  # only a few steps overlap with a write
         began = time.perf_counter()
         files = {
             WEIGHTS: bare.model.state_dict(), AVERAGE: bare.average.weights, OPTIMIZER: optimizer_state(bare.model, bare.optimizer),
@@ -177,7 +176,7 @@ def checkpoint(folder: Path, steps: int) -> dict[str, Any]:
         began = time.perf_counter()
         while writer._writing is not None and not writer._writing.done():
             seconds = bare()
-            if not writer._writing.done():  # a step that the write ended in counts for neither
+            if not writer._writing.done():  # a step during which the write ended counts for neither
                 times[True].append(seconds)
         written.append(time.perf_counter() - began)
         times[False] += [bare() for _ in range(max(steps // 8, 3))]
@@ -227,7 +226,7 @@ def scale(folder: Path, steps: int) -> dict[str, Any]:
 
     parts = {
         "sampler, an epoch (CPU s)": lambda size: seconds(sampler, size),
-        "micro-batches dealt to all workers (CPU s)": lambda size: seconds(dealt, size),
+        "distributing micro-batches to all workers (CPU s)": lambda size: seconds(dealt, size),
         "metrics.jsonl, 400 epochs (CPU s)": lambda size: seconds(lines, size),
         "state.json (bytes)": state_bytes,
     }

@@ -1,4 +1,4 @@
-"""Training whose workers are killed, whose nodes are lost, that is ended and begun again: seconds to the next step, bits and keys.
+"""Training with killed workers, failed nodes, and resumes: seconds to the next step, bitwise equality, and keys per epoch.
 Run by `benchmarks.training`."""
 
 import logging
@@ -31,7 +31,7 @@ from pipelines.training.worker import Training
 
 
 def after(run: Path, images: int, event: Callable[[], object]) -> threading.Thread:
-    """`event` as soon as the run has the checkpoint at so many images."""
+    """Call `event` when the run has a checkpoint at this many images."""
 
     def act() -> None:
         while not Path(checkpoint_path(str(run), images)).exists():
@@ -44,7 +44,7 @@ def after(run: Path, images: int, event: Callable[[], object]) -> threading.Thre
 
 
 def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: Callable[[], object], **changed: Any) -> dict[str, Any]:
-    """A run in which `event` happens after the second checkpoint: seconds from then to the next step, by stage."""
+    """A run with `event` after the second checkpoint: seconds from the event to the next step, by phase."""
     happened: list[float] = []
 
     def happen() -> None:
@@ -55,8 +55,8 @@ def interrupted(cache: LatentCache, run: Path, cluster: ClusterSettings, event: 
     settings = replace(RECIPE, path=str(run), workers=2, images=1280, log_images=32, checkpoint_images=320)
     after(run, 640, happen)
     train(TOKENIZER.path, CacheSettings(path=cache.path), SMALL, replace(settings, **changed), stage)
-    noticed, cause = next((at, text) for at, text in stage.said if "starting again" in text)
-    again = next(text for _, text in stage.said if "at work again" in text)
+    noticed, cause = next((at, text) for at, text in stage.said if "restarting" in text)
+    again = next(text for _, text in stage.said if "running again" in text)
     later = float(again.split("(")[1].split(" s later")[0])
     return {"noticed_s": noticed - happened[0], "to the next step_s": noticed - happened[0] + later, "cause": cause, "told": again}
 
@@ -87,9 +87,9 @@ def node(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def record_reads() -> None:
-    """Called by Ray in each process that it starts: a training worker writes down which keys the steps it takes were made of."""
+    """Called by Ray in each process that it starts. A training worker then records the keys of each step."""
     read, prepare, step = LatentCache.take, MicroBatches.prepare, Training._step
-    keys: dict[int, list[str]] = {}  # of this worker's share of the global batch that begins at so many images
+    keys: dict[int, list[str]] = {}  # of this worker's share of the global batch, by its first image
     reading: list[str] = []
 
     def take(self: LatentCache, indices: np.ndarray, *rest: Any, **named: Any) -> Any:
@@ -111,8 +111,8 @@ def record_reads() -> None:
 
 
 def keys_of_steps(run: Path) -> tuple[list[str], int]:
-    """The keys of all images of a run in the order of its steps, and how many of the workers' steps were taken again after a kill, whose
-    keys are those of the last time."""
+    """The keys of all images of a run in the order of its steps, and the number of steps that were repeated after a kill (the keys of the
+    last repetition count)."""
     files = sorted(run.glob("keys-*.txt"), key=lambda file: file.stat().st_mtime_ns)
     lines = [line.split() for file in files for line in file.read_text().splitlines()]
     last = {(int(images_seen), int(worker)): keys for images_seen, worker, *keys in lines}
@@ -120,10 +120,10 @@ def keys_of_steps(run: Path) -> tuple[list[str], int]:
 
 
 def resume(folder: Path, steps: int) -> dict[str, Any]:
-    """A run in one go, one that was ended and begun again, and one with a worker killed -9 on the way."""
+    """An uninterrupted run, a resumed run, and a run with a worker killed by SIGKILL."""
     cache = write_cache(folder / "cache", rows=200)
     settings = replace(RECIPE, workers=2, images=1280, log_images=32, checkpoint_images=320)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers' processes may not find it
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # worker processes may not find it
     ray.init(num_cpus=2, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"worker_process_setup_hook": record_reads})
     try:
         for name, parts in (("whole", (1280,)), ("parts", (480, 1280))):

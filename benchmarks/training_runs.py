@@ -1,4 +1,4 @@
-"""What the benchmarks of training run: a small model on a cache of random latents."""
+"""The run of the training benchmarks: a small model on a cache of random latents."""
 
 import time
 from dataclasses import replace
@@ -43,7 +43,7 @@ def write_cache(path: Path, rows: int = 2048, size: int = 8, channels: int = 8) 
 
 
 class Recorded(Stage):
-    """A stage whose lines and metrics are kept, with the time at which they came."""
+    """A stage that stores messages and metrics with their times."""
 
     def __init__(self, cluster: ClusterSettings) -> None:
         super().__init__("train", cluster)

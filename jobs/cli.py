@@ -11,9 +11,10 @@ import typer
 
 from jobs.cache_commands import Check, inspect_command, verify_command
 from jobs.command_options import ConfigOptions, PlanOptions, expanded, load
-from jobs.leaving import last_line
+from jobs.evaluation_commands import RecordOut, SamplesGiven, evaluate_assignments, export, reference_command
+from jobs.leaving import last_line, say
 from jobs.path_options import Command, path_given
-from jobs.released import export_command, import_command
+from jobs.released import import_command
 from jobs.shortcuts import Film, Image, Label, Mask, Out, as_assignments
 from jobs.stage_commands import STAGES
 from jobs.stages import StageFailed, guarded, run_directory, run_stage, value_at
@@ -88,7 +89,7 @@ def _leave(text: str, status: int) -> None:
 def _run(name: str, loaded: "RunConfig", **options: bool) -> None:
     stage = STAGES[name]
     for key in (*stage.reads, stage.writes):
-        print(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}", file=sys.stderr)
+        say(f"  {'writes' if key == stage.writes else 'reads':6} {key:15} {value_at(loaded, key) or '(not set)'}")
     _print_summary(name, run_stage(name, loaded, **options))
 
 
@@ -104,9 +105,11 @@ def _stage_command(name: str) -> Callable[..., None]:
     def run_cache(check: Check = False, *, given: ConfigOptions) -> None:
         _run(name, given.load(), check=check)
 
-    if name == "cache":
-        return run_cache
-    return run_generate if name == "generate" else run
+    def run_evaluate(samples: SamplesGiven = "", out: RecordOut = "", *, given: ConfigOptions) -> None:
+        _run(name, given.load(evaluate_assignments(samples, out)))
+
+    own: dict[str, Callable[..., None]] = {"cache": run_cache, "generate": run_generate, "evaluate": run_evaluate}
+    return own.get(name, run)
 
 
 for _name, _stage in STAGES.items():
@@ -208,7 +211,8 @@ def help_command(command: Annotated[str, typer.Argument(metavar="[COMMAND]", hel
 
 
 command("import", epilog="Example:  mar import checkpoint-last.pth --out runs/mar_base")(import_command)
-command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export_command)
+command("export", epilog="Example:  mar export runs/mar_base --format released --out exported")(export)
+command("reference", epilog="Example:  mar reference --preset demo --out runs/reference.npz")(expanded(reference_command))
 command("inspect", epilog="Example:  mar inspect runs/demo/cache")(inspect_command)
 command("verify", epilog="Example:  mar verify runs/demo/cache --sample 100")(verify_command)
 

@@ -1,6 +1,5 @@
 """Options that commands share, as dataclasses: `expanded` turns a parameter of such a type into one option for each field."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import update_wrapper
@@ -8,6 +7,8 @@ from inspect import Parameter, Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from jobs.leaving import say
 
 if TYPE_CHECKING:
     from jobs.config.load import ConfigurationFile
@@ -47,7 +48,7 @@ def load(config: "str | ConfigurationFile | None", preset: str | None, assignmen
     if print_config:
         print(f"# {source}\n{loaded.yaml()}", end="")
         raise typer.Exit
-    print(f"configuration: {source}", file=sys.stderr)
+    say(f"configuration: {source}")
     return loaded
 
 

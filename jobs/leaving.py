@@ -14,6 +14,12 @@ def last_line(number: int) -> str:
     return f"mar: {WORDS[signal.Signals(number)]}; to resume: {shlex.join(['mar', *sys.argv[1:]])}"
 
 
+def say(text: str) -> None:
+    """Print a line on stderr in a single write, as `print` doesn't: the last line never ends up in the middle of it."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def leave_at_once() -> None:
     """Make both signals end the process immediately. Use it while there is nothing to clean up; not even an import delays the exit."""
     for number in WORDS:

@@ -1,4 +1,4 @@
-"""Plain PyTorch: the MAR model, its diffusion, generation, tokenizers and checkpoints. Usable alone, without a cluster."""
+"""Plain PyTorch: the MAR model, its diffusion, generation, tokenizers and checkpoints. Usable without Ray or a cluster."""
 
 from mar_model.config import Architecture, MARConfig
 from mar_model.mar import MAR, TrainingDraws

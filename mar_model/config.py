@@ -1,11 +1,11 @@
-"""The sizes of a MAR model, as one flat dataclass that travels inside every checkpoint."""
+"""The sizes of a MAR model, as one flat dataclass that is stored in every checkpoint."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a person chooses about the model. The defaults are the published base model
+    """The user's choices about the model. The defaults are the published base model
     (arXiv 2406.11838, section 4.2; released checkpoints: denoiser 6/1024)."""
 
     patch_size: int = 1  # latents per token side
@@ -22,7 +22,7 @@ class Architecture:
     label_drop: float = 0.1  # share of images trained without their label (classifier-free guidance)
     denoiser_depth: int = 6
     denoiser_width: int = 1024
-    diffusion_repeats: int = 4  # timesteps and noises drawn for each masked token in training
+    diffusion_repeats: int = 4  # timesteps and noises drawn per masked token in training
     mask_ratio_mean: float = 1.0  # mode of the truncated normal that the mask ratio is drawn from
     mask_ratio_std: float = 0.25
     mask_ratio_min: float = 0.7
@@ -39,7 +39,7 @@ class Architecture:
             if width % heads:
                 raise ValueError(f"{half}_heads is {heads}, expected a divisor of {half}_width, which is {width}")
             if not 1 <= width * self.mlp_ratio < float("inf"):
-                raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected a number that makes {half}_width {width} 1 or more")
+                raise ValueError(f"mlp_ratio is {self.mlp_ratio}, expected an MLP of at least 1 value at {half}_width {width}")
         for name in ("attention_dropout", "projection_dropout", "label_drop", "mask_ratio_min"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share between 0 and 1")
@@ -59,7 +59,7 @@ def _published(depth: int, width: int, heads: int, denoiser_depth: int, denoiser
     )  # fmt: skip
 
 
-PUBLISHED = {  # the released models; encoder and decoder are alike in them
+PUBLISHED = {  # the released models, whose encoder and decoder have equal sizes
     "mar_base": _published(12, 768, 12, 6, 1024),
     "mar_large": _published(16, 1024, 16, 8, 1280),
     "mar_huge": _published(20, 1280, 16, 12, 1536),
@@ -68,9 +68,9 @@ PUBLISHED = {  # the released models; encoder and decoder are alike in them
 
 @dataclass(frozen=True)
 class MARConfig(Architecture):
-    """An architecture together with what the data determines: latent side and channels, class count.
+    """An architecture, with the sizes that the data determines: latent side and channels, number of classes.
 
-    Raises ValueError with the names and values where sizes do not fit each other.
+    Raises ValueError with names and values if sizes are invalid or do not fit each other.
     """
 
     latent_size: int = 16  # latents per image side (256 px at stride 16)

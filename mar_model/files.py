@@ -1,4 +1,4 @@
-"""Reading the files of checkpoints and tokenizers: what is wrong with a damaged one is a ValueError that names it."""
+"""Reading the files of checkpoints and tokenizers. A damaged file raises a ValueError with its path and the damage."""
 
 import json
 from collections.abc import Mapping
@@ -9,23 +9,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-Shapes = Mapping[str, tuple[int, ...]]  # of each tensor, by its name
+Shapes = Mapping[str, tuple[int, ...]]  # tensor name → shape
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises FileNotFoundError, and ValueError where the file holds anything else."""
+    """The JSON object in `path`. Raises FileNotFoundError, and ValueError if the file contains anything else."""
     data = path.read_bytes()
     try:
         value = json.loads(data.decode("utf-8"))
-    except ValueError as error:  # also what is no UTF-8
+    except ValueError as error:  # includes invalid UTF-8
         raise ValueError(f"{path} is damaged: {error if data else 'the file is empty'}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds {str(value)[:40]}, expected a JSON object")
+        raise ValueError(f"{path} is damaged: it contains {str(value)[:40]}, expected a JSON object")
     return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises FileNotFoundError, and ValueError where the file is damaged."""
+    """All tensors of a safetensors file, on the CPU. Raises FileNotFoundError, and ValueError if the file is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -37,7 +37,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def describe_misfit(expected: Shapes, found: Shapes, shown: int = 5) -> str:
-    """What is missing, unexpected and mis-shaped, with counts and the first `shown` names of each; empty where all fits."""
+    """The missing, unexpected and mis-shaped tensors, with counts and the first `shown` names of each; empty if there are none."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),

@@ -1,7 +1,7 @@
-"""How much arithmetic a configuration costs: floating-point operations of matrix products, two for each multiply and add.
+"""Floating-point operations of a configuration: matrix products, two operations per multiply-add.
 
-Everything else (norms, activations, the sampler's arithmetic) is below a hundredth of it. The counts are of what has to be computed,
-as model FLOP utilisation (MFU) wants them: activations that are computed anew in the backward pass don't count twice.
+Everything else (norms, activations, the sampler's arithmetic) is below 1 %. The counts are for model FLOP utilisation (MFU): recomputed
+activations do not count twice.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from mar_model.tokenizers.network import NetworkConfig
 def training_flops(config: MARConfig, images: int, masked: int) -> int:
     """One training step, forward and backward, of `images` images with `masked` tokens masked in each.
 
-    Backward costs twice as much as forward, except where the input of a layer needs no gradient.
+    Backward costs twice as much as forward, except for layers whose input needs no gradient.
     """
     kept, tokens = config.tokens - masked, images * masked
     rows = config.diffusion_repeats * tokens
-    times = min(rows, TRAINING_STEPS)  # a timestep is embedded once
+    times = min(rows, TRAINING_STEPS)  # each timestep is embedded once
     forward = (
         images * _transformer(config, kept, masked)
         + _conditions(config, tokens)
@@ -40,7 +40,7 @@ def training_flops(config: MARConfig, images: int, masked: int) -> int:
 def generation_flops(config: MARConfig, images: int, options: GenerationOptions, filled: int | None = None) -> int:
     """One generation of `images` images with `options`, without the tokenizer.
 
-    A guidance other than 1 does everything twice. filled: the tokens to fill of each image in a completion (None: all).
+    Guidance other than 1 doubles the work. filled: the tokens to fill per image in a completion (None: all).
     """
     steps, ar_steps, reuse_steps, guided = options.steps, options.ar_steps, options.reuse_steps, options.guidance != 1.0
     guided_steps = {count: guided * sum(map(options.sampling.guides, respaced_timesteps(count))) for count in set(steps)}
@@ -65,14 +65,14 @@ def generation_flops(config: MARConfig, images: int, options: GenerationOptions,
 
 @dataclass(frozen=True)
 class TokenizerFlops:
-    """Of one image, forward."""
+    """Operations of a forward pass on one image."""
 
     encode: int
     decode: int
 
 
 def tokenizer_flops(config: NetworkConfig, image_size: int) -> TokenizerFlops:
-    """A convolutional autoencoder on one image of `image_size` pixels a side; of a quantized one both include the search for codes."""
+    """A convolutional autoencoder on one image with sides of `image_size` pixels; for a quantized one both include the search for codes."""
     widths = [config.width * multiplier for multiplier in config.multipliers]
     sides = [image_size >> level for level in range(len(widths))]
     lowest, side = widths[-1], sides[-1]
@@ -110,14 +110,14 @@ def _product(rows: int, inputs: int, outputs: int) -> int:
 
 
 def _transformer(config: MARConfig, kept: int, chosen: int) -> int:
-    """One sequence: encoder of `kept` tokens and decoder whose last block computes `chosen` positions; the buffer is in both."""
+    """One sequence: the encoder on `kept` tokens, and the decoder, whose last block computes `chosen` positions; both with buffer."""
     width, ratio, length = config.decoder_width, config.mlp_ratio, config.buffer_size + config.tokens
     blocks = (config.decoder_depth - 1) * _block(width, ratio, length, length, length) + _block(width, ratio, length, chosen, length)
     return _encoder(config, kept, kept) + blocks
 
 
 def _reusing_transformer(config: MARConfig, kept: int, drawn_before: int, drawn: int) -> int:
-    """One sequence in a step of `FeatureReuse` that is not complete."""
+    """One sequence in an AR step of `FeatureReuse` that reuses features."""
     length = config.buffer_size + config.tokens
     rows = config.buffer_size + drawn_before + drawn
     decoder = config.decoder_depth * _block(config.decoder_width, config.mlp_ratio, length, rows, rows)
@@ -125,7 +125,7 @@ def _reusing_transformer(config: MARConfig, kept: int, drawn_before: int, drawn:
 
 
 def _encoder(config: MARConfig, computed: int, kept: int) -> int:
-    """Buffer and `computed` tokens, which attend to buffer and `kept` tokens, up to the decoder's width."""
+    """Buffer and `computed` tokens, which attend to buffer and `kept` tokens, including the projection to the decoder's width."""
     rows, seen = config.buffer_size + computed, config.buffer_size + kept
     return (
         _product(computed, config.token_dim, config.encoder_width)
@@ -135,8 +135,8 @@ def _encoder(config: MARConfig, computed: int, kept: int) -> int:
 
 
 def _block(width: int, mlp_ratio: float, attended: int, chosen: int, projected: int) -> int:
-    """A transformer block on one sequence: queries, keys and values of `projected` positions; `chosen` ones go through it and see
-    `attended` ones."""
+    """A transformer block on one sequence: queries, keys and values of `projected` positions; `chosen` outputs that attend to `attended`
+    positions."""
     attention = 2 * _product(chosen, attended, width)  # queries · keys, weights · values
     layers = _product(projected, width, 3 * width) + _product(chosen, width, width)
     return attention + layers + 2 * _product(chosen, width, int(width * mlp_ratio))
@@ -151,7 +151,7 @@ def _times(config: MARConfig, timesteps: int) -> int:
 
 
 def _denoiser(config: MARConfig, rows: int) -> int:
-    """One evaluation on `rows` noised tokens whose times and conditions are embedded already."""
+    """One evaluation on `rows` noised tokens with embedded times and conditions."""
     width, dim = config.denoiser_width, config.token_dim
     return (
         _product(rows, dim, width) + config.denoiser_depth * _product(rows, width, 5 * width) + _product(rows, width, 2 * width + 2 * dim)

@@ -1,18 +1,18 @@
-"""The linear layer of every part of the model."""
+"""The linear layer that all parts of the model use."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALL = 32_768  # values of an input below which setting up a convolution costs more than it gains
+SMALL = 32_768  # for inputs with fewer values, setting up the convolution costs more than it gains
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, with float32 products on a CPU done by oneDNN.
+    """`nn.Linear` that computes float32 products on a CPU with oneDNN.
 
-    PyTorch gives float32 products to MKL, which keeps to AVX2 on processors of another make than its own; oneDNN takes AVX-512
-    wherever there is any. A convolution of size 1 over channels-last values is the same product of the same memory, and PyTorch
-    gives it to oneDNN, forward and backward: twice as fast on an AMD EPYC, with rounding errors of the same size.
+    PyTorch uses MKL for float32 products, which is limited to AVX2 on processors of other vendors than Intel; oneDNN uses AVX-512 if
+    available. A convolution of size 1 over channels-last values is the same product on the same memory, and PyTorch computes it with
+    oneDNN, forward and backward: twice as fast on an AMD EPYC, with rounding errors of the same size.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mar_model.transformer import Block, take
 
 
 class TrainingDraws(NamedTuple):
-    """All the randomness of one forward pass over B images of L tokens of which M are masked, R times each (except dropout's)."""
+    """The random draws of one forward pass over B images of L tokens, M of them masked, R times each (without dropout)."""
 
     orders: Tensor  # (B, L) int64, the generation order; its first M tokens are masked
     label_dropped: Tensor  # (B,) bool, images that see the unconditional vector
@@ -24,7 +24,7 @@ class TrainingDraws(NamedTuple):
 
 
 class DiffusionHead(nn.Module):
-    """The denoiser and its training schedule; a module of its own because released checkpoints call it `diffloss.net`."""
+    """The denoiser and its training schedule. A separate module, because released checkpoints name its parameters `diffloss.net`."""
 
     def __init__(self, config: MARConfig) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DiffusionHead(nn.Module):
         self.diffusion = Diffusion()
 
     def forward(self, x0: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> TokenLoss:
-        """Losses of clean tokens x0 (N, D) at timesteps t (N,) under conditions z (N / R, W), which serve R times each, in blocks."""
+        """Losses of clean tokens x0 (N, D) at timesteps t (N,) for conditions z (N / R, W), which are repeated R times as a block."""
         xt = self.diffusion.noised(x0, t, noise)
         return self.diffusion.loss(self.net(xt, t, z), x0, xt, t, noise)
 
@@ -44,13 +44,13 @@ class MAR(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
-        self.compiler = ""  # the backend that the blocks were compiled with
+        self.compiler = ""  # the backend of the compiled blocks; empty: eager
         length, buffer = config.tokens, config.buffer_size
         width, decoder_width = config.encoder_width, config.decoder_width
         dropouts = (config.attention_dropout, config.projection_dropout)
 
         self.class_emb = nn.Embedding(config.classes, width)
-        self.fake_latent = nn.Parameter(torch.empty(1, width))  # replaces the class embedding where there is no label
+        self.fake_latent = nn.Parameter(torch.empty(1, width))  # replaces the class embedding of images without label
         self.z_proj = Linear(config.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=NORM_EPS)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer + length, width))
@@ -80,13 +80,13 @@ class MAR(nn.Module):
         self.diffloss = DiffusionHead(config)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Have `torch.compile` do the blocks of transformer and denoiser, in place: names and weights stay what they are.
+        """Compile the blocks of transformer and denoiser in place with `torch.compile`. Parameter names and weights do not change.
 
-        Lengths are symbols, so that other masks, batches and AR steps need no new code.
+        Lengths are symbolic, so other masks, batch sizes and AR steps need no recompilation.
         """
-        import torch._dynamo  # seconds that only those who compile should wait
+        import torch._dynamo  # here, because importing it takes seconds
 
-        # All blocks of a kind share their code. Its variants: training or not, autocast or not, the encoder's or the decoder's width, the
+        # All blocks of a kind share compiled code, with these variants: training or not, autocast or not, encoder or decoder width, the
         # last decoder block, one image or more, one token or more
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks):
@@ -94,11 +94,11 @@ class MAR(nn.Module):
         self.compiler = self.diffloss.net.compiler = backend
 
     def recompute_activations(self) -> None:
-        """Train with activation (gradient) checkpointing: a block's activations are computed anew in the backward pass (`run`)."""
+        """Enable activation (gradient) checkpointing: the backward pass computes a block's activations again (`run`)."""
         self.recompute = self.diffloss.net.recompute = True
 
     def patchify(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) → tokens (B, L, D); inside a token the order is channel, row, column."""
+        """(B, C, H, W) → tokens (B, L, D); within a token the order is channel, row, column."""
         patch, channels = self.config.patch_size, self.config.latent_channels
         batch, side = latents.shape[0], self.config.latent_size // patch
         grid = latents.reshape(batch, channels, side, patch, side, patch)
@@ -112,11 +112,11 @@ class MAR(nn.Module):
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, size, size)
 
     def class_embedding(self, labels: Tensor, dropped: Tensor) -> Tensor:
-        """Embedding of labels (B,), or the unconditional vector where `dropped` (B,): (B, W)."""
+        """Embedding (B, W) of labels (B,), with the unconditional vector where `dropped` (B,) is true."""
         return torch.where(dropped[:, None], self.fake_latent, self.class_emb(labels))
 
     def encode(self, tokens: Tensor, kept: Tensor, class_embedding: Tensor) -> Tensor:
-        """Encode the kept tokens, at positions `kept` (B, K) ascending, behind the buffer: (B, buffer + K, W)."""
+        """Encode the buffer and the kept tokens, at ascending positions `kept` (B, K): (B, buffer + K, W)."""
         batch, buffer = tokens.shape[0], self.config.buffer_size
         positions = self.encoder_pos_embed_learned
         chosen = self.z_proj(take(tokens, kept)) + F.embedding(kept, positions[0, buffer:])
@@ -127,9 +127,9 @@ class MAR(nn.Module):
         return self.encoder_norm(x)  # type: ignore[no-any-return]
 
     def decode(self, encoded: Tensor, kept: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Conditions of the tokens at `positions` (B, P) from the encoded kept ones: z (B, P, W); of all L without positions.
+        """Conditions z (B, P, W) of the tokens at `positions` (B, P), or of all L tokens, from the encoded kept tokens.
 
-        Only those are computed in the last block: what the others would be there reaches nothing.
+        The last block computes only these positions, because its other outputs are not used.
         """
         buffer = self.config.buffer_size
         x = self.decoder_embed(encoded)
@@ -149,12 +149,12 @@ class MAR(nn.Module):
     def forward(
         self, latents: Tensor, labels: Tensor | None, masked: int, draws: TrainingDraws, *, finite: bool = True
     ) -> tuple[TokenLoss, Tensor]:
-        """Losses of the masked tokens of normalised latents (B, C, H, W), with the timesteps they belong to; without labels (B,)
-        every image sees the unconditional vector.
+        """Losses of the masked tokens of normalised latents (B, C, H, W), and their timesteps. Without labels (B,) every image gets the
+        unconditional vector.
 
         Each of the three losses and the timesteps have the shape (R·B·M,): every masked token counts R times. Raises ValueError for
-        arguments that don't fit each other by shape and dtype, and on the CPU for labels that are no classes and latents that are not
-        finite (not with finite=False, where the caller looks at the loss); on a GPU values are not looked at, since that would wait.
+        inconsistent shapes and dtypes, and on the CPU for labels out of range and non-finite latents (the latter not with finite=False,
+        if the caller checks the loss). On a GPU values are not checked, because that would synchronise.
         """
         if labels is None:
             labels = torch.zeros(len(latents), dtype=torch.long, device=latents.device)
@@ -171,7 +171,7 @@ class MAR(nn.Module):
     def _check(self, latents: Tensor, labels: Tensor, masked: int, draws: TrainingDraws, finite: bool) -> None:
         config, batch = self.config, len(latents)
         if not 1 <= masked <= config.tokens:
-            raise ValueError(f"masked is {masked}, expected 1 to {config.tokens} (an image's tokens)")
+            raise ValueError(f"masked is {masked}, expected 1 to {config.tokens} (the tokens of an image)")
         repeats = draws.timesteps.shape[0]
         floating, integer = (torch.float32, torch.bfloat16, torch.float16), (torch.int64, torch.int32)
         for name, tensor, shape, dtypes in (
@@ -189,10 +189,10 @@ class MAR(nn.Module):
             check_classes(labels, config.classes)
         if finite and latents.device.type == "cpu" and not bool(latents.isfinite().all()):
             broken = (~latents.isfinite()).sum(dim=(1, 2, 3)).nonzero().flatten().tolist()
-            raise ValueError(f"latents hold values that are NaN or infinite in images {broken[:5]} of {batch}, expected none")
+            raise ValueError(f"latents are NaN or infinite in images {broken[:5]} of {batch}, expected none")
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
-    """Raise ValueError where a label is none of the classes; waits for the device that the labels are on."""
+    """Raise ValueError for a label out of range. Synchronises with the device of the labels."""
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < classes):
-        raise ValueError(f"labels go from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")
+        raise ValueError(f"labels range from {int(labels.min())} to {int(labels.max())}, expected 0 to {classes - 1}")

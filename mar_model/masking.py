@@ -1,4 +1,4 @@
-"""How many tokens are masked: in training by a random ratio, in generation by a cosine schedule (arXiv 2406.11838, section 3.4)."""
+"""The number of masked tokens: a random ratio in training, a cosine schedule in generation (arXiv 2406.11838, section 3.4)."""
 
 import math
 
@@ -16,7 +16,7 @@ def draw_mask_ratio(generator: torch.Generator, mean: float = 1.0, std: float = 
 
 
 def mean_mask_ratio(mean: float = 1.0, std: float = 0.25, minimum: float = 0.7) -> float:
-    """The mean of those ratios; 0.867 for the published values."""
+    """The mean of `draw_mask_ratio`; 0.867 for the published values."""
     low, high = (minimum - mean) / std, (1.0 - mean) / std
     density = math.exp(-(low**2) / 2) - math.exp(-(high**2) / 2)
     share = math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))
@@ -29,10 +29,10 @@ def masked_tokens(tokens: int, ratio: float) -> int:
 
 
 def mask_schedule(tokens: int, steps: int) -> list[int]:
-    """Tokens still masked before step 0 and after each step: steps + 1 lengths from `tokens` down to 0.
+    """The number of masked tokens before step 0 and after each step: steps + 1 values from `tokens` down to 0.
 
-    After step i they are max(1, min(previous − 1, floor(tokens · cos(π/2 · (i+1)/steps)))); the last step predicts all that are
-    left. Raises ValueError for less than one step.
+    After step i it is max(1, min(previous − 1, floor(tokens · cos(π/2 · (i+1)/steps)))); the last step predicts all remaining tokens.
+    Raises ValueError for less than one step.
     """
     if steps < 1:
         raise ValueError(f"ar_steps is {steps}, expected 1 or more")
@@ -44,6 +44,6 @@ def mask_schedule(tokens: int, steps: int) -> list[int]:
 
 
 def filled_first(orders: Tensor, fill: Tensor) -> tuple[Tensor, int]:
-    """Generation orders (B, L) with the tokens of `fill` (B, L) first, otherwise in their order, and how many those are in each image."""
+    """Generation orders (B, L) with the tokens in `fill` (B, L) moved to the front, and the number of these tokens per image."""
     known = ~fill.gather(1, orders)
     return orders.gather(1, known.to(torch.uint8).argsort(dim=1, stable=True)), int(fill[0].sum())

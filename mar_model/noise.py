@@ -1,7 +1,7 @@
-"""Where every random number comes from: streams named by what they are for, never a global generator.
+"""The source of all random numbers: streams named by seed and purpose, never a global generator.
 
 A stream is a function of its name alone (a seed, counts, a purpose), so a resumed run continues the same stream, and a
-sample is the same whichever worker draws it.
+sample is the same on any worker.
 """
 
 import hashlib
@@ -13,29 +13,29 @@ from torch import Tensor
 
 
 def stream(seed: int, *names: int | str) -> torch.Generator:
-    """The generator (on the CPU) of the stream `seed, names…`; equal names give equal draws on every machine."""
+    """The CPU generator of the stream `seed, names…`. Equal names give equal draws on every machine."""
     key = hashlib.sha256(repr((int(seed), *names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
 
 
 class Noise(Protocol):
-    """What generation asks for: `generate` takes any object of this shape, so a recorded stream can be replayed."""
+    """The noise that `generate` uses. Any object with these methods works, so recorded noise can be replayed."""
 
     def orders(self, tokens: int) -> Tensor:
-        """Generation order of each image, (B, tokens) int64: a permutation a row."""
+        """Generation order of each image, (B, tokens) int64: one permutation per row."""
 
     def tokens(self, step: int, predicted: Tensor, diffusion_steps: int, dim: int) -> Tensor:
         """Noise for the tokens that AR step `step` predicts: (1 + diffusion_steps, rows, dim) float32.
 
-        `predicted` is a (B, tokens) bool mask on the CPU with `rows` true entries, taken image by image and inside an image by position.
-        Entry 0 is the initial noise, then one entry per diffusion step from the noisiest down.
+        `predicted` is a (B, tokens) bool mask on the CPU with `rows` true entries, in row-major order. Entry 0 is the initial noise,
+        followed by one entry per diffusion step from the noisiest down.
         """
 
 
 class SampleNoise:
-    """Noise of sample i as a function of (seed, i, token): whatever batch or worker draws it, and at whatever AR step.
+    """Noise of sample i as a function of (seed, i, token), independent of batch, worker and AR step.
 
-    It is drawn on the CPU, at the first use and for all tokens, and kept on `device`.
+    It is drawn on the CPU for all tokens at the first use, and kept on `device`.
     """
 
     def __init__(self, seed: int, samples: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -59,7 +59,7 @@ class SampleNoise:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without making the host wait for the device."""
+    """`tensor` on `device`, without synchronising host and device."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -15,7 +15,7 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, N, W) with dropout on the weights and on the output."""
+    """Multi-head self-attention over (B, N, W) with dropout on weights and output."""
 
     def __init__(self, width: int, heads: int, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         self.proj_drop = Dropout(projection_dropout)
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x (B, N, W) → what its tokens at `positions` (B, P) draw from all N: (B, P, W); all N without positions."""
+        """x (B, N, W) → outputs (B, P, W) of the tokens at `positions` (B, P), which attend to all N; without positions all N outputs."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, W / heads)
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         p = self.attention_dropout if self.training else 0.0
         if p == 0 or q.device.type != "cpu":
             return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-        weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)  # no CPU kernel fuses dropout
+        weights = torch.softmax((q * q.shape[3] ** -0.5) @ k.transpose(2, 3), dim=3)  # CPU kernels do not fuse dropout
         return dropout(weights, p) @ v
 
 
@@ -55,7 +55,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)); (B, N, W) → (B, N, W), or (B, P, W) at `positions` (B, P) alone."""
+    """x + attention(norm(x)), then x + MLP(norm(x)); (B, N, W) → (B, N, W), or only (B, P, W) at `positions` (B, P)."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()

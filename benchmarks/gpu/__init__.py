@@ -1,1 +1,1 @@
-"""All that a new GPU has to be asked, in one command: `python -m benchmarks.gpu` (docs/gpu.md)."""
+"""Correctness and speed of a new GPU in one command: `python -m benchmarks.gpu` (docs/gpu.md)."""

@@ -1,10 +1,10 @@
-"""Is all right on this GPU, and how fast is it? Correctness first, then speed.
+"""Checks correctness on this GPU, then measures speed.
 
     python -m benchmarks.gpu [--release DIR] [--minutes 8] [--out FILE.jsonl] [--parts NAME …]
     python -m benchmarks.gpu --device cpu --tiny      # the same script anywhere, in seconds
 
 Needs torch, numpy and safetensors, and for --release (a checkout of LTH14/mar) timm, scipy and tqdm. Each result is a JSON line, written
-as soon as it is known. docs/gpu.md says what is measured and how to read it. Exit status 1 where a check failed.
+as soon as it is known. docs/gpu.md explains the measurements. The exit status is 1 if a check failed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks.gpu.report import Report, verdicts
 from mar_model.training.gpus import of_device
 
 ROOT = Path(__file__).parents[2]
-SECONDS = {  # what each part needs at least on a GPU
+SECONDS = {  # minimum seconds of each part on a GPU
     "golden": 10, "precision": 20, "training_steps": 20, "synchronisation": 10, "memory": 10, "tokenizer": 10, "training": 20,
     "generation": 20, "encoding": 10, "other_training": 20, "other_generation": 20,
 }  # fmt: skip
@@ -47,25 +47,25 @@ PARTS: dict[str, Callable[[Bench], Iterator[Line]]] = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to measure beside")
+    parser.add_argument("--release", type=Path, metavar="DIR", help="a checkout of LTH14/mar to compare with")
     parser.add_argument("--minutes", type=float, default=8.0, help="parts that no longer fit are skipped")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.jsonl"), metavar="FILE", help="replaced if there (%(default)s)")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small models: whether the script works, not how fast the device is")
+    parser.add_argument("--tiny", action="store_true", help="small models, to test the script, not the device")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--records", type=Path, default=ROOT / "tests" / "data", metavar="DIR", help="golden records (default: tests/data)")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, dense bf16; by default its data sheet's, else measured")
-    parser.add_argument("--append", action="store_true", help=argparse.SUPPRESS)  # of a run that starts itself again
+    parser.add_argument("--peak-tflops", type=float, help="dense bf16 peak of the device; default: data sheet, else measured")
+    parser.add_argument("--append", action="store_true", help=argparse.SUPPRESS)  # set when the script restarts itself
     options = parser.parse_args()
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda, but PyTorch finds no CUDA device; try --device cpu --tiny")
     if options.release is not None and not (options.release / "models" / "mar.py").is_file():
-        parser.error(f"--release is {options.release}, which has no models/mar.py: expected a checkout of LTH14/mar")
+        parser.error(f"--release is {options.release}, which has no models/mar.py; expected a checkout of LTH14/mar")
     return options
 
 
 def environment(bench: Bench, peak: str) -> Line:
-    """What the numbers were measured on."""
+    """The environment of the measurements."""
     device = bench.device
     values: dict[str, object] = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
     name = platform.processor() or platform.machine()
@@ -91,8 +91,8 @@ def main() -> int:
     options = parse()
     device = torch.device(options.device)
     if options.tiny and device.type == "cpu":
-        torch.set_num_threads(1)  # operations so small lose by being shared out
-    torch._dynamo.config.recompile_limit = 256  # all sizes, precisions and modes in one process
+        torch.set_num_threads(1)  # multithreading slows down such small operations
+    torch._dynamo.config.recompile_limit = 256  # for all sizes, precisions and modes in one process
     began = time.monotonic()
     report = Report(options.out, append=options.append)
     bench = Bench(device, options.tiny, began + 60 * options.minutes, 1e12, options.records, options.release)
@@ -117,7 +117,7 @@ def main() -> int:
             error.__traceback__ = None
         report.add(line("part", name, f"{time.monotonic() - start:.1f} s", seconds=time.monotonic() - start))
         rest = options.parts[index + 1 :]
-        if rest and not _answers(bench):  # after an error that CUDA does not recover from, only another process can use the device
+        if rest and not _answers(bench):  # after an unrecoverable CUDA error only another process can use the device
             _start_again(options, rest, bench)
     for found in verdicts(report.lines, judged=not bench.tiny):
         report.add(found)
@@ -136,7 +136,7 @@ def _answers(bench: Bench) -> bool:
 
 
 def _start_again(options: argparse.Namespace, parts: list[str], bench: Bench) -> None:
-    """Replace this process by one that runs the parts that are left and appends to the same file."""
+    """Replace this process with one that runs the remaining parts and appends to the same file."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--append", "--parts", *parts, "--minutes", str(bench.left() / 60)]
     command += ["--out", str(options.out), "--device", options.device, "--records", str(options.records)]
     command += ["--tiny"] if options.tiny else []

@@ -1,4 +1,4 @@
-"""What every part of the benchmark works with: the device, the sizes, the time that is left, lines of results, timings."""
+"""Shared by all parts of the benchmark: device, sizes, remaining time, result lines, timings."""
 
 import contextlib
 import gc
@@ -22,19 +22,19 @@ from mar_model.training.step import OptimizerStep, forward_backward
 from mar_model.training.strategies import Replicated
 
 Line = dict[str, Any]
-TINY = Architecture(  # --tiny, whatever the size: what is compiled once serves all parts
+TINY = Architecture(  # for all sizes with --tiny, so that all parts share compiled code
     encoder_depth=2, encoder_width=64, encoder_heads=2, decoder_depth=2, decoder_width=64, decoder_heads=2, buffer_size=4,
     denoiser_depth=2, denoiser_width=64,
 )  # fmt: skip
 
 
 def line(kind: str, name: str, summary: str, passed: bool | None = None, **values: Any) -> Line:
-    """One result. `passed` is None for what has no bound, `summary` is what the table shows."""
+    """One result. `passed` is None if there is no bound; the table shows `summary`."""
     return {"kind": kind, "name": name, "passed": passed, "summary": summary, **values}
 
 
 def within(kind: str, name: str, error: float, bound: float, **values: Any) -> Line:
-    """A line for an error that has to be at most `bound` (NaN is not)."""
+    """A result line for an error that must be at most `bound` (NaN fails)."""
     return line(kind, name, f"error {error:.2e}, bound {bound:.0e}", error <= bound, error=error, bound=bound, **values)
 
 
@@ -55,7 +55,7 @@ class Bench:
 
     @property
     def backend(self) -> str:
-        """Of torch.compile. On a CPU inductor would compile C++ for minutes: there what dynamo captures runs as it is."""
+        """The backend for torch.compile. On a CPU, where inductor would compile C++ for minutes, the captured graph runs eagerly."""
         return "inductor" if self.cuda else "eager"
 
     def left(self) -> float:
@@ -63,18 +63,18 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def config(self, size: str, **changes: Any) -> MARConfig:
-        """Of base, large or huge."""
+        """The configuration of base, large or huge."""
         sizes = {"latent_size": 4, "latent_channels": 8, "classes": 10} if self.tiny else {}
         architecture = TINY if self.tiny else PUBLISHED[f"mar_{size}"]
         return MARConfig(**{**vars(architecture), **sizes, **changes})
 
     def kl(self) -> tuple[KLConfig, int]:
-        """The tokenizer and the image's side in pixels."""
+        """The tokenizer's configuration and the image side in pixels."""
         small = KLConfig(channels=8, width=32, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1)
         return (small, 32) if self.tiny else (KLConfig(), 256)
 
     def seconds_for(self, flops: float, share: float = 0.15) -> float:
-        """A cautious estimate: this share of the peak is reached."""
+        """A conservative estimate of the seconds, for this share of the peak."""
         return 0.0 if self.tiny else flops / (share * self.peak)
 
     def synchronize(self) -> None:
@@ -82,21 +82,21 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def clean(self) -> None:
-        """Give back the memory of what is gone."""
+        """Release unused memory."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
 
 
 def float32_products(tf32: bool) -> None:
-    """Whether the GPU may shorten the factors of float32 products and convolutions to 10 bits."""
+    """Whether float32 products and convolutions may use TF32 (factors of 10 bits)."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one repetition."""
+    """Seconds per repetition."""
 
     median: float
     low: float
@@ -108,7 +108,7 @@ class Timing:
 
 
 def timed(bench: Bench, work: Callable[[], object], *, repetitions: int, at_most: float, inner: int = 1) -> Timing:
-    """`work`, run `inner` times a repetition, until the device has done it; no new repetition begins after `at_most` seconds."""
+    """Time `work`, run `inner` times per repetition and synchronised. No repetition starts after `at_most` seconds."""
     found: list[float] = []
     began = time.perf_counter()
     while not found or (len(found) < repetitions and time.perf_counter() - began + found[-1] * inner < at_most):
@@ -122,7 +122,7 @@ def timed(bench: Bench, work: Callable[[], object], *, repetitions: int, at_most
 
 
 def made_model(bench: Bench, config: MARConfig, filled: bool = False) -> MAR:
-    """The model, made on the device. `filled`: what begins at zero, and would hide what comes before it, is random too."""
+    """The model, created on the device. `filled`: also initialise zero weights randomly, because they would hide preceding layers."""
     torch.manual_seed(initial_weights(0))
     with bench.device:
         model = MAR(config)
@@ -139,7 +139,7 @@ def autocast(bench: Bench, precision: str) -> contextlib.AbstractContextManager[
 
 @dataclass
 class Trainer:
-    """Training steps as the worker takes them, on one micro-batch of random latents whose draws were made beforehand."""
+    """Training steps like the worker's, on one micro-batch of random latents with precomputed draws."""
 
     bench: Bench
     config: MARConfig
@@ -149,7 +149,7 @@ class Trainer:
     recompute: bool = False
     learning_rate: float = 1e-4
     masked: int = 0  # 0: the mean number
-    steps_apart: bool = False  # dropout's seed changes from step to step
+    steps_apart: bool = False  # change the seed of dropout in every step
 
     def __post_init__(self) -> None:
         bench, config, images = self.bench, self.config, self.images
@@ -170,7 +170,7 @@ class Trainer:
         self.steps = 0
 
     def forward_backward(self) -> tuple[Tensor, Tensor]:
-        """Loss (mean, no dimensions) and whether it is finite, on the device."""
+        """The mean loss (zero-dimensional) and whether it is finite, on the device."""
         loss, _, finite = forward_backward(
             self.model, self.latents, self.labels, self.masked, self.draws, self.seed + self.steps * self.steps_apart,
             1 / (self.draws.timesteps.numel()), autocast(self.bench, self.precision),
@@ -178,7 +178,7 @@ class Trainer:
         return loss.total.detach().mean(), finite
 
     def step(self) -> Tensor:
-        """One step; its loss, on the device."""
+        """Take one step and return its loss on the device."""
         loss, finite = self.forward_backward()
         self.optimizer_step.settle(self.steps)
         self.optimizer_step(finite.logical_not().float()[None], [False, False])

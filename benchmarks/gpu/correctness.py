@@ -1,4 +1,4 @@
-"""Whether the device computes what it should: golden records, precisions, compiled blocks, graphs, training, memory, the tokenizer."""
+"""Correctness checks of a device: golden records, precisions, compiled blocks, graphs, training, memory, the tokenizer."""
 
 import math
 import time
@@ -17,20 +17,20 @@ from mar_model.tokenizers import KLAutoencoder
 from mar_model.training.footprint import activation_bytes, parameter_count
 from mar_model.training.recipe import micro_batch_draws
 
-SAME = {"loss": 1e-4, "gradient": 1e-3}  # relative root mean squares: another order of the same float32 sums
+SAME = {"loss": 1e-4, "gradient": 1e-3}  # relative root mean squares, caused by another order of float32 sums
 BF16 = {"loss": 2e-2, "gradient": 5e-2}
-DRAWN = {"float32": 1e-3, "bf16": 1e-1}  # sampling carries a deviation on from step to step
+DRAWN = {"float32": 1e-3, "bf16": 1e-1}  # deviations accumulate over sampling steps
 KL = {"float32": 1e-4, "tf32": 5e-3, "bf16": 3e-2}  # of the posterior means, in units of their standard deviation
 MEMORY, COMPILED_LOSS = 0.05, 0.01
 FEW_STEPS = GenerationOptions(ar_steps=4, diffusion_steps=8, guidance=2.0)
 
 
 def golden(bench: Bench) -> Iterator[Line]:
-    """The release's recorded numbers, in float32."""
+    """Golden records of the release, in float32."""
     float32_products(tf32=False)
     files = sorted(bench.records.glob("mar_tiny_patches.safetensors" if bench.tiny else "*.safetensors"))
     if not files:
-        yield line("golden", "records", f"no *.safetensors in {bench.records}: name their folder with --records", False)
+        yield line("golden", "records", f"no *.safetensors in {bench.records}: set their folder with --records", False)
     for path in files:
         try:
             for row in parity.rows(parity.Record(path, bench.device)):
@@ -49,7 +49,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def precision(bench: Bench) -> Iterator[Line]:
-    """Losses and gradients of one forward and backward pass, and a generation, each against float32 in eager mode."""
+    """Losses and gradients of one forward and backward pass, and a generation, each compared with eager float32."""
     float32_products(tf32=False)
     images = 3 if bench.tiny else 8
     config = without_dropout(bench.config("base"))
@@ -102,7 +102,7 @@ def precision(bench: Bench) -> Iterator[Line]:
 
 
 def training(bench: Bench) -> Iterator[Line]:
-    """20 steps on one batch: finite, falling, and the same with compiled blocks."""
+    """20 steps on one batch: losses are finite, decrease, and agree with those of compiled blocks."""
     float32_products(tf32=False)
     found: dict[str, list[float]] = {}
     for name in ("eager", "compiled"):
@@ -122,7 +122,7 @@ def training(bench: Bench) -> Iterator[Line]:
 
 
 def synchronisation(bench: Bench) -> Iterator[Line]:
-    """No wait of the host for the device inside a training step or an AR step, as PyTorch itself finds it."""
+    """No synchronisation inside a training step or an AR step, detected by PyTorch's sync debug mode."""
     config = bench.config("base")
     for name in ("training step, eager", "training step, compiled", "AR step"):
         if not bench.cuda:
@@ -148,7 +148,7 @@ def synchronisation(bench: Bench) -> Iterator[Line]:
 
 def _generate_strictly(bench: Bench, model: MAR) -> None:
     def after_step(step: int, latents: Tensor) -> None:
-        torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")  # not for what comes after the last
+        torch.cuda.set_sync_debug_mode("error" if step < 3 else "default")  # not for the code after the last step
 
     with autocast(bench, "bf16"):
         noise = SampleNoise(0, range(4), bench.device)
@@ -156,7 +156,7 @@ def _generate_strictly(bench: Bench, model: MAR) -> None:
 
 
 def _place(error: BaseException) -> str:
-    """Where in this project's code it was raised."""
+    """The file and line in this project's code that raised the error."""
     trace, place = error.__traceback__, ""
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -167,9 +167,9 @@ def _place(error: BaseException) -> str:
 
 
 def memory(bench: Bench) -> Iterator[Line]:
-    """What the forward pass keeps, and on CUDA the peak of a step, against `mar_model.training.footprint`."""
+    """Stored activations, and on CUDA the peak of a step, compared with `mar_model.training.footprint`."""
     images, config = 64, bench.config("base")
-    if bench.tiny:  # wide enough that what the formula leaves out is small
+    if bench.tiny:  # wide enough that terms missing in the formula are small
         widths = {"encoder_width": 192, "decoder_width": 256, "denoiser_width": 320, "latent_size": 16, "latent_channels": 16}
         images, config = 2, without_dropout(bench.config("base", **widths))
     parameters, kind = parameter_count(config), "bf16" if bench.cuda else "float32"
@@ -213,7 +213,7 @@ def _planned(name: str, found: float, planned: float, **values: Any) -> Line:
 
 @torch.inference_mode()
 def tokenizer(bench: Bench) -> Iterator[Line]:
-    """Moments on the device in each precision against the CPU's in float32, channels last as the cache has it."""
+    """Moments on the device in each precision compared with float32 on the CPU, channels-last as in the stage cache."""
     config, side = bench.kl()
     torch.manual_seed(0)
     network = KLAutoencoder(config).eval()
@@ -232,7 +232,7 @@ def tokenizer(bench: Bench) -> Iterator[Line]:
 
 @torch.no_grad()
 def peak_products(bench: Bench) -> float:
-    """FLOP/s of large bf16 products (of float32 ones on a CPU): what the device reaches, beside its data sheet."""
+    """The measured FLOP/s of large bf16 products (on a CPU: float32)."""
     side, dtype = 512 if bench.tiny else 8192, torch.bfloat16 if bench.cuda else torch.float32
     a, b = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
     for _ in range(3):

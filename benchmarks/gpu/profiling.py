@@ -1,4 +1,4 @@
-"""Where the device's time goes: its kernels by family, and the share of time in which it has none to run."""
+"""A profile of the device: time per kernel family, and the share of idle time."""
 
 import re
 from collections import defaultdict
@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu.bench import Bench, Line, line
 
 SHOWN = 10
-FAMILIES = (  # the first that a kernel's name fits; on a CPU the names of PyTorch's operators
+FAMILIES = (  # the first match of a kernel's name counts; on a CPU, names of PyTorch's operators
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention"),
     ("compiled, reductions", r"^triton_(red|per)"),
     ("compiled, pointwise", r"^triton_"),
@@ -30,7 +30,7 @@ FAMILIES = (  # the first that a kernel's name fits; on a CPU the names of PyTor
 
 
 def family(kernel: str) -> str:
-    """The family of a kernel, or of a kernel in none its name without template arguments."""
+    """The family of a kernel, or its name without template arguments if it matches none."""
     for name, pattern in FAMILIES:
         if re.search(pattern, kernel, re.IGNORECASE):
             return name
@@ -38,7 +38,7 @@ def family(kernel: str) -> str:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """Time inside of at least one of the spans, and from the first one's begin to the last one's end."""
+    """The time covered by at least one span, and the time from the first start to the last end."""
     inside, begin, end = 0.0, None, 0.0
     for start, stop in sorted(spans):
         begin = start if begin is None else begin
@@ -49,9 +49,9 @@ def covered(spans: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 def profiled(bench: Bench, name: str, work: Callable[[], object]) -> Line:
-    """A line with the families that take the most time, and the idle share."""
+    """A result line with the most expensive families and the idle share."""
     activity = ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU
-    for _ in range(2 if bench.cuda else 1):  # the first sets the profiler up
+    for _ in range(2 if bench.cuda else 1):  # the first run initialises the profiler
         bench.synchronize()
         with profile(activities=[activity]) as found:
             work()

@@ -1,4 +1,4 @@
-"""The file of results, the table at the end, and a verdict for each goal."""
+"""The results file, the final table, and a verdict for each goal."""
 
 import functools
 import json
@@ -10,14 +10,14 @@ from typing import Any
 from benchmarks.gpu.bench import Line, line
 from benchmarks.gpu.speed import EXACT
 
-TRAINING, MFU, EXACT_GENERATION, FAST_GENERATION = 2.5, 0.45, 3.0, 10.0  # times the release; share of the peak
+TRAINING, MFU, EXACT_GENERATION, FAST_GENERATION = 2.5, 0.45, 3.0, 10.0  # times the release; MFU; times the release
 
 
 class Report:
-    """Lines as they come, in the file and on the screen."""
+    """Writes result lines to the file and the screen as they arrive."""
 
     def __init__(self, out: Path, append: bool = False) -> None:
-        """With `append` the lines of the file count too."""
+        """With `append`, keep the lines of an existing file."""
         self.out, self.lines = out, []
         out.parent.mkdir(parents=True, exist_ok=True)
         if append and out.is_file():
@@ -26,7 +26,7 @@ class Report:
             out.write_text("", encoding="utf-8")
 
     def add(self, found: Line) -> None:
-        """Write one line at once. Values that JSON has no number for (infinite, NaN) are written as text."""
+        """Write one line immediately. Infinite and NaN values are written as text, because JSON has none."""
         text = json.dumps({name: _plain(value) for name, value in found.items()})
         with self.out.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
 
 
 def verdicts(lines: Sequence[Line], judged: bool = True) -> list[Line]:
-    """A line for each goal; `passed` is None where something it needs was not measured, and without `judged` (tiny models)."""
+    """One line per goal. `passed` is None if a required measurement is missing, or without `judged` (tiny models)."""
     goal = functools.partial(_goal, judged)
     by_name = {(one["kind"], one["name"]): one for one in lines}
 

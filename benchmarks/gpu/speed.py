@@ -1,4 +1,4 @@
-"""How fast: training, generation and encoding at the published sizes, beside the release where its checkout is there."""
+"""Speed of training, generation and encoding at the published sizes, compared with the release if a checkout is given."""
 
 import functools
 import time
@@ -17,8 +17,8 @@ from mar_model.masking import masked_tokens, mean_mask_ratio
 from mar_model.tokenizers import KLAutoencoder
 
 GUIDANCE = 3.0  # of every generation
-BATCHES = (128, 96, 64, 32)  # the published micro-batch, and those tried where it does not fit
-# Size and code, the most telling first. huge fits most cards with activation checkpointing alone.
+BATCHES = (128, 96, 64, 32)  # the published micro-batch, and smaller ones if it does not fit
+# Size and code, the most important first. huge fits most cards only with activation checkpointing.
 TRAINED = (("large", "compiled"), ("large", "release"), ("large", "eager"))
 TRAINED_TOO = (
     ("base", "compiled"), ("base", "release"), ("base", "eager"), ("huge", "compiled checkpointed"), ("huge", "eager checkpointed"),
@@ -41,15 +41,15 @@ GENERATED_TOO: Variants = (
     ("compiled graphs, guidance from 0.1 to 0.6", INTERVAL),
 )
 EXACT = ("compiled graphs", "eager", "compiled", "graphs")
-LONGEST = 40.0  # seconds that one variant of generation may repeat in
+LONGEST = 40.0  # maximum seconds for the repetitions of one variant of generation
 
 
 class _Enough(Exception):
-    """The steps that warm a variant up are done."""
+    """Raised after the warm-up steps of a variant."""
 
 
 def skipped(kind: str, name: str, bench: Bench, needed: float) -> Line:
-    return line(kind, name, f"skipped: needs about {needed:.0f} s, {max(bench.left(), 0):.0f} s are left of --minutes", skipped=True)
+    return line(kind, name, f"skipped: needs about {needed:.0f} s, but {max(bench.left(), 0):.0f} s of --minutes remain", skipped=True)
 
 
 def failed(kind: str, name: str, error: BaseException) -> Line:
@@ -89,7 +89,7 @@ def _trained(bench: Bench, size: str, code: str) -> Iterator[Line]:
                 torch.cuda.reset_peak_memory_stats(bench.device)
             timing = timed(bench, step, repetitions=3 if bench.tiny else 7, at_most=12.0, inner=1 if bench.tiny else 5)
         except torch.OutOfMemoryError as error:
-            error.__traceback__ = None  # whose frames hold the model
+            error.__traceback__ = None  # whose frames reference the model
             step = None
             bench.clean()
             yield line("training", f"{size} {code} at {images}", "out of memory", images=images)
@@ -121,7 +121,7 @@ def _own_step(bench: Bench, config: MARConfig, images: int, code: str) -> Callab
 
 
 def _released_step(bench: Bench, config: MARConfig, images: int, masked: int) -> Callable[[], object]:
-    """The release's step, with its moving average, which `ReleasedModel` leaves out."""
+    """The release's step including its moving average, which `ReleasedModel` omits."""
     release = _release(bench, config)
     latents = torch.randn(images, config.latent_channels, config.latent_size, config.latent_size, device=bench.device)
     labels = torch.arange(images, device=bench.device) % config.classes
@@ -175,7 +175,7 @@ def generation(variants: Variants, bench: Bench) -> Iterator[Line]:
             continue
         seconds = timing.median / images
         yield line(
-            "generation", name, f"{seconds:.4f} s an image, {flops / timing.median / 1e12:.3g} TFLOP/s", seconds_an_image=seconds,
+            "generation", name, f"{seconds:.4f} s/image, {flops / timing.median / 1e12:.3g} TFLOP/s", seconds_an_image=seconds,
             images=images, tflops=flops / timing.median / 1e12, mfu=flops / timing.median / bench.peak, warm_up_seconds=first, **steps,
             **timing.values(),
         )  # fmt: skip
@@ -198,10 +198,10 @@ def _model(bench: Bench, config: MARConfig, compiled: bool) -> MAR:
 def _own_generation(
     bench: Bench, model: MAR, images: int, graphs: bool, steps: dict[str, Any]
 ) -> tuple[Callable[..., Tensor | None], Callable[[], object]]:
-    """One batch, and what has to run before it is timed: all of it for graphs, which are captured then, else three AR steps."""
+    """One batch, and its warm-up: the whole batch for graphs, which are captured then, otherwise three AR steps."""
     token_sampler = TokenSampler(model.diffloss.net, dtype=torch.bfloat16 if graphs else None, cuda_graph=graphs)
     labels, drawn = torch.arange(images) % model.config.classes, GenerationOptions(guidance=GUIDANCE, **steps)
-    kept_noise = SampleNoise(0, range(images), bench.device)  # of what is not timed as a whole: drawing takes a second on the CPU
+    kept_noise = SampleNoise(0, range(images), bench.device)  # drawn outside the timing, because drawing takes a second on the CPU
 
     def work(profiled_steps: int | None = None) -> Tensor | None:
         def after_step(step: int, latents: Tensor) -> None:
@@ -228,7 +228,7 @@ def _released_generation(
 
 @torch.inference_mode()
 def encoding(bench: Bench) -> Iterator[Line]:
-    """Images a second of the tokenizer's encoder, channels last as the cache has it."""
+    """Images/s of the tokenizer's encoder, channels-last as in the stage cache."""
     config, side = bench.kl()
     images = 2 if bench.tiny else 64
     torch.manual_seed(0)

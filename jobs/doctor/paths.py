@@ -49,7 +49,7 @@ def _read_input(key: str, path: str) -> None:
     from pipelines.caching.latent_cache import read_manifest
     from pipelines.caching.latent_format import MANIFEST
     from pipelines.checkpoints.directory import CheckpointState, read_checkpoint
-    from pipelines.evaluation.classifier import load_classifier
+    from pipelines.evaluation.classifier.network import load_classifier
     from pipelines.evaluation.statistics import FeatureStatistics
 
     if key == "evaluate.classifier":

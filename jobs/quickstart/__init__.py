@@ -1,1 +1,1 @@
-"""The whole journey in one command."""
+"""All stages in one command."""

@@ -13,7 +13,7 @@ from mar_model.config import Architecture
 from pipelines.caching import stage as caching
 from pipelines.evaluation import cautions
 from pipelines.evaluation import stage as evaluation
-from pipelines.evaluation.classifier import train_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows, real_and_noise
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.settings import EvaluateSettings
@@ -113,7 +113,7 @@ class Journey:
         def sweep_generation(stage: Stage) -> dict[str, Any]:
             nonlocal evaluate, sections
             # computed once for the sweep, the evaluation and the comparison
-            beside = real_and_noise(images, config.seed, compared).values()
+            beside = real_and_noise(images, config.seed, compared, sections.tokenizer_path).values()
             evaluate = evaluation.with_reference(images, sections.tokenizer_path, evaluate, stage, beside)
             sections = replace(sections, evaluate=replace(evaluate, actors=1))  # for each trial; trials run in parallel
             return sweeping.sweep(sections, config.sweep, stage)
@@ -129,7 +129,7 @@ class Journey:
 
         def evaluate_and_compare(stage: Stage) -> dict[str, Any]:
             summary = evaluation.evaluate(images, sections.tokenizer_path, train.path, drawn, evaluate, stage)
-            rows.update(frechet_rows(images, evaluate, compared, stage))
+            rows.update(frechet_rows(images, evaluate, compared, stage, sections.tokenizer_path))
             return summary
 
         evaluated = self.stage("evaluate", evaluate.path, evaluate_and_compare)

@@ -1,12 +1,13 @@
 """One self-contained page about a run: samples, quality, cost, and how to repeat it."""
 
 import base64
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from jobs.report.figures import StageOutput, distances, duration, figures, key_figures, measured_on, number, times
+from jobs.report.metrics import metrics
 from jobs.report.reading import Classes, Reading, ReportedSummary
 from pipelines.images.grid import GRID_CLASSES
 from pipelines.runtime import storage
@@ -19,29 +20,6 @@ from pipelines.training.metrics.divergence import diverged, skipped_steps
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 ORDER = ("tokenize", "cache", "train", "classifier", "sweep", "generate", "evaluate")  # order of the stages on the page
-NOT_FIGURES = ("format_version", "stage", "identity", "rows", "loss_curve", "seconds_by_stage")
-
-
-@dataclass
-class StageOutput:
-    """A finished stage's folder."""
-
-    name: str  # of the folder
-    path: str
-    summary: dict[str, Any]
-
-    @property
-    def stage(self) -> str:
-        return str(self.summary.get("stage", self.name))
-
-    @property
-    def images(self) -> int | None:
-        """The number of images encoded or drawn; for training, the images seen."""
-        return self.summary.get("images", self.summary.get("images_seen"))
-
-    def file(self, name: str) -> str | None:
-        path = storage.join(self.path, name)
-        return path if storage.exists(path) else None
 
 
 @dataclass
@@ -99,6 +77,7 @@ def report(path: str, run_summary: dict[str, Any] | None = None) -> str:
         cautions=cautions.of_run(run, [one.summary for one in stages if one.stage == "evaluate"]),
         samples=_samples(path, stages, pictures, run, reading),
         distances=distances(run, stages),
+        metrics=metrics([one.summary for one in stages if one.stage == "evaluate"]),
         training=_training(stages, pictures, reading),
         tokenizer=_tokenizer(stages, pictures, reading),
         sweeps=_sweeps(stages, pictures, reading),
@@ -124,102 +103,6 @@ def find_stages(path: str, reading: Reading) -> list[StageOutput]:
         if summary and (name or summary.get("stage") in ORDER):
             found.append(StageOutput(name or path.rpartition("/")[2], folder, summary))
     return sorted(found, key=lambda one: (ORDER.index(one.stage) if one.stage in ORDER else len(ORDER), one.name))
-
-
-def figures(summary: dict[str, Any]) -> list[tuple[str, Any]]:
-    """All plain values of a summary, those of nested mappings as `name · key`."""
-    found: list[tuple[str, Any]] = []
-    for name, value in summary.items():
-        if name in NOT_FIGURES:
-            continue
-        if isinstance(value, dict):
-            found += [(f"{name} · {key}", one) for key, one in figures(value)]
-        else:
-            found.append((name, ", ".join(number(one) for one in value) if isinstance(value, list) else value))
-    return found
-
-
-def key_figures(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, str]]:
-    """The main figures at the top of the page."""
-    known = {name: value for one in stages for name, value in one.summary.items()} | run
-    trained = next((one.summary for one in stages if one.stage == "train"), {})
-    tiles = []
-
-    def tile(label: str, text: str, note: str = "") -> None:
-        tiles.append({"label": label, "text": text, "note": note})
-
-    if (agreement := known.get("label_agreement")) is not None:
-        real = known.get("classifier_accuracy_real", known.get("accuracy_held_out"))
-        count = f"{number(known['images_held_out'])} " if "images_held_out" in known else ""
-        note = f"{count}real images {100 * real:.1f}\u00a0%" if real is not None else ""
-        tile("label agreement", f"{100 * agreement:.1f}\u00a0%", note)
-    for row in distances(run, stages)[:1]:
-        tile("Fréchet distance", number(row["distance"]), row["name"].replace("_", " "))
-    if known.get("psnr_held_out") is not None:
-        tile("reconstruction", f"{known['psnr_held_out']:.1f} dB", f"PSNR, {_measured_on(known)}")
-    if "loss" in trained:
-        tile("training loss", number(trained["loss"]), f"{number(trained['images_seen'])} images seen")
-    if "images_per_second" in trained:
-        tile("training speed", f"{number(trained['images_per_second'])}/s", f"images, {trained.get('workers', 1)} workers")
-    if "samples" in run:
-        tile("samples", number(run["samples"]), "drawn and evaluated")
-    if "seconds" in run:
-        tile("whole run", duration(run["seconds"]), "with a resume" if run.get("resumed") else "without interruption")
-    if "peak_memory_gb" in run:
-        tile("peak memory", f"{run['peak_memory_gb']:.1f} GB", "all processes")
-    return tiles
-
-
-def distances(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
-    """Rows {name, distance, share of the largest} of the Fréchet table: the run's comparison, or else each evaluation's distance."""
-    rows: dict[str, float] = {}
-    if isinstance(compared := run.get("frechet_distance"), dict):
-        rows = {name: value for name, value in compared.items() if isinstance(value, int | float)}
-    for one in stages:
-        if one.stage == "evaluate" and not rows:
-            rows = {name: value for name, value in one.summary.items() if name == "fid" or name.startswith("frechet_distance_")}
-    largest = max(rows.values(), default=0.0)
-    return [{"name": name, "distance": value, "share": 100 * value / largest if largest > 0 else 0} for name, value in rows.items()]
-
-
-def times(run: dict[str, Any], stages: list[StageOutput]) -> list[dict[str, Any]]:
-    """One row {name, seconds, share of the longest, images, images_per_second, tflops (per worker), mfu} per stage."""
-    rows = [
-        {
-            "name": one.name,
-            "seconds": one.summary["seconds"],
-            "images": one.images,
-            "images_per_second": one.summary.get("images_per_second"),
-            "tflops": one.summary.get("tflops_per_worker", one.summary.get("tflops_per_actor")),
-            "mfu": one.summary.get("mfu"),
-        }
-        for one in stages
-        if one.summary.get("seconds") is not None
-    ]
-    longest = max((row["seconds"] for row in rows), default=0)
-    return [{**row, "share": 100 * row["seconds"] / longest if longest else 0} for row in rows]
-
-
-def number(value: Any) -> str:
-    """Format with thousands separators and four significant digits; "none" for a number that is missing or not finite."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
-
-
-def duration(seconds: float) -> str:
-    """1 h 02 min, 3 min 05 s, 42 s, 0.8 s."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _samples(path: str, stages: list[StageOutput], pictures: Pictures, run: dict[str, Any], reading: Reading) -> dict[str, Any] | None:
@@ -267,7 +150,7 @@ def _tokenizer(stages: list[StageOutput], pictures: Pictures, reading: Reading) 
             points = [(seen, loss) for seen, loss in one.summary.get("loss_curve") or []]
             curve = pictures.add("tokenizer", loss_curve(points)) if len(points) > 1 else None
             pairs = pictures.copy("reconstructions", reading.picture(one.file("pairs.png")))
-            about = {"pairs": pairs, "curve": curve, "summary": one.summary, "measured_on": _measured_on(one.summary)}
+            about = {"pairs": pairs, "curve": curve, "summary": one.summary, "measured_on": measured_on(one.summary)}
             return about if pairs or curve else None
     return None
 
@@ -297,11 +180,6 @@ def _configuration(configuration: dict[str, Any], stages: list[StageOutput]) -> 
         top = {name: value for name, value in configuration.items() if not isinstance(value, dict)}
         return {**({"run": top} if top else {}), **{name: value for name, value in configuration.items() if isinstance(value, dict)}}
     return {one.name: one.summary["identity"] for one in stages if one.summary.get("identity")}
-
-
-def _measured_on(tokenized: dict[str, Any]) -> str:
-    """The images of `psnr_held_out`; summaries of earlier versions do not have their number."""
-    return f"{number(tokenized['psnr_images'])} held-out images" if "psnr_images" in tokenized else "held-out images"
 
 
 def _commands(path: str, configuration: dict[str, Any], run: dict[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""A checkpoint directory: `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json` (nothing is pickled).
+"""A checkpoint directory: `model.safetensors`, `ema.safetensors`, `optimizer.safetensors` and `state.json` (no pickles).
 
-`state.json` holds format_version, model (the MARConfig), images_seen, the latents' normalisation, and a digest of each file,
-so that a damaged or half-copied checkpoint is known as such.
+`state.json` contains format_version, model (the MARConfig), images_seen, the latents' normalisation, and a digest of each file
+to detect damaged or incomplete checkpoints.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ WEIGHTS, AVERAGE, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "op
 
 
 def average_file(decay: float) -> str:
-    """The file of a further moving average, e.g. `ema-0.999.safetensors`; that of `train.ema_decay` is `ema.safetensors`."""
+    """The file of an additional moving average, e.g. `ema-0.999.safetensors`; the average of `train.ema_decay` is `ema.safetensors`."""
     return f"ema-{decay:g}.safetensors"
 
 
@@ -39,14 +39,14 @@ def write_checkpoint(directory: Path, config: MARConfig, tensors: Mapping[str, d
 
 
 def write_state(directory: Path, config: MARConfig, state: dict[str, Any]) -> None:
-    """Write `state.json` over the weights that are in `directory`: `state`, the model's configuration and the files' digests."""
+    """Write `state.json` for the weights in `directory`: `state`, the model's configuration and the files' digests."""
     digests = {file.name: file_digest(file) for file in sorted(directory.glob("*.safetensors"))}
     whole = {"format_version": FORMAT_VERSION, "model": asdict(config), **state, "files": digests}
     (directory / STATE).write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The verified `state.json`. Raises ValueError naming the file that is missing, damaged or of another format."""
+    """The verified `state.json`. Raises ValueError with the file that is missing, damaged or of another format."""
     path = directory / STATE
     if not path.is_file():
         raise ValueError(f"{directory} is not a checkpoint: no {STATE} in it")
@@ -70,9 +70,9 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def weights_file(state: Mapping[str, Any], ema: bool = True, decay: float = 0.0) -> str:
-    """The file of a checkpoint with this state that holds the raw weights, their average, or that of a further `decay` (0: the first).
+    """The file with the raw weights, the average of `train.ema_decay` (decay 0), or the average of another `decay`.
 
-    Raises ValueError naming the averages that are there when that of `decay` is not.
+    Raises ValueError with the existing averages if there is none of `decay`.
     """
     if not ema:
         return WEIGHTS
@@ -80,16 +80,16 @@ def weights_file(state: Mapping[str, Any], ema: bool = True, decay: float = 0.0)
     if not decay or decay == train.get("ema_decay"):
         return AVERAGE
     if average_file(decay) not in state["files"]:
-        there = [train.get("ema_decay"), *train.get("ema_decays", [])]
-        raise ValueError(f"the checkpoint holds no average of decay {decay:g}, only of {', '.join(map(str, there))}")
+        existing = [train.get("ema_decay"), *train.get("ema_decays", [])]
+        raise ValueError(f"the checkpoint holds no average of decay {decay:g}, only of {', '.join(map(str, existing))}")
     return average_file(decay)
 
 
 def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[MAR, dict[str, Any]]:
-    """The model of a checkpoint, in evaluation mode, with the averaged weights (see `weights_file`) or the raw ones; and its state.
+    """The model of a checkpoint in evaluation mode, with averaged (see `weights_file`) or raw weights, and its state.
 
-    Takes the memory of one copy of the weights. Raises ValueError for a damaged checkpoint, for an average that it does not hold and
-    for weights that do not fit the configuration.
+    Takes the memory of one copy of the weights. Raises ValueError for a damaged checkpoint, a missing average, and weights that do not
+    fit the configuration.
     """
     state = read_state(directory)
     model = model_without_weights(config_of(state))
@@ -107,21 +107,21 @@ def load_model(directory: Path, ema: bool = True, decay: float = 0.0) -> tuple[M
 
 
 def config_of(state: Mapping[str, Any]) -> MARConfig:
-    """The model's configuration in a checkpoint's `state.json`; what a newer version added to it is left out."""
+    """The model's configuration in a checkpoint's `state.json`; fields of newer versions are ignored."""
     known = {one.name for one in fields(MARConfig)}
     return MARConfig(**{name: value for name, value in state["model"].items() if name in known})
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
-    """A copy of one tensor in float32. The file is mapped for this one alone, so that what was read before no longer takes memory."""
+    """A float32 copy of one tensor. The file is mapped again for each tensor, so pages of earlier tensors do not stay in memory."""
     with safe_open(path, "pt") as file:
         value: Tensor = file.get_tensor(name)
     return value.to(torch.float32, copy=True)
 
 
 def model_without_weights(config: MARConfig) -> MAR:
-    """A model whose parameters have shapes but no values yet (device *meta*), to be filled by `load_state_dict(…, assign=True)`:
-    drawing random values first takes a large model seconds and its own size in memory."""
+    """A model on the meta device, to be filled by `load_state_dict(…, assign=True)`. This avoids the random initialisation, which takes
+    a large model seconds and a second copy in memory."""
     with torch.device("meta"):
         model = MAR(config)
     model.diffloss.diffusion = Diffusion()  # its tables are computed, not loaded
@@ -129,7 +129,7 @@ def model_without_weights(config: MARConfig) -> MAR:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load `weights` exactly. Raises ValueError that lists missing, unexpected and mis-shaped names; nothing is changed then."""
+    """Load `weights` strictly. Raises ValueError with missing, unexpected and mis-shaped names, and then changes nothing."""
     misfit = describe_misfit(shapes_of(model.state_dict()), shapes_of(weights))
     if misfit:
         raise ValueError(f"weights don't fit the model: {misfit}")
@@ -146,7 +146,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`optimizer_state` in host memory, as files take it."""
+    """`optimizer_state` in host memory, contiguous, for saving."""
     return {name: value.contiguous().cpu() for name, value in optimizer_state(model, optimizer).items()}
 
 
@@ -156,9 +156,9 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     place: Callable[[Tensor, Tensor], Tensor] = lambda value, parameter: value.to(parameter.device),
 ) -> None:
-    """Put the saved state back, `step` where torch.optim keeps it: with the parameter if its group is fused or capturable, else
-    on the CPU. `place(value, parameter)` gives the state of a parameter as it is kept beside it (in parts, if that is sharded).
-    Raises ValueError naming a parameter without state, or one whose state has another shape."""
+    """Restore the saved state. `step` goes where torch.optim keeps it: to the parameter's device if its group is fused or capturable,
+    otherwise to the CPU. `place(value, parameter)` returns the state in the layout of the parameter (sharded if it is sharded).
+    Raises ValueError for a parameter without state, or with a state of another shape."""
     tensors = read_tensors(directory / OPTIMIZER)
     with_parameter = {
         id(parameter): bool(group.get("fused") or group.get("capturable"))

@@ -13,24 +13,24 @@ from mar_model.checkpoints.released_sizes import STRIDE, released_config
 from mar_model.config import MARConfig
 from mar_model.files import describe_misfit, read_tensors, shapes_of
 
-LATENT_SCALE = 0.2325  # latents are multiplied by it before the published models see them
+LATENT_SCALE = 0.2325  # factor on latents before the published models
 
 
 def checked_config(file: ReleasedFile, ema: bool = True, **chosen: int | None) -> MARConfig:
-    """The configuration of a released MAR checkpoint, all of whose names and shapes fit it.
+    """The configuration of a released MAR checkpoint, which all its names and shapes fit.
 
-    Raises ValueError listing what is missing, unexpected and mis-shaped, or saying which weights are not there.
+    Raises ValueError with the missing, unexpected and mis-shaped tensors, or with the set of weights that does not exist.
     """
     key = EMA if ema else RAW
     if key not in file.weights:
         other, option = (RAW, "raw") if ema else (EMA, "ema")
-        raise ValueError(f"{file.path} has no {key!r}, only {other!r}: take those with --{option}")
+        raise ValueError(f"{file.path} has no {key!r}, only {other!r}: use --{option}")
     config = released_config(shapes_of(file.weights[key]), file.arguments, **chosen)
     expected = shapes_of(model_without_weights(config).state_dict())
-    for name in sorted(file.weights, key=lambda one: one != key):  # first those that the sizes are from
+    for name in sorted(file.weights, key=lambda one: one != key):  # first the weights that determine the sizes
         misfit = describe_misfit(expected, shapes_of(file.weights[name]))
         if misfit:
-            raise ValueError(f"{file.path}: {name!r} is no MAR model of the sizes that its tensors tell: {misfit}")
+            raise ValueError(f"{file.path}: {name!r} is not a MAR model of the sizes that its tensors have: {misfit}")
     return config
 
 
@@ -39,10 +39,9 @@ def import_checkpoint(
 ) -> MARConfig:
     """Write a released MAR checkpoint as a checkpoint directory, in the memory of one copy of the weights.
 
-    With `ema` the file's two sets of weights keep their places: `load_model` gives the average, with `ema=False` the raw ones (where
-    the file has no raw weights the average stands in both places). Without it the raw weights stand in both places.
-    `chosen` is what the shapes can't tell, as in `released_config`; `state` goes into `state.json` beside the geometry.
-    Raises ValueError as `checked_config` does, and for weights that are not finite, before anything is written.
+    With `ema` the averaged weights go to `ema.safetensors` and the raw ones to `model.safetensors` (or the average, if the file has no raw
+    weights). Without it the raw weights go to both. `chosen`: sizes that the shapes do not determine, as in `released_config`. `state` is
+    added to `state.json`. Raises ValueError as `checked_config` does, and for non-finite weights, before anything is written.
     """
     file = ReleasedFile(path)
     config = checked_config(file, ema, **chosen)
@@ -50,7 +49,7 @@ def import_checkpoint(
     parts = {WEIGHTS: raw, AVERAGE: EMA if ema else RAW}
     for key in set(parts.values()):
         check_finite(file, key)
-        file = ReleasedFile(path)  # a new memory map: the pages that were just read no longer count as used
+        file = ReleasedFile(path)  # a new memory map, which releases the pages that were just read
     stride = chosen.get("stride") or int(file.arguments.get("vae_stride") or STRIDE)
     geometry = {
         "images_seen": None,  # the release counts epochs
@@ -70,11 +69,11 @@ def import_checkpoint(
 
 
 def export_checkpoint(directory: Path, target: Path) -> None:
-    """Write a checkpoint directory as the file that the release resumes from: its raw and its averaged weights, float32.
+    """Write the raw and averaged float32 weights of a checkpoint directory to a file that the release can resume from.
 
-    No `args`: PyTorch refuses to load a Namespace by default since 2.6. How latents are normalised has no place in that file: the
-    release's code multiplies them by LATENT_SCALE, `is_scaled_as_released` tells whether this checkpoint does. Raises ValueError for a
-    damaged checkpoint.
+    The file has no `args`, because PyTorch refuses to load a Namespace by default since 2.6. It does not contain the normalisation of
+    latents: the release's code multiplies them by LATENT_SCALE (see `is_scaled_as_released`). Raises ValueError for a damaged
+    checkpoint.
     """
     state = read_state(directory)
     expected = shapes_of(model_without_weights(config_of(state)).state_dict())
@@ -88,6 +87,6 @@ def export_checkpoint(directory: Path, target: Path) -> None:
 
 
 def is_scaled_as_released(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's normalisation (its `state.json`) is the release's: latents times LATENT_SCALE, nothing subtracted."""
+    """Whether the normalisation in `state.json` is the release's: latents times LATENT_SCALE, without a shift."""
     scaled = all(abs(std * LATENT_SCALE - 1) < 1e-6 for std in state["latent_std"])
     return scaled and all(abs(mean) < 1e-6 for mean in state["latent_mean"])

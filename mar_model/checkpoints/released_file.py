@@ -1,8 +1,8 @@
-"""Reading published PyTorch files: those of the MAR release (LTH14/mar), and Lightning checkpoints as LDM's.
+"""Reading published PyTorch files: those of the MAR release (LTH14/mar), and Lightning checkpoints such as LDM's.
 
-They are pickles, so they are read with `weights_only=True`: tensors, numbers and text, and argparse's Namespace, which the MAR release
-keeps its arguments in, as the one further class that is built. In place of the classes that Lightning keeps the state of its callbacks
-under stand empty ones.
+The files are pickles, so they are read with `weights_only=True`: tensors, numbers, text, and as the only additional class
+`argparse.Namespace`, which contains the release's arguments. Lightning's classes, which identify the states of its callbacks, are replaced
+with empty classes.
 """
 
 import argparse
@@ -14,25 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RAW, EMA = "model", "model_ema"  # the keys that the release keeps its two sets of weights under
-FILE = "checkpoint-last.pth"  # the name that the release looks for in the folder that its --resume is given
+RAW, EMA = "model", "model_ema"  # the release's keys of its two sets of weights
+FILE = "checkpoint-last.pth"  # the file that the release loads from its --resume folder
 LIGHTNING = "state_dict"  # the key of a Lightning checkpoint's weights
 LIGHTNING_MODULES = ("pytorch_lightning.", "lightning.pytorch.", "lightning_fabric.", "lightning.fabric.")
-LOSS = "loss."  # weights of the training's losses in there, which a tokenizer does not need
+LOSS = "loss."  # prefix of weights of training losses, which a tokenizer does not need
 
 
 class ReleasedFile:
-    """One file of the release, memory-mapped: `weights` by the key they are under, `arguments` under the release's names, `epoch`."""
+    """One published file, memory-mapped: `weights` by key, `arguments` by the release's names, `epoch`."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError for a file that is not a PyTorch file, is damaged, needs code to be run, or holds no weights."""
+        """Raises ValueError if the file is not a PyTorch file, is damaged, would run code, or contains no weights."""
         content = _read(path)
         if isinstance(content, dict) and RAW not in content and _of_autoencoder(content.get(LIGHTNING)):
             content = {RAW: {name: value for name, value in content[LIGHTNING].items() if not str(name).startswith(LOSS)}}
         if not isinstance(content, dict) or not isinstance(content.get(RAW, content.get(EMA)), dict):
             found = sorted(str(key) for key in content)[:8] if isinstance(content, dict) else type(content).__name__
             raise ValueError(
-                f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}, or a Lightning checkpoint of an autoencoder"
+                f"{path} holds {found}, expected a dictionary with weights under {RAW!r} or {EMA!r}, or a Lightning checkpoint of an "
+                "autoencoder"
             )
         self.path = path
         self.weights = {key: _tensors(path, key, content[key]) for key in (RAW, EMA) if key in content}
@@ -42,7 +43,7 @@ class ReleasedFile:
 
     @property
     def is_tokenizer(self) -> bool:
-        """Whether its names are those of an autoencoder and not of a MAR model."""
+        """Whether the parameter names are those of an autoencoder, not of a MAR model."""
         return _of_autoencoder(self.weights.get(RAW))
 
 
@@ -57,16 +58,16 @@ def _read(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *_lightning_classes(path)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a pickle or an archive can hold that it should not
+    except Exception as error:  # a damaged or malicious file can raise anything
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
-            raise ValueError(f"{path} needs {refused[1]} to be read; only tensors, numbers, text and argparse.Namespace are") from error
+            raise ValueError(f"{path} contains {refused[1]}; only tensors, numbers, text and argparse.Namespace are read") from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is not a PyTorch file, or cut off or damaged: {reason[:200]}") from error
+        raise ValueError(f"{path} is not a PyTorch file, or is truncated or damaged: {reason[:200]}") from error
 
 
 def _lightning_classes(path: Path) -> list[Any]:
-    """A class without content under the name of each class of Lightning's in the file: the state of a callback is kept under its class."""
+    """An empty class for each of Lightning's classes in the file, which stores the state of a callback under its class."""
     if not zipfile.is_zipfile(path):
         return []
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -76,14 +77,14 @@ def _lightning_classes(path: Path) -> list[Any]:
 def _tensors(path: Path, key: str, value: Any) -> dict[str, Tensor]:
     wrong = [str(name) for name, one in value.items() if not isinstance(one, Tensor)] if isinstance(value, dict) else [key]
     if wrong or not value:
-        raise ValueError(f"{path} holds no weights under {key!r}: {', '.join(wrong[:5]) or 'nothing'} there, expected named tensors")
+        raise ValueError(f"{path} contains no weights under {key!r} but {', '.join(wrong[:5]) or 'nothing'}, expected named tensors")
     odd = [
         f"{name} is {one.dtype}, {one.layout}, on {one.device}"
         for name, one in value.items()
         if not one.is_floating_point() or one.layout != torch.strided or one.device.type != "cpu"
     ]
     if odd:
-        raise ValueError(f"{path}: {key!r} has {'; '.join(odd[:5])}; expected floating-point weights, dense and with values")
+        raise ValueError(f"{path}: {key!r} has {'; '.join(odd[:5])}; expected dense floating-point weights with values")
     return {str(name): one for name, one in value.items()}
 
 

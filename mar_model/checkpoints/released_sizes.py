@@ -1,4 +1,4 @@
-"""The sizes of released models: from the shapes of their tensors, and from the release's (LTH14/mar) names for its arguments."""
+"""The sizes of released models (LTH14/mar), derived from the shapes of their tensors and from the release's arguments."""
 
 import math
 import re
@@ -14,7 +14,7 @@ STRIDE, CHANNELS = 16, 16  # of the published tokenizer, KL-16
 
 HEADS = {one.encoder_width: one.encoder_heads for one in PUBLISHED.values()}
 
-# The release's names for what an architecture here is made of.
+# Field of Architecture or MARConfig → the release's argument and its type.
 ARGUMENTS: dict[str, tuple[str, type]] = {
     "patch_size": ("patch_size", int),
     "encoder_depth": ("encoder_depth", int),
@@ -37,9 +37,9 @@ ARGUMENTS: dict[str, tuple[str, type]] = {
 }
 
 
-# What a size is told by: the tensor, its number of dimensions, the axis, and how many times the size it is there. The most frequent
-# answer counts, so that a tensor of a wrong shape is told as such and not as another model.
-TOLD_BY: dict[str, list[tuple[str, int, int, int]]] = {
+# Size → tensors that determine it: name, number of dimensions, axis, and factor of the size. The most frequent value counts, so that a
+# tensor of a wrong shape is reported as such and not as another model.
+SIZE_TENSORS: dict[str, list[tuple[str, int, int, int]]] = {
     "classes": [("class_emb.weight", 2, 0, 1)],
     "token_dim": [
         ("z_proj.weight", 2, 1, 1), ("diffloss.net.input_proj.weight", 2, 1, 1), ("diffloss.net.final_layer.linear.bias", 1, 0, 2),
@@ -55,11 +55,11 @@ TOLD_BY: dict[str, list[tuple[str, int, int, int]]] = {
 
 
 def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int | None) -> MARConfig:
-    """The configuration of a MAR state dict, from its shapes, then what was `chosen` (fields of MARConfig, and `stride`), then the
-    release's `arguments` (texts are read as numbers), then the published values.
+    """The configuration of a MAR state dict. Sources in order of precedence: its shapes, `chosen` (fields of MARConfig, and `stride`),
+    the release's `arguments` (text is parsed as numbers), the published values.
 
-    Shapes that are missing fall back on the arguments too, so that no shapes at all give the model that the arguments describe.
-    Raises ValueError where heads or patch size can't be known, or sizes don't fit each other.
+    Missing shapes fall back to the arguments, so empty `shapes` give the model that the arguments describe. Raises ValueError if heads or
+    patch size are unknown, or sizes do not fit each other.
     """
     told = _told(arguments) | {name: value for name, value in chosen.items() if value is not None}
     seen = _seen(shapes, told.get("buffer_size", Architecture.buffer_size))
@@ -68,7 +68,7 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
         width = values[f"{half}_width"]
         if f"{half}_heads" not in told:
             if width not in HEADS and width % 64:
-                raise ValueError(f"the shapes don't tell the number of heads; {half} width is {width}: name the heads")
+                raise ValueError(f"the number of heads is unknown for {half} width {width}: give the heads")
             values[f"{half}_heads"] = HEADS.get(width, width // 64)
     if "hidden" in seen:
         values["mlp_ratio"] = _mlp_ratio(seen["hidden"], values["mlp_ratio"])
@@ -82,10 +82,10 @@ def released_config(shapes: Shapes, arguments: Mapping[str, Any], **chosen: int 
 
 
 def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields from the release's arguments; a published size by its name, as in `model=mar_large`."""
+    """Fields of MARConfig (and `stride`) from the release's arguments, including a published size by name (`model=mar_large`)."""
     told: dict[str, Any] = {}
     if arguments.get("model") in PUBLISHED:
-        size = asdict(PUBLISHED[arguments["model"]])  # the name tells nothing of the denoiser, which has arguments of its own
+        size = asdict(PUBLISHED[arguments["model"]])  # not the denoiser, which has separate arguments
         told |= {f"{half}_{name}": size[f"{half}_{name}"] for half in ("encoder", "decoder") for name in ("depth", "width", "heads")}
     for name, (argument, kind) in {**ARGUMENTS, "stride": ("vae_stride", int)}.items():
         if arguments.get(argument) is not None:
@@ -100,12 +100,12 @@ def _told(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
-    """What the shapes of a MAR state dict tell; `buffer` is its size where they don't."""
+    """The sizes that the shapes of a MAR state dict determine; `buffer` is the buffer size if they do not."""
     seen: dict[str, Any] = {}
-    for size, tellers in TOLD_BY.items():
-        there = [(shapes[name][axis], times) for name, dimensions, axis, times in tellers if len(shapes.get(name, ())) == dimensions]
-        if there:
-            seen[size] = Counter(found // times for found, times in there).most_common(1)[0][0]
+    for size, tensors in SIZE_TENSORS.items():
+        found = [(shapes[name][axis], times) for name, dimensions, axis, times in tensors if len(shapes.get(name, ())) == dimensions]
+        if found:
+            seen[size] = Counter(value // times for value, times in found).most_common(1)[0][0]
     for name, prefix in (
         ("encoder_depth", "encoder_blocks"),
         ("decoder_depth", "decoder_blocks"),
@@ -117,7 +117,7 @@ def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
     positions, tokens = seen.get("positions", 0), seen.get("tokens", 0)
     if 0 < tokens < positions and math.isqrt(tokens) ** 2 == tokens:
         seen["buffer_size"] = positions - tokens
-    elif positions > buffer:  # then it is the tokens' own tensor that is wrong
+    elif positions > buffer:  # the tensor of the tokens is wrong
         seen["tokens"] = positions - buffer
     layers = [shapes.get(f"{half}_blocks.0.mlp.fc1.weight", ()) for half in ("encoder", "decoder")]
     hidden = [(layer[1], layer[0]) for layer in layers if len(layer) == 2 and min(layer) > 0]
@@ -127,18 +127,18 @@ def _seen(shapes: Shapes, buffer: int) -> dict[str, Any]:
 
 
 def count_modules(names: Collection[str], prefix: str) -> int:
-    """Entries of a module list: one more than the highest number after `prefix.`, but no more than there are names, for the number in
-    a foreign file may be any."""
+    """The length of a module list: one more than the highest number after `prefix.`, but at most the number of names, because a foreign
+    file may contain any number."""
     numbers = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in names)
     return min(max((int(match[1]) + 1 for match in numbers if match), default=0), len(names))
 
 
 def _mlp_ratio(hidden: list[tuple[int, int]], told: float) -> float:
-    """The ratio that makes hidden widths, the whole part of width · ratio, of (width, hidden width): `told` if it does."""
+    """The MLP ratio with hidden width = int(width · ratio) for all (width, hidden width); `told` if it satisfies this."""
     if all(int(width * told) == outputs for width, outputs in hidden):
         return told
     ratio = max(outputs / width for width, outputs in hidden)
-    while any(int(width * ratio) < outputs for width, outputs in hidden):  # a quotient may round down
+    while any(int(width * ratio) < outputs for width, outputs in hidden):  # the quotient may have been rounded down
         ratio = math.nextafter(ratio, math.inf)
     return ratio
 
@@ -153,7 +153,7 @@ def _patch(token_dim: int, told: Mapping[str, Any]) -> tuple[int, int]:
         channels = token_dim // max(patch, 1) ** 2
     if patch < 1 or token_dim != channels * patch**2:
         raise ValueError(
-            f"tokens have {token_dim} values, which {channels} latent channels in patches of {max(patch, 1)}×{max(patch, 1)} are not: "
-            "name patch size and tokenizer"
+            f"tokens have {token_dim} values, but {channels} latent channels in patches of {max(patch, 1)}×{max(patch, 1)} have not: "
+            "give the patch size and the tokenizer"
         )
     return patch, channels

@@ -1,4 +1,4 @@
-"""The denoising MLP: noise and variance of one token from its noised value, the time and the transformer's condition
+"""The denoising MLP, which predicts noise and variance of a token from its noised value, the time and the transformer's condition
 (arXiv 2406.11838, section 4.2 and appendix; names as in the released checkpoints)."""
 
 import math
@@ -11,7 +11,7 @@ from mar_model.blocks import NORM_EPS, run
 from mar_model.head.diffusion import TRAINING_STEPS
 from mar_model.linear import Linear
 
-FREQUENCIES = 128  # sinusoids of each phase in the time embedding
+FREQUENCIES = 128  # sinusoids per phase in the time embedding
 
 
 class TimeEmbedding(nn.Module):
@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Norm without weights, modulated by y, then a linear layer to noise and variance."""
+    """A norm without weights, modulated by y, and a linear layer to noise and variance."""
 
     def __init__(self, width: int, output: int) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class OutputLayer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """ε and the variance's interpolation for noised tokens (N, D): output (N, 2D)."""
+    """Predicts noise ε and the interpolation of the variance for noised tokens (N, D): output (N, 2D)."""
 
     def __init__(self, token_dim: int, condition_width: int, width: int, depth: int) -> None:
         super().__init__()
         self.recompute = False  # see MAR.recompute_activations
-        self.compiler = ""  # the backend that the blocks were compiled with, see MAR.compile_blocks
+        self.compiler = ""  # the backend of the compiled blocks, see MAR.compile_blocks
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = Linear(condition_width, width)
         self.input_proj = Linear(token_dim, width)
@@ -82,18 +82,18 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x (N, D) at training timesteps t (N,) under conditions z (N / R, W), which serve R times each, in blocks."""
+        """x (N, D) at training timesteps t (N,) for conditions z (N / R, W), which are repeated R times as a block."""
         condition = self.cond_embed(z).repeat(x.shape[0] // z.shape[0], 1)
         return self.denoise(x, self.embed_time(t) + condition)
 
     def embed_time(self, t: Tensor) -> Tensor:
-        """Time embeddings (N, w) of t (N,); of more tokens than there are timesteps, each timestep is embedded once."""
+        """Time embeddings (N, w) of t (N,). If N exceeds the number of timesteps, each timestep is embedded only once."""
         if t.numel() <= TRAINING_STEPS:
             return self.time_embed(t)  # type: ignore[no-any-return]
         return F.embedding(t, self.time_embed(torch.arange(TRAINING_STEPS, device=t.device)))
 
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same with y = time embedding + embedded condition (N, w), so that sampling embeds each condition once."""
+        """`forward` with y = time embedding + embedded condition (N, w), so that sampling embeds each condition once."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = run(block, x, y, recompute=self.recompute)

@@ -1,4 +1,4 @@
-"""Gaussian diffusion of one token: the schedule, the training loss and one ancestral step.
+"""Gaussian diffusion of one token: the schedule, the training loss, and ancestral and DDIM steps.
 
 The process is that of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672): cosine schedule (eq. 17), predicted
 noise, and a learned variance interpolated between its two bounds (eq. 15), trained with MSE + variational bound as MAR does
@@ -31,7 +31,7 @@ def cosine_betas(steps: int = TRAINING_STEPS) -> Tensor:
 
 
 def respaced_timesteps(steps: int) -> list[int]:
-    """The `steps` of the 1000 training timesteps that sampling visits, ascending: round(i · 999/(steps − 1)), halves to even.
+    """The training timesteps that sampling with `steps` steps visits, ascending: round(i · 999/(steps − 1)), halves to even.
 
     Raises ValueError outside 1…1000.
     """
@@ -46,7 +46,7 @@ def annealed_steps(first: int, last: int, ar_steps: int) -> list[int]:
     """Diffusion steps of each autoregressive step, falling linearly from `first` to `last`.
 
     "DiSA: Diffusion Step Annealing in Autoregressive Image Generation" (arXiv 2505.20297, the linear schedule; there 50 to 5): the more
-    of an image is there, the less is left to choose for a token. Raises ValueError where `last` is below 1 or above `first`.
+    of an image is known, the narrower is the distribution of a token. Raises ValueError if `last` is below 1 or above `first`.
     """
     if not 1 <= last <= first:
         raise ValueError(f"diffusion_steps_end is {last}, expected 1 to diffusion_steps, which is {first}")
@@ -54,7 +54,7 @@ def annealed_steps(first: int, last: int, ar_steps: int) -> list[int]:
 
 
 class Schedule(NamedTuple):
-    """What the process is at some timesteps: each entry a tensor of their shape. ᾱ' is ᾱ at the timestep visited next, 1 after the last."""
+    """Coefficients at some timesteps, each a tensor of their shape. ᾱ' is ᾱ at the next visited timestep, and 1 after the last."""
 
     sqrt_alpha_bar: Tensor
     sqrt_one_minus_alpha_bar: Tensor
@@ -62,7 +62,7 @@ class Schedule(NamedTuple):
     sqrt_recip_alpha_bar_minus_one: Tensor
     x0_coefficient: Tensor  # of the posterior's mean
     xt_coefficient: Tensor
-    min_log_variance: Tensor  # the posterior's; at t = 0, where it has none, that of t = 1
+    min_log_variance: Tensor  # of the posterior; at t = 0, where it is undefined, its value at t = 1
     max_log_variance: Tensor  # log β
     sqrt_next_alpha_bar: Tensor  # √ᾱ'
     one_minus_next_alpha_bar: Tensor  # 1 − ᾱ'
@@ -107,7 +107,7 @@ class Diffusion(nn.Module):
         return Schedule(*self.table[:, t, None])
 
     def at_step(self, index: int) -> Schedule:
-        """The schedule at one index, as views of the table without dimensions."""
+        """The schedule at one index, as zero-dimensional views of the table."""
         return Schedule(*self.table[:, index])
 
     def noised(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class Diffusion(nn.Module):
     ) -> Tensor:
         """One ancestral step x_t → x_{t−1}, (N, D) float32, at schedule index `index`; `temperature` multiplies the added noise.
 
-        `x0_range` (two (D,) tensors) keeps the predicted clean token inside; without it the step is the published one.
+        `x0_range` (two (D,) tensors) clamps the predicted clean token; without it the step is as published.
         """
         now = self.at_step(index)
         x0 = _clean(now, x, predicted_noise)
@@ -171,7 +171,7 @@ class Diffusion(nn.Module):
         """One step of "Denoising Diffusion Implicit Models" (arXiv 2010.02502, eq. 12), (N, D) float32, at schedule index `index`.
 
         eta scales the standard deviation of eq. 16: 0 adds no noise, 1 adds the posterior's (the learned variance is not used).
-        With `x0_range` the predicted clean token is kept inside, and the direction to x_t is that of the token kept inside.
+        With `x0_range` the predicted clean token is clamped, and the direction to x_t is that of the clamped token.
         """
         now = self.at_step(index)
         x0 = _clean(now, x, predicted_noise)
@@ -186,7 +186,7 @@ class Diffusion(nn.Module):
 
 
 def _clean(now: Schedule, xt: Tensor, predicted_noise: Tensor) -> Tensor:
-    """The clean token that the predicted noise stands for."""
+    """The clean token that corresponds to the predicted noise."""
     return now.sqrt_recip_alpha_bar * xt - now.sqrt_recip_alpha_bar_minus_one * predicted_noise
 
 

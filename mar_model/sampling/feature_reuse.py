@@ -12,26 +12,25 @@ from torch import Tensor
 from mar_model.mar import MAR
 from mar_model.transformer import Block, take
 
-COMPLETE_SHARE = 0.3  # of the AR steps, the first ones: there the image changes most
+COMPLETE_SHARE = 0.3  # share of the AR steps at the beginning that compute everything, because the image changes most there
 
 
 def is_complete(step: int, ar_steps: int, reuse_steps: int) -> bool:
-    """Whether AR step `step` of `ar_steps` computes everything: the first ones do, then one in every 1 + `reuse_steps`."""
+    """Whether AR step `step` of `ar_steps` computes everything: the first steps, then every (1 + `reuse_steps`)th."""
     since = step - (math.ceil(COMPLETE_SHARE * ar_steps) - 1)
     return since <= 0 or since % (1 + reuse_steps) == 0
 
 
 class FeatureReuse:
-    """The transformer of one generation, in which after each complete AR step `reuse_steps` steps compute few positions.
+    """The transformer of one generation, in which each complete AR step is followed by `reuse_steps` steps that compute few positions.
 
-    Those steps compute, in the conditional half, the buffer, the tokens drawn in the step before and the tokens to be drawn now; they
-    attend to the keys and values that every other position had when it was last computed (the paper's token cache). In the unconditional
-    half they compute nothing: its conditions are the conditional ones plus the difference of the two at the last complete step (the
-    paper's condition cache).
+    In the conditional half, these steps compute the buffer, the tokens drawn in the previous step and the tokens to draw now. They attend
+    to the last computed keys and values of all other positions (the paper's token cache). In the unconditional half they compute
+    nothing: its conditions are the conditional ones plus the difference at the last complete step (the paper's condition cache).
 
-    As in the paper: what is kept, and that the first steps are complete, then one in every few. Ours: the paper also computes anew those
-    other tokens whose features changed most in the first layers, a share of them that falls over the steps; here there are none, so
-    nothing is compared, and all images of a batch compute the same number of positions.
+    The caches and the schedule of complete steps are as in the paper. Difference: the paper also recomputes a decreasing share of the
+    other tokens, those whose features changed most in the first layers. Without it nothing has to be compared, and all images of a batch
+    compute the same number of positions.
     """
 
     def __init__(self, model: MAR, embedding: Tensor, batch: int, ar_steps: int, reuse_steps: int) -> None:
@@ -47,7 +46,7 @@ class FeatureReuse:
         self._drawn_before: Tensor | None = None  # (B, M)
 
     def conditions(self, step: int, tokens: Tensor, kept: Tensor, positions: Tensor) -> Tensor:
-        """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) when guided."""
+        """z at `positions` (B, M), given the known tokens (B, L, D) at `kept` (B, K): (B, M, W), or (2B, M, W) when guided."""
         complete = self._drawn_before is None or is_complete(step, self.ar_steps, self.reuse_steps)
         buffer = self._positions[:, : self.model.config.buffer_size]
         if complete:
@@ -65,7 +64,7 @@ class FeatureReuse:
         return found
 
     def _complete(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """z of all tokens, (B, L, W) or (2B, L, W); everything is kept."""
+        """z of all tokens, (B, L, W) or (2B, L, W); fills the caches."""
         self._encode(tokens, kept, kept)
         conditional = self._decode(self._positions)[:, self.model.config.buffer_size :] + self.model.diffusion_pos_embed_learned
         if self.embedding.shape[0] == self.batch:
@@ -75,7 +74,7 @@ class FeatureReuse:
         return torch.cat([conditional, unconditional])
 
     def _encode(self, tokens: Tensor, kept: Tensor, computed: Tensor) -> None:
-        """Encode the buffer and the tokens at `computed` (B, M), which see those at `kept` (B, K), into the decoder's input."""
+        """Encode the buffer and the tokens at `computed` (B, M), which attend to those at `kept` (B, K), into the decoder's input."""
         model = self.model
         buffer, learned = self._positions[:, : model.config.buffer_size], model.encoder_pos_embed_learned
         front = self.embedding[: self.batch, None] + learned[:, : buffer.shape[1]]
@@ -90,7 +89,7 @@ class FeatureReuse:
         self._decoder_input.scatter_(1, rows[:, :, None].expand_as(x), x)
 
     def _decode(self, rows: Tensor) -> Tensor:
-        """The decoder's output at `rows` (B, M) of buffer and tokens: (B, M, W)."""
+        """The decoder's output (B, M, W) at `rows` (B, M) of buffer and tokens."""
         x = take(self._decoder_input, rows) + self.model.decoder_pos_embed_learned[0][rows]  # type: ignore[arg-type]
         for layer in self._decoder:
             x = layer.advance(x, rows, self._positions.shape[1])
@@ -98,7 +97,7 @@ class FeatureReuse:
 
 
 class _Layer:
-    """A block, and the keys and values of all positions as they were last computed."""
+    """A block, with the last computed keys and values of all positions."""
 
     def __init__(self, block: Block, compiler: str) -> None:
         self.block = block
@@ -106,7 +105,7 @@ class _Layer:
         self._keys_values: Tensor | None = None  # (B, N, 2W)
 
     def advance(self, x: Tensor, rows: Tensor, positions: int, seen: Tensor | None = None) -> Tensor:
-        """The block's output (B, M, W) for inputs x at `rows` (B, M) of N `positions`, which attend to those `seen` (B, K; None: all)."""
+        """The block's output (B, M, W) for inputs x at `rows` (B, M) of N `positions`, which attend to `seen` (B, K; None: all)."""
         if self._keys_values is None:
             kind = x.device.type
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -116,7 +115,7 @@ class _Layer:
 
 
 def _advance(block: Block, x: Tensor, rows: Tensor, seen: Tensor | None, kept: Tensor) -> Tensor:
-    """What `block` gives for x at `rows`, whose keys and values go into those `kept` (B, N, 2W)."""
+    """The output of `block` for x at `rows`; their keys and values are written to `kept` (B, N, 2W)."""
     width, heads = x.shape[2], block.attn.heads
     queries, keys_values = block.attn.qkv(block.norm1(x)).split([width, 2 * width], dim=2)
     kept.scatter_(1, rows[:, :, None].expand_as(keys_values), keys_values)
@@ -128,5 +127,5 @@ def _advance(block: Block, x: Tensor, rows: Tensor, seen: Tensor | None, kept: T
 
 @cache
 def _compiled(backend: str) -> Callable[[Block, Tensor, Tensor, Tensor | None, Tensor], Tensor]:
-    """`_advance` as `MAR.compile_blocks` has the blocks; one for all of them, so that they share its code."""
+    """`_advance` compiled like the blocks in `MAR.compile_blocks`, once for all blocks, which share the code."""
     return torch.compile(_advance, dynamic=True, backend=backend)

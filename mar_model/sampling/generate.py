@@ -1,4 +1,4 @@
-"""Generation: tokens in random order, many at a time, each one drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
+"""Generation: tokens in random order, several per step, each drawn by the denoiser (arXiv 2406.11838, sections 3.3 and 3.4)."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -27,16 +27,15 @@ def generate(
     token_sampler: TokenSampler | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Normalized latents (B, C, H, W) float32 for `labels` (B,), all randomness from `noise`.
+    """Draw normalized latents (B, C, H, W) float32 for `labels` (B,), with all random numbers from `noise`.
 
-    labels: None draws unconditionally, as many images as `noise` has orders.
-    orders: generation orders (B, L), a permutation a row, instead of those of `noise`.
-    completion: draw only the tokens to fill; the schedule of AR steps runs over these tokens, so that with all of them it is plain
-        generation.
-    token_sampler: one that is used again, for captured graphs and weights in bf16.
-    after_step(i, latents): called with the latents after AR step i, zeros where nothing is drawn yet.
+    labels: None draws unconditionally, one image per order of `noise`.
+    orders: generation orders (B, L), one permutation per row, instead of those of `noise`.
+    completion: draw only the tokens to fill. The schedule of AR steps covers these tokens; filling all tokens is plain generation.
+    token_sampler: a sampler to reuse between calls, for captured graphs and weights in bf16.
+    after_step(i, latents): called with the latents after AR step i, zero where nothing is drawn yet.
 
-    Raises ValueError before any work for what can't be drawn, naming the argument, the value found and the one expected.
+    Raises ValueError before any work for invalid arguments, with the argument, the value found and the value expected.
     """
     config, device = model.config, model.fake_latent.device
     sampling, steps = options.sampling, options.steps
@@ -44,7 +43,7 @@ def generate(
     batch = orders.shape[0]
     _check_labels(labels, batch, config.classes)
     if labels is None and options.guidance != 1.0:
-        raise ValueError(f"guidance is {options.guidance} without labels, expected 1: there is no class to be guided to")
+        raise ValueError(f"guidance is {options.guidance} without labels, expected 1: guidance needs a class")
     _check_range(options.x0_range, config.latent_channels)
 
     tokens = torch.zeros(batch, config.tokens, config.token_dim, device=device)
@@ -63,14 +62,14 @@ def generate(
     if options.x0_range is not None:
         low, high = (bound.to(device, torch.float32).repeat_interleave(config.patch_size**2) for bound in options.x0_range)
         token_range = (low, high)
-    orders_there = to_device(orders, device)
+    orders_on_device = to_device(orders, device)
 
     with _evaluating(model):
         for step, (before, after) in enumerate(itertools.pairwise(lengths)):
-            if before == after:  # more steps than tokens: nothing leaves the mask
+            if before == after:  # more steps than tokens: this step draws nothing
                 continue
-            kept = orders_there[:, before:].sort(dim=1).values
-            positions = orders_there[:, after:before].sort(dim=1).values
+            kept = orders_on_device[:, before:].sort(dim=1).values
+            positions = orders_on_device[:, after:before].sort(dim=1).values
             if reuse is None:
                 z = _conditions(model, tokens, kept, positions, embedding)
             else:
@@ -105,21 +104,20 @@ def _embedding(model: MAR, labels: Tensor | None, batch: int, unconditional_half
 
 
 def _conditions(model: MAR, tokens: Tensor, kept: Tensor, positions: Tensor, embedding: Tensor) -> Tensor:
-    """z at `positions` (B, M) of images whose tokens (B, L, D) at `kept` (B, K) are known: (B, M, W), or (2B, M, W) where there are 2B
-    embeddings."""
+    """z at `positions` (B, M), given the known tokens (B, L, D) at `kept` (B, K): (B, M, W), or (2B, M, W) for 2B embeddings."""
     copies = embedding.shape[0] // tokens.shape[0]
     kept, positions = kept.repeat(copies, 1), positions.repeat(copies, 1)
     return model.decode(model.encode(tokens.repeat(copies, 1, 1), kept, embedding), kept, positions)
 
 
 def _checked_orders(orders: Tensor, tokens: int) -> Tensor:
-    """The orders on the CPU, int64."""
+    """The orders on the CPU, int64. Raises ValueError if they are not permutations."""
     if orders.ndim != 2 or orders.shape[1] != tokens or orders.is_floating_point() or orders.dtype == torch.bool:
         raise ValueError(f"orders have shape {tuple(orders.shape)} and dtype {orders.dtype}, expected (B, {tokens}) integers")
     orders = orders.to("cpu", torch.long)
     wrong = (orders.sort(dim=1).values != torch.arange(tokens)).any(dim=1).nonzero().flatten().tolist()
     if wrong:
-        raise ValueError(f"orders {wrong[:5]} are no permutations of 0 to {tokens - 1}")
+        raise ValueError(f"orders {wrong[:5]} are not permutations of 0 to {tokens - 1}")
     return orders
 
 
@@ -140,7 +138,7 @@ def _check_range(x0_range: tuple[Tensor, Tensor] | None, channels: int) -> None:
     if shapes != [(channels,), (channels,)]:
         raise ValueError(f"x0_range has shapes {shapes}, expected two of ({channels},)")
     if not bool((x0_range[0] <= x0_range[1]).all()):  # false for NaN
-        raise ValueError(f"x0_range goes from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
+        raise ValueError(f"x0_range ranges from {x0_range[0].tolist()} to {x0_range[1].tolist()}, expected low ≤ high in every channel")
 
 
 def _checked_fill(completion: Completion, model: MAR, batch: int) -> Tensor:
@@ -151,7 +149,7 @@ def _checked_fill(completion: Completion, model: MAR, batch: int) -> Tensor:
         raise ValueError(f"known has shape {tuple(known.shape)} and dtype {known.dtype}, expected {shape} and torch.float32")
     broken = int((~known.isfinite()).sum())
     if broken:
-        raise ValueError(f"known holds {broken} values that are NaN or infinite, expected none")
+        raise ValueError(f"known contains {broken} values that are NaN or infinite, expected none")
     side = config.latent_size // config.patch_size
     if tuple(fill.shape) not in ((batch, config.tokens), (batch, side, side)) or fill.dtype != torch.bool:
         expected = f"({batch}, {config.tokens}) or ({batch}, {side}, {side}) and torch.bool"
@@ -160,7 +158,7 @@ def _checked_fill(completion: Completion, model: MAR, batch: int) -> Tensor:
     counts = fill.sum(dim=1)
     if batch and int(counts.min()) != int(counts.max()):
         found = f"between {int(counts.min())} and {int(counts.max())} tokens to fill"
-        raise ValueError(f"fill leaves {found}, expected as many in every image; draw the others in batches of their own")
+        raise ValueError(f"fill leaves {found}, expected equally many in every image; draw the others in separate batches")
     if batch and int(counts[0]) == 0:
-        raise ValueError("fill has no token to fill, expected one or more: nothing would be drawn")
+        raise ValueError("fill selects no token, expected at least one")
     return fill

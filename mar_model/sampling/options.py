@@ -1,4 +1,4 @@
-"""How images are drawn: the options that generation and its count of floating-point operations share."""
+"""Options of generation, shared with the count of its floating-point operations."""
 
 import math
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ SCHEDULES = ("linear", "constant")
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """The defaults draw as the release does. Raises ValueError for a value that can't be, naming the option, the value found and the one
+    """The defaults draw like the release. Raises ValueError for an invalid value, with the option, the value found and the value
     expected.
 
     ar_steps: autoregressive steps; diffusion_steps: denoising steps of each token.
     guidance: scale s of classifier-free guidance, noise = uncond + s·(cond − uncond); with the schedule *linear* it grows from 1 to s as
         the image fills.
     sampler: *ancestral*, as published, or *ddim* with its `eta` (`Diffusion.ddim_step`). temperature: factor on the sampler's noise.
-    x0_range: per-channel bounds, two (C,) tensors in normalized units, that each predicted clean token is kept in (None: as published).
+    x0_range: bounds per channel, two (C,) tensors in normalized units, to which predicted clean tokens are clamped (None: as published).
 
-    Fast modes: with `diffusion_steps_end` the diffusion steps fall linearly over the AR steps (`annealed_steps`), and each token takes the
-    first numbers of its noise; `guidance_interval` guides in a part of the noise schedule only (`Sampling`); `reuse_steps` AR steps after
-    each complete one reuse features (`FeatureReuse`).
+    Fast modes: with `diffusion_steps_end` the diffusion steps decrease linearly over the AR steps (`annealed_steps`), and each token uses
+    the first entries of its noise. `guidance_interval` guides only in a part of the noise schedule (`Sampling`). After each complete AR
+    step, `reuse_steps` AR steps reuse features (`FeatureReuse`).
     """
 
     ar_steps: int = 64
@@ -47,12 +47,12 @@ class GenerationOptions:
             raise ValueError(f"guidance_schedule is {self.guidance_schedule!r}, expected one of {', '.join(SCHEDULES)}")
         if self.reuse_steps < 0:
             raise ValueError(f"reuse_steps is {self.reuse_steps}, expected 0 or more")
-        respaced_timesteps(self.diffusion_steps)  # raises for a number of steps that is not possible
+        respaced_timesteps(self.diffusion_steps)  # raises for an invalid number of steps
         _ = self.sampling, self.steps
 
     @property
     def sampling(self) -> Sampling:
-        """How one token is drawn."""
+        """The settings of the token sampler."""
         return Sampling(self.sampler, self.eta, self.temperature, self.guidance_interval)
 
     @property
@@ -62,13 +62,13 @@ class GenerationOptions:
         return annealed_steps(self.diffusion_steps, last, self.ar_steps)
 
     def scale(self, masked: int, tokens: int) -> float:
-        """The guidance scale of an AR step that leaves `masked` of `tokens` tokens masked (the last step counts as one)."""
+        """The guidance scale of an AR step that leaves `masked` of `tokens` tokens masked (the last step counts as leaving one)."""
         return self.guidance if self.guidance_schedule == "constant" else 1 + (self.guidance - 1) * (tokens - masked) / tokens
 
 
 class Completion(NamedTuple):
-    """Part of each image is given. Of the latents `known` (B, C, H, W) float32 the tokens where `fill`, (B, L) or (B, h, w) bool, is true
-    are drawn, as many in every image; the others are returned bit for bit."""
+    """A completion. Of the latents `known` (B, C, H, W) float32, the tokens where `fill`, (B, L) or (B, h, w) bool, is true are drawn,
+    equally many per image; the others are returned bit for bit."""
 
     known: Tensor
     fill: Tensor

@@ -1,4 +1,4 @@
-"""The denoiser's loop: one token per condition, drawn by ancestral or DDIM sampling (arXiv 2406.11838, section 3.2), eagerly or as a
+"""The denoiser's sampling loop: one token per condition by ancestral or DDIM sampling (arXiv 2406.11838, section 3.2), eager or as a
 captured CUDA graph."""
 
 import copy
@@ -20,10 +20,10 @@ Range = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn, whatever its condition. Raises ValueError for a value that makes no sampler."""
+    """Settings of the token sampler. Raises ValueError for invalid values."""
 
-    sampler: str = "ancestral"  # with the learned variance, as published; or ddim (arXiv 2010.02502)
-    eta: float = 0.0  # of ddim: 0 adds no noise, 1 as much as the posterior has
+    sampler: str = "ancestral"  # ancestral (learned variance, as published) or ddim (arXiv 2010.02502)
+    eta: float = 0.0  # ddim: 0 adds no noise, 1 as much as the posterior has
     temperature: float = 1.0  # factor on the noise added at every step
     # Guidance only between these shares of the noise schedule (0: clean, 1: pure noise), arXiv 2404.07724, "Applying Guidance in a
     # Limited Interval Improves Sample and Distribution Quality": outside, the unconditional half is not computed.
@@ -74,14 +74,14 @@ def draw_tokens(
 ) -> Tensor:
     """Draw one token per condition: (N, D) float32.
 
-    z is (N, W), or (2N, W) with the unconditional half last when `guidance` (a number, or a tensor without dimensions) is given; noise
-    is (1 + steps, N, D), the initial noise first, then one entry per step from the noisiest down. State, schedule and guidance are
-    float32 whatever autocast does. Nothing here waits for the device.
+    z is (N, W), or (2N, W) with the unconditional half last if `guidance` (a number or a zero-dimensional tensor) is given. noise is
+    (1 + steps, N, D): the initial noise, then one entry per step from the noisiest down. State, schedule and guidance are float32, also
+    under autocast. Nothing here synchronises with the device.
     """
     condition = denoiser.cond_embed(z)
     times = denoiser.time_embed(diffusion.timesteps)
     y = torch.empty_like(condition)
-    states = noise.new_empty(len(z), noise.shape[2])  # of both halves: a guided step begins with the same one in both
+    states = noise.new_empty(len(z), noise.shape[2])  # of both halves, which start each guided step with the same state
     rows, steps = noise.shape[1], len(diffusion.visited)
     x = states[:rows].copy_(noise[0])
     for index in reversed(range(steps)):
@@ -106,13 +106,12 @@ def draw_tokens(
 
 
 class TokenSampler:
-    """`draw_tokens` with what does not change between calls kept: schedules, weights in `dtype`, captured loops.
+    """`draw_tokens` with cached schedules, weights in `dtype`, and captured loops.
 
-    dtype: hold a copy of the denoiser in this precision (a later change of the model's weights is not seen); None uses the denoiser
-    itself, under whatever autocast the caller has. cuda_graph: capture the loop as a CUDA graph, once for each number of rows and steps,
-    and replay it; these repeat from batch to batch, so the first batch pays for all. It needs a CUDA device: elsewhere the same loop runs
-    on the same static buffers, eagerly. Raises ValueError for a graph under an autocast of the caller's, whose casted weights would be gone
-    when it is replayed.
+    dtype: use a copy of the denoiser in this precision (later changes of the model's weights have no effect); None uses the denoiser
+    itself under the caller's autocast. cuda_graph: capture the loop as a CUDA graph for each number of rows and steps, and replay it.
+    These numbers repeat in every batch, so only the first batch captures. Without a CUDA device the loop runs eagerly on the same static
+    buffers. Raises ValueError for a graph under the caller's autocast, whose cast weights would not exist any more at replay.
     """
 
     def __init__(self, denoiser: Denoiser, *, dtype: torch.dtype | None = None, cuda_graph: bool = False) -> None:
@@ -125,7 +124,7 @@ class TokenSampler:
         self.dtype, self.cuda_graph = dtype, cuda_graph
         self._schedules: dict[tuple[int, torch.device], Diffusion] = {}
         self._loops: dict[Any, _StaticLoop] = {}
-        self._memory: Any = None  # one pool for all graphs: what one returns is copied before another is replayed
+        self._memory: Any = None  # one pool for all graphs: each output is copied before the next replay
 
     def __call__(
         self, z: Tensor, noise: Tensor, sampling: Sampling = PUBLISHED, guidance: float | None = None, x0_range: Range | None = None
@@ -134,7 +133,7 @@ class TokenSampler:
         if not self.cuda_graph:
             return self._draw(z, noise, sampling, guidance, x0_range)
         if self.dtype is None and torch.is_autocast_enabled(z.device.type):
-            raise ValueError("a captured loop can't keep the casted weights of the caller's autocast: give TokenSampler a dtype instead")
+            raise ValueError("a CUDA graph cannot be captured under autocast; set the dtype of TokenSampler instead")
         key = (z.shape, z.dtype, noise.shape, sampling, guidance is None, x0_range is None)
         if key not in self._loops:
             if z.device.type == "cuda" and self._memory is None:
@@ -143,7 +142,7 @@ class TokenSampler:
         return self._loops[key](z, noise, guidance, x0_range)
 
     def schedule(self, steps: int, device: torch.device) -> Diffusion:
-        """The schedule of so many steps, on the device. Made beforehand, no call has to bring it there. Raises ValueError as
+        """The schedule of `steps` steps on the device. Calling this in advance avoids a copy during sampling. Raises ValueError as
         `respaced_timesteps` does."""
         if (steps, device) not in self._schedules:
             self._schedules[steps, device] = Diffusion(respaced_timesteps(steps)).to(device)
@@ -157,12 +156,12 @@ class TokenSampler:
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.dtype is None:
             return nullcontext()
-        # the weights are in dtype already; autocast brings the inputs there. Its cache has nothing to keep and must not outlive a capture
+        # the weights are already in dtype; autocast casts the inputs. Its cache is not needed and must not outlive a capture
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
 
 class _StaticLoop:
-    """One loop on buffers of its own, whose addresses a CUDA graph can keep."""
+    """A loop on static buffers, whose addresses a CUDA graph can use."""
 
     def __init__(
         self,
@@ -174,7 +173,7 @@ class _StaticLoop:
         x0_range: Range | None,
         memory: Any,
     ) -> None:
-        with torch.inference_mode(False):  # tensors that may be filled in and out of it
+        with torch.inference_mode(False):  # so that the tensors can be written in and outside inference mode
             self.z, self.noise = torch.empty_like(z), torch.empty_like(noise)
             self.guidance = None if guidance is None else torch.empty((), dtype=torch.float32, device=z.device)
             self.x0_range = None if x0_range is None else (torch.empty_like(x0_range[0]), torch.empty_like(x0_range[1]))
@@ -189,7 +188,7 @@ class _StaticLoop:
         if self._graph is None:
             return self._run()
         self._graph.replay()
-        return self._drawn.clone()  # the next replay writes over it
+        return self._drawn.clone()  # the next replay overwrites it
 
     def _fill(self, z: Tensor, noise: Tensor, guidance: float | None, x0_range: Range | None) -> None:
         self.z.copy_(z)
@@ -204,7 +203,7 @@ class _StaticLoop:
         return self._draw(self.z, self.noise, self._sampling, self.guidance, self.x0_range)
 
     def _capture(self, memory: Any) -> None:
-        """As PyTorch's notes on CUDA semantics ask: first a run on a side stream, which lets the libraries set themselves up."""
+        """Warm up on a side stream, so that libraries initialise, then capture (see "CUDA semantics" in PyTorch's documentation)."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -10,9 +10,10 @@ A tokenizer is an `nn.Module` with
 """
 
 from mar_model.tokenizers.directory import Tokenizer, load_tokenizer, make_tokenizer, network_config, save_tokenizer, without_weights
-from mar_model.tokenizers.kl import KLAutoencoder, KLConfig, posterior_kl, sample_posterior
+from mar_model.tokenizers.kl import KLAutoencoder, KLConfig
 from mar_model.tokenizers.network import NetworkConfig
 from mar_model.tokenizers.pixels import PixelTokenizer
+from mar_model.tokenizers.posterior import posterior_kl, sample_posterior
 from mar_model.tokenizers.quantizer import Quantized
 from mar_model.tokenizers.vq import VQAutoencoder, VQConfig
 

@@ -2,13 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from mar_model.tokenizers.layers import IMAGE_CHANNELS, check_batch, check_sides
 from mar_model.tokenizers.network import Decoder, Encoder, NetworkConfig
-
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # moments are kept unclamped; the clamp belongs to their use
 
 
 @dataclass(frozen=True)
@@ -51,21 +48,3 @@ class KLAutoencoder(nn.Module):
         """
         check_batch("latents", latents, self.channels)
         return self.decoder(self.post_quant_conv(latents))  # type: ignore[no-any-return]
-
-
-def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:
-    """Moments (B, 2·C, h, w) and standard normal noise (B, C, h, w) → latents (B, C, h, w); log-variance clamped to [-30, 20].
-
-    Raises ValueError where the two shapes do not match.
-    """
-    if moments.ndim != 4 or noise.shape != (moments.shape[0], moments.shape[1] // 2, *moments.shape[2:]):
-        raise ValueError(f"moments have shape {tuple(moments.shape)}, noise {tuple(noise.shape)}, expected (B, 2·C, h, w) and (B, C, h, w)")
-    mean, log_variance = moments.chunk(2, dim=1)
-    return mean + torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE)) * noise
-
-
-def posterior_kl(moments: Tensor) -> Tensor:
-    """KL(posterior ‖ standard normal) of each image in nats, summed over its latents: (B, 2·C, h, w) → (B,)."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    log_variance = log_variance.clamp(*LOG_VARIANCE_RANGE)
-    return 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).flatten(1).sum(dim=1)

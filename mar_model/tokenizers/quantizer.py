@@ -1,6 +1,7 @@
 """The quantizer of a VQ autoencoder (arXiv 1711.00937): nearest codes, its loss, the use of its codes, and the revival of dead ones."""
 
 import math
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Codebook(nn.Module):
 
     def nearest(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) → the row with the smallest squared distance at each position, (B, h, w) int64; of equal ones the first."""
-        with torch.no_grad(), torch.autocast(latents.device.type, enabled=False):
+        full = nullcontext() if latents.is_meta else torch.autocast(latents.device.type, enabled=False)
+        with torch.no_grad(), full:
             book = self.embedding.weight.float()
             vectors = latents.float().permute(0, 2, 3, 1).reshape(-1, book.shape[1])
             norms = book.square().sum(dim=1)

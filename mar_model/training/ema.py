@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, with a warm-up of its decay so that short runs are not averaged with noise."""
+"""The exponential moving average of the weights, with a warm-up of its decay so that in short runs the initial weights do not dominate."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def decay_at(step: int, decay: float, warmup: bool) -> float:
-    """The decay used at optimizer step `step` (0-based): min(decay, (1 + step)/(10 + step)) while warming up."""
+    """The decay at optimizer step `step` (0-based): min(decay, (1 + step)/(10 + step)) while warming up."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
@@ -19,18 +19,18 @@ class WeightAverage:
         self.weights: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.named_parameters()}
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Go on from saved averages. Raises KeyError for a parameter that `weights` lacks."""
+        """Restore saved averages. Raises KeyError for a parameter that is missing in `weights`."""
         for name, value in self.weights.items():
             value.copy_(weights[name])
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the model's weights after optimizer step `step` (0-based)."""
+        """Update the average with the model's weights after optimizer step `step` (0-based)."""
         update_averages([self], model, step)
 
 
 @torch.no_grad()
 def update_averages(averages: Sequence[WeightAverage], model: nn.Module, step: int) -> None:
-    """`update` of several averages of one model, each with its own decay, in one fused call."""
+    """Update several averages of one model, each with its own decay, in one fused call."""
     current: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(
         [value for average in averages for value in average.weights.values()],

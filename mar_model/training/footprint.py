@@ -1,22 +1,22 @@
-"""What a model takes of a GPU's memory while it trains: its parameters, and the activations kept for the backward pass."""
+"""GPU memory of a training model: its parameters, and the activations stored for the backward pass."""
 
 import torch
 
 from mar_model.config import MARConfig
 from mar_model.mar import MAR
 
-STREAM = 4  # bytes of a value in the residual stream and of what a LayerNorm takes: float32, also under autocast
-LOSS_TENSORS = 20  # of (rows, D) float32 that the diffusion loss keeps
+STREAM = 4  # bytes per value of the residual stream and of LayerNorm inputs: float32, also under autocast
+LOSS_TENSORS = 20  # (rows, D) float32 tensors that the diffusion loss stores
 
 
 def parameter_count(config: MARConfig) -> int:
-    """Parameters of the model, counted on the model itself, for which no memory is taken."""
+    """The number of parameters, counted on a model on the meta device, which takes no memory."""
     with torch.device("meta"):
         return sum(one.numel() for one in MAR(config).parameters())
 
 
 def gathered_parameters(config: MARConfig) -> tuple[int, int]:
-    """Parameters of the largest block, and of all that is in no block: what a model whose blocks are sharded gathers at a time."""
+    """The number of parameters of the largest block, and outside the blocks: what a model with sharded blocks gathers at a time."""
     with torch.device("meta"):
         model = MAR(config)
     blocks = [*model.encoder_blocks, *model.decoder_blocks, *model.diffloss.net.res_blocks]
@@ -25,12 +25,13 @@ def gathered_parameters(config: MARConfig) -> tuple[int, int]:
 
 
 def activation_bytes(config: MARConfig, masked: int, *, value_bytes: int = 2, recompute: bool = False) -> int:
-    """Bytes that one image's forward pass keeps for its backward pass, with `masked` of the L tokens masked; eager, on a GPU.
+    """Bytes per image that the forward pass stores for the backward pass, with `masked` of the L tokens masked; eager, on a GPU.
 
-    `value_bytes`: of a value in matrix products (bf16 2, float32 4). With b = value_bytes, width W, MLP width H and N tokens, a
-    transformer block keeps N · (8W + 6bW + 2bH + 2W + H): the two inputs of its norms in float32, what its linear layers, GELU and
-    attention take, and a byte a value for each dropout mask. A block of the denoiser of width w keeps (12 + 8b)w for each of its
-    R · masked rows. With `recompute` each block keeps its input alone, and the largest block's activations are there once more.
+    `value_bytes`: bytes per value in matrix products (bf16 2, float32 4). With b = value_bytes, width W, MLP width H and N tokens, a
+    transformer block stores N · (8W + 6bW + 2bH + 2W + H): the inputs of its two norms in float32; the inputs of linear layers, GELU
+    and attention; one byte per value of the dropout masks. The encoder sees the buffer and the unmasked tokens, the decoder the buffer
+    and all tokens. A denoiser block of width w stores (12 + 8b)w for each of its R · masked rows. With `recompute` each block stores
+    only its input, and one block (the largest) its activations.
     """
     b, encoder_width, decoder_width, w = value_bytes, config.encoder_width, config.decoder_width, config.denoiser_width
     in_encoder, in_decoder = config.buffer_size + config.tokens - masked, config.buffer_size + config.tokens
@@ -41,7 +42,7 @@ def activation_bytes(config: MARConfig, masked: int, *, value_bytes: int = 2, re
         blocks = STREAM * (config.encoder_depth * in_encoder * encoder_width + config.decoder_depth * in_decoder * decoder_width)
         blocks += config.denoiser_depth * rows * b * w + max(encoder_block, decoder_block, residual_block)
     else:
-        of_all = (STREAM + 4 * b) * decoder_width  # of all tokens also in the last block: its input, the norm of that, q, k and v
+        of_all = (STREAM + 4 * b) * decoder_width  # for all tokens also in the last block: its input, the normalised input, q, k and v
         last = in_decoder * of_all + masked * (_block(config, decoder_width, b) - of_all + b * decoder_width)
         blocks = config.encoder_depth * encoder_block + (config.decoder_depth - 1) * decoder_block + last
         blocks += config.denoiser_depth * residual_block

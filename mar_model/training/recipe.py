@@ -1,5 +1,5 @@
 """The training recipe: optimizer groups, learning rate, the draws of a micro-batch, and the loss by noise level
-(arXiv 2406.11838, appendix; the values are the caller's)."""
+(arXiv 2406.11838, appendix; the caller sets the values)."""
 
 import math
 
@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 
 
 def learning_rate(images_seen: int, peak: float, warmup_images: int, schedule: str = "constant", schedule_images: int = 0) -> float:
-    """The learning rate of the step that begins at `images_seen`: linear warm-up, then constant, or a cosine to zero at
+    """The learning rate of the step that starts at `images_seen`: linear warm-up, then constant or a cosine to zero at
     `schedule_images`."""
     if images_seen < warmup_images:
         return peak * images_seen / warmup_images
@@ -42,16 +42,16 @@ def crosses(images_seen: int, batch: int, every: int) -> bool:
 
 
 def initial_weights(seed: int) -> int:
-    """The seed under which a model is made, so that every worker makes the same one."""
+    """The seed of a model's initial weights, which are the same on every worker."""
     return stream(seed, "weights").initial_seed()
 
 
 def micro_batch_draws(
     config: MARConfig, images: int, masked: int, *, seed: int, images_seen: int, micro_batch: int
 ) -> tuple[TrainingDraws, int]:
-    """The draws of micro-batch `micro_batch` of the global batch that begins at `images_seen`, and the seed of its dropout.
+    """The draws of micro-batch `micro_batch` of the global batch that starts at `images_seen`, and the seed of its dropout.
 
-    A function of its arguments alone: whichever worker runs the micro-batch, it sees the same draws.
+    A function of its arguments alone, so the draws do not depend on the worker that runs the micro-batch.
     """
 
     def purpose(name: str) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""The order in which training sees the rows of a cache: keyed permutations, computed and never stored."""
+"""The order in which training reads the rows of a cache: keyed permutations, which are computed and never stored."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ ROUNDS = 8  # one 64-bit key each, from one BLAKE2b digest
 
 
 class Order(Protocol):
-    """Which row each global position (images seen) has: a pure function of the seed and the position."""
+    """The row at each global position (images seen): a pure function of seed and position."""
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Rows at positions start … stop − 1, int64 (stop − start,); the range may straddle epochs."""
+        """Rows at positions start … stop − 1, int64 (stop − start,); the range may span several epochs."""
 
 
 class Permutation:
-    """A permutation of 0 … size − 1 that depends on `key` alone; any part of it is computed alone, in constant memory.
+    """A permutation of 0 … size − 1 that depends on `key` alone. Any part of it can be computed separately, in constant memory.
 
     A balanced Feistel network over the smallest 4^k ≥ size, restricted to the range by cycle walking (Black & Rogaway 2002).
     """
@@ -29,17 +29,17 @@ class Permutation:
         self._keys = np.frombuffer(hashlib.blake2b(repr(key).encode()).digest(), dtype="<u8")
 
     def __call__(self, places: np.ndarray) -> np.ndarray:
-        """What stands at these places, int64."""
+        """The values at these places, int64."""
         return self._walk(places, self._forward)
 
     def inverse(self, values: np.ndarray) -> np.ndarray:
-        """At which places these values stand, int64."""
+        """The places of these values, int64."""
         return self._walk(values, self._backward)
 
     def _walk(self, values: np.ndarray, step: "_Step") -> np.ndarray:
         values = step(values.astype(np.uint64))
         outside = np.flatnonzero(values >= self.size)
-        while outside.size:  # fewer than 4 walks on average, for the domain is smaller than 4 · size
+        while outside.size:  # fewer than 4 walks on average, because the domain is smaller than 4 · size
             values[outside] = step(values[outside])
             outside = outside[values[outside] >= self.size]
         return values.astype(np.int64)
@@ -73,7 +73,7 @@ class _Step(Protocol):
 
 
 class SampleOrder:
-    """Row of each global position: position p is place p mod rows of epoch p // rows, each epoch a permutation of all rows."""
+    """The row at each global position: position p is place p mod rows in epoch p // rows; each epoch is a permutation of all rows."""
 
     def __init__(self, seed: int, rows: int) -> None:
         if rows < 1:
@@ -81,14 +81,14 @@ class SampleOrder:
         self.seed, self.rows = int(seed), int(rows)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may straddle epochs."""
+        """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may span several epochs."""
         parts = [np.empty(0, np.int64)]
         for epoch, place, count in _by_epoch(start, stop, self.rows):
             parts.append(self._permutation(epoch)(np.arange(place, place + count)))
         return np.concatenate(parts)
 
     def positions(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """At which positions these rows are seen in `epoch`, int64: the inverse of `indices`."""
+        """The positions of these rows in `epoch`, int64: the inverse of `indices`."""
         return epoch * self.rows + self._permutation(epoch).inverse(np.asarray(rows))
 
     def _permutation(self, epoch: int) -> Permutation:
@@ -96,11 +96,11 @@ class SampleOrder:
 
 
 class WindowedOrder:
-    """The order for a cache that is larger than the local disk: each epoch permutes the shards, and then the rows of each window of
-    `window` shards that follow each other. Memory grows with the shards, not with the rows."""
+    """The order for a cache larger than the local disk: each epoch permutes the shards, then the rows within each window of `window`
+    consecutive shards. Memory is proportional to the number of shards, not of rows."""
 
     def __init__(self, seed: int, shard_rows: Sequence[int], window: int) -> None:
-        """Raises ValueError where there are no rows, or no shards in a window."""
+        """Raises ValueError if there are no rows, or `window` is below 1."""
         self.seed, self.window = int(seed), int(window)
         self.shard_rows = np.asarray(shard_rows, np.int64)
         self.rows = int(self.shard_rows.sum())
@@ -110,7 +110,7 @@ class WindowedOrder:
         self._epoch = lru_cache(maxsize=2)(self._shuffled_shards)
 
     def indices(self, start: int, stop: int) -> np.ndarray:
-        """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may straddle epochs and windows."""
+        """Rows at positions start … stop − 1 (images seen), int64 (stop − start,); the range may span several epochs and windows."""
         parts = [np.empty(0, np.int64)]
         for epoch, place, count in _by_epoch(start, stop, self.rows):
             shards, ends = self._epoch(epoch)
@@ -123,7 +123,7 @@ class WindowedOrder:
         return np.concatenate(parts)
 
     def shards_from(self, position: int, count: int) -> list[int]:
-        """The shards of the window at this position and of those after it, `count` at most."""
+        """At most `count` shards: those of the window at this position, followed by the next windows'."""
         epoch, place = divmod(position, self.rows)
         shards, ends = self._epoch(epoch)
         first = int(np.searchsorted(ends, place, side="right")) * self.window
@@ -133,7 +133,7 @@ class WindowedOrder:
         return list(dict.fromkeys(found.tolist()))
 
     def _shuffled_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's shards in order, and the places where its windows end."""
+        """The epoch's shards in order, and the places at which its windows end."""
         shards = Permutation(len(self.shard_rows), ("shard order", self.seed, epoch))(np.arange(len(self.shard_rows)))
         ends = np.cumsum(self.shard_rows[shards])[self.window - 1 :: self.window]
         return shards, ends if len(ends) and ends[-1] == self.rows else np.append(ends, self.rows)
@@ -148,7 +148,7 @@ class WindowedOrder:
 
 
 def _by_epoch(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
-    """(epoch, place in it, how many) of the positions start … stop − 1."""
+    """(epoch, first place, count) for the positions start … stop − 1."""
     if not 0 <= start <= stop:
         raise ValueError(f"positions {start} to {stop}, expected 0 <= start <= stop")
     parts = []

@@ -1,4 +1,4 @@
-"""A model of which each worker holds its part of every tensor: FSDP2, PyTorch's `fully_shard`."""
+"""A model with sharded tensors: FSDP2, PyTorch's `fully_shard`."""
 
 import contextlib
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from mar_model.mar import MAR
 
 
 class Sharded:
-    """Every worker holds its part of each tensor; the blocks are gathered as they run (FSDP2's `fully_shard`).
+    """Every worker holds a shard of each tensor; blocks are gathered when they run (FSDP2's `fully_shard`).
 
-    In bf16 the blocks' weights travel and compute in bf16 and their gradients are summed in float32; activations keep the types that
-    autocast gives them, so that the step is that of `Replicated`.
+    In bf16 the blocks' weights are gathered and used in bf16, and their gradients are reduced in float32. Activations keep the dtypes of
+    autocast, so a step is the same as with `Replicated`.
     """
 
     sharded = True
@@ -36,7 +36,7 @@ class Sharded:
         return contextlib.nullcontext()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """Every worker must ask for the same tensors in the same order."""
+        """See `Replicated.whole`. All workers must call it for the same tensors in the same order."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def place(self, whole: Tensor, beside: Tensor) -> Tensor:

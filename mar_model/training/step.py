@@ -1,8 +1,8 @@
-"""A training step: forward and backward of each micro-batch, then the optimizer's step over the global batch, with gradients clipped and
-a step with a non-finite loss or gradient skipped.
+"""A training step: forward and backward of each micro-batch, then an optimizer step over the global batch, with gradient clipping. A step
+with a non-finite loss or gradient is skipped.
 
-All of it is decided on the device. The host reads what was decided a step later, when the device has long done it, so that neither waits
-for the other; the averages of the weights move then, before the weights do again.
+The device decides whether a step is skipped. The host reads the decision one step later, so that neither waits for the other, and updates
+the averages of the weights then, before the next optimizer step.
 """
 
 from collections.abc import Sequence
@@ -29,35 +29,35 @@ def forward_backward(
     scale: float,
     autocast: AbstractContextManager[Any],
 ) -> tuple[TokenLoss, Tensor, Tensor]:
-    """Forward and backward of one micro-batch; its gradients are added to those of the micro-batches before.
+    """Forward and backward of one micro-batch. Its gradients are added to those of the previous micro-batches.
 
     latents (B, C, H, W), normalised, are on the training device; labels (B,) and draws are copied to it. The gradients are those of the sum
-    of all token losses, multiplied by `scale`. Returns the losses (R·B·M,), their timesteps, and whether the sum is finite (bool, no
-    dimensions), all on the device. The host does not wait for the device.
+    of all token losses, multiplied by `scale`. Returns the losses (R·B·M,), their timesteps, and whether the sum is finite
+    (zero-dimensional bool), all on the device. The host does not wait for the device.
     """
     device = latents.device
-    there = TrainingDraws(*(to_device(one, device) for one in draws))
+    on_device = TrainingDraws(*(to_device(tensor, device) for tensor in draws))
     torch.manual_seed(dropout_seed)
     with autocast:
-        loss, timesteps = module(latents, to_device(labels, device), masked, there, finite=False)  # `OptimizerStep` looks
+        loss, timesteps = module(latents, to_device(labels, device), masked, on_device, finite=False)  # `OptimizerStep` checks
     total = loss.total.sum()
     (total * scale).backward()
     return loss, timesteps, torch.isfinite(total.detach())
 
 
 class Outcome(NamedTuple):
-    """What became of one step, alike on every worker."""
+    """The outcome of one step, the same on every worker."""
 
     stepped: bool
     losses: list[int]  # micro-batches of the global batch whose loss was not finite
-    gradient: str  # the first parameter whose gradient was not finite; empty where none was
-    requests: list[bool]  # in the order they were made in
+    gradient: str  # the first parameter with a non-finite gradient; empty if there was none
+    requests: list[bool]  # in the order of the call
 
 
 class OptimizerStep:
-    """One AdamW step a call, of a model whose gradients have just been summed.
+    """One AdamW step per call, for a model with accumulated gradients.
 
-    `requests`: how many yes-or-no requests travel along, so that all workers learn of one at the same step.
+    `requests`: the number of yes-or-no requests that are reduced with the gradients, so that all workers learn of them at the same step.
     """
 
     def __init__(
@@ -79,17 +79,17 @@ class OptimizerStep:
         self._sizes = (micro_batches, requests, len(named) if strategy.sharded else 0)
         self._decided: Tensor | None = None
         self._arrived: torch.cuda.Event | None = None
-        self.norm = torch.zeros((), device=self._device)  # of the last step's gradients before clipping; 0 where it was skipped
+        self.norm = torch.zeros((), device=self._device)  # of the last step's gradients before clipping; 0 if it was skipped
         self.stepped = torch.ones((), device=self._device)  # whether the last step was taken: 1 or 0
 
     @torch.no_grad()
     def __call__(self, unsound: Tensor, requests: Sequence[bool]) -> None:
-        """Take the step. `unsound` (micro-batches of the global batch,): 1 where this worker ran one whose loss was not finite."""
+        """Take the step. `unsound` (micro-batches of the global batch,): 1 where this worker ran a micro-batch with a non-finite loss."""
         count, asked, shards = self._sizes
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         squares = torch.stack(torch._foreach_norm(self.strategy.own(gradients))).square()
         news = torch.cat([unsound, to_device(torch.tensor([float(one) for one in requests]), self._device), squares[:shards]])
-        if self.workers > 1:  # micro-batches and requests are added up; so are the squares, where a gradient lies in parts
+        if self.workers > 1:  # sums micro-batches and requests, and the squares of sharded gradients
             torch.distributed.all_reduce(news)
         if shards:
             squares = news[count + asked :]
@@ -97,7 +97,7 @@ class OptimizerStep:
         sound = torch.isfinite(norm) & (news[:count].sum() == 0)
         self.stepped = sound.float()
         self.norm = torch.where(sound, norm, 0.0)
-        self.optimizer.found_inf = 1 - self.stepped  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimizer
+        self.optimizer.found_inf = 1 - self.stepped  # type: ignore[attr-defined]  # as torch.amp.GradScaler does for a fused optimizer
         self.optimizer.grad_scale = torch.where(sound, (norm / self.gradient_clip).clamp(min=1), 1.0)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,7 +106,7 @@ class OptimizerStep:
         self._send(torch.cat([self.stepped[None], first[None], news[: count + asked]]))
 
     def settle(self, step: int) -> Outcome | None:
-        """What became of the last step, once; None where there was none. The averages follow it, as optimizer step `step` (0-based)."""
+        """Return the outcome of the last step once, and update the averages for optimizer step `step` (0-based); None without a step."""
         if self._decided is None:
             return None
         if self._arrived is not None:

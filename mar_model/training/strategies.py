@@ -1,4 +1,4 @@
-"""How several workers hold one model: each the whole of it (DDP), or each its part of every tensor (FSDP2)."""
+"""How workers hold a model: replicated (DDP) or sharded (FSDP2)."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Replicated:
-    """Every worker holds the whole model; gradients are averaged over the workers while the last micro-batch runs backward."""
+    """Every worker holds the whole model. Gradients are averaged over the workers during the backward pass of the last micro-batch."""
 
     sharded = False
 
@@ -25,21 +25,21 @@ class Replicated:
         self.module: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if workers > 1 else model
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around one forward and backward pass; gradients travel in the last one alone."""
+        """A context manager for one forward and backward pass. Gradients are synchronised only in the last one of a step."""
         if last or not isinstance(self.module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
     def whole(self, tensor: Tensor) -> Tensor:
-        """The whole of a parameter, or of what is kept beside one."""
+        """The full tensor of a parameter, or of a state with the same layout."""
         return tensor
 
     def place(self, whole: Tensor, beside: Tensor) -> Tensor:
-        """`whole` as this worker keeps it beside the parameter."""
+        """`whole` in the layout of `beside` on this worker."""
         return whole.to(beside.device)
 
     def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What this worker itself holds of the tensors."""
+        """This worker's local tensors."""
         return list(tensors)
 
 
@@ -47,17 +47,17 @@ Strategy: TypeAlias = "Replicated | Sharded"
 
 
 def strategy_of(name: Literal["ddp", "fsdp"], model: MAR, workers: int, device: torch.device, precision: str) -> Strategy:
-    """A model on one worker is whole, whatever the strategy. Optimizer and averages are to be made of the model afterwards."""
+    """The strategy `name`; on one worker always `Replicated`. Create optimizer and averages after this call."""
     if name == "ddp" or workers == 1:
         return Replicated(model, workers)
-    from mar_model.training.sharding import Sharded  # PyTorch's sharding takes a second to import: those who don't shard go without
+    from mar_model.training.sharding import Sharded  # here, because importing PyTorch's sharding takes a second
 
     return Sharded(model, workers, device, precision)
 
 
 @torch.no_grad()
 def load_whole(strategy: Strategy, targets: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into parameters or averages of the same names. Raises ValueError where names or shapes differ."""
+    """Copy full tensors into parameters or averages of the same names. Raises ValueError if names or shapes differ."""
     misfit = describe_misfit(shapes_of(targets), shapes_of(whole))
     if misfit:
         raise ValueError(f"weights don't fit the model: {misfit}")

@@ -1,1 +1,1 @@
-"""Stage *cache*: images and a tokenizer become a latent cache."""
+"""Stage *cache*: encodes images with a tokenizer and writes a latent cache."""

@@ -1,4 +1,4 @@
-"""Reading a latent cache: shards are memory-mapped, and compared with their SHA-256 when they are first used."""
+"""Reads a latent cache: shards are memory-mapped, and their SHA-256 is verified on first use."""
 
 import tempfile
 from collections import OrderedDict
@@ -19,7 +19,7 @@ from pipelines.runtime.records import damaged, parsed
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a manifest says of each shard."""
+    """Entry of a shard in the manifest."""
 
     name: str
     rows: int
@@ -29,7 +29,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a manifest says of the tokenizer."""
+    """Entry of the tokenizer in the manifest."""
 
     digest: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class _Versioned:
 
 @dataclass(frozen=True)
 class _ManifestRecord(Manifest):
-    """The types inside the manifest's lists and objects."""
+    """The manifest with the types of the items in its lists and objects."""
 
     shards: list[ShardEntry]  # type: ignore[assignment]
     tokenizer: Tokenizer  # type: ignore[assignment]
@@ -51,34 +51,34 @@ class _ManifestRecord(Manifest):
 def read_manifest(path: str) -> tuple[Manifest, str]:
     """The manifest of the cache at `path` and its SHA-256. Raises DamagedFileError, and UserError for another format version."""
     file = storage.join(path, MANIFEST)
-    remedy = "run `mar cache` with the cache's settings: it writes the manifest again, and the shards are kept"
+    remedy = "run `mar cache` with the cache's settings: it writes the manifest again and keeps the shards"
     data = storage.read_bytes(file)
     version = parsed(data, file, _Versioned, remedy)["format_version"]
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{file} has format_version {version!r}, expected {FORMAT_VERSION}: read it with the version of mar-ray that wrote it, or "
-            "write the cache again"
+            f"{file} has format_version {version!r}, expected {FORMAT_VERSION}",
+            remedy="read it with the version of mar-ray that wrote it, or write the cache again",
         )
     values = parsed(data, file, _ManifestRecord, remedy)
-    return Manifest(**{one.name: values[one.name] for one in fields(Manifest) if one.name in values}), storage.digest(data)
+    return Manifest(**{item.name: values[item.name] for item in fields(Manifest) if item.name in values}), storage.digest(data)
 
 
 class LatentCache:
-    """A finished cache, for reading any rows in any order. Shards are memory-mapped when first used, after a comparison with their
-    SHA-256 (see `checked_beside`); those on S3 are fetched onto a local disk before that. A pickle of this object holds the paths alone."""
+    """A finished cache, for reading any rows in any order. A shard is memory-mapped on first use, after its SHA-256 has been verified (see
+    `checked_beside`); shards on S3 are first copied to a local disk. A pickle of this object contains only paths."""
 
     def __init__(self, path: str, local: str = "", local_gb: float = 50.0, condemned: bool = False) -> None:
-        """`local`: a folder on a local disk where shards are kept, `local_gb` at most; of a cache on S3 the temporary folder if empty.
-        `condemned`: also a cache with shards that are known to be damaged.
+        """`local`: folder on a local disk for copies of shards, of at most `local_gb`; for a cache on S3 the default is the temporary
+        folder. `condemned`: allow shards that are marked as damaged.
 
-        Raises UserError when `path` holds no finished cache of this format, or one with damaged shards, and where `local_gb` is too
-        small for it. Whatever reads a shard raises UserError where it is not what the manifest says.
+        Raises UserError when `path` has no finished cache of this format or has damaged shards, or when `local_gb` is too small. Methods
+        that read a shard raise UserError when it does not match the manifest.
         """
         self.path = path
         self._arguments = (path, local, local_gb, condemned)
         if not storage.exists(storage.join(path, MANIFEST)):
             raise UserError(
-                f"{path!r} holds no finished latent cache ({MANIFEST} is missing)", remedy=f"run `mar cache` with cache.path={path}"
+                f"{path!r} is not a finished latent cache ({MANIFEST} is missing)", remedy=f"run `mar cache` with cache.path={path}"
             )
         self.manifest, self.digest = read_manifest(path)
         if not condemned:
@@ -88,7 +88,7 @@ class LatentCache:
         self._starts = self._ends - [shard["rows"] for shard in self.manifest.shards]
         self._opened: OrderedDict[int, _Shard] = OrderedDict()
         self._halves: dict[int, np.ndarray] = {}
-        self._labels = np.empty(self.manifest.rows, np.int64)  # of the shards opened so far
+        self._labels = np.empty(self.manifest.rows, np.int64)  # filled as shards are opened
         self.local: LocalShards | None = None
         if local or not storage.is_local(path):
             folder = storage.join(local or storage.join(tempfile.gettempdir(), "mar-shards"), self.digest[:16])
@@ -98,7 +98,8 @@ class LatentCache:
         return LatentCache, self._arguments
 
     def checked_beside(self) -> ShardChecks:
-        """From now on no shard is compared before it is mapped: the caller begins and settles the checks, beside its work."""
+        """Stop verifying shards before they are mapped; from now on the caller starts the checks and waits for them, in parallel with its
+        work."""
         self._beside = True
         return self.checks
 
@@ -112,16 +113,16 @@ class LatentCache:
         return 2 * self.manifest.latent_channels, side, side
 
     def take(self, indices: np.ndarray, flipped: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image where `flipped` (N,) is true, and labels int64 (N,).
+        """Moments (N, 2C, h, w) in the cache's dtype, of the mirror image if `flipped` (N,) is true, and labels int64 (N,).
 
-        `out`: where to put the moments.
+        `out`: array to write the moments to.
         """
         numbers, rows = self._places(indices)
         moments = np.empty((len(rows), *self.moments_shape), dtype=self.manifest.dtype) if out is None else out
         halves = self._halves_of(numbers)
         chosen = (2 * numbers + np.asarray(flipped, bool)).tolist()
         records = [halves[half][row] for half, row in zip(chosen, rows.tolist(), strict=True)]
-        if records:  # one call for all: what a copy costs beside its bytes is the interpreter
+        if records:  # one call for all records: per-call overhead dominates the copies
             np.concatenate(records, out=moments.reshape(-1))
         return moments, self._labels[indices]
 
@@ -137,7 +138,7 @@ class LatentCache:
         return [self._shard(number).keys[row].as_py() for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
 
     def _places(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard, and row in it, of each row of the cache."""
+        """Shard index, and row in the shard, of each row of the cache."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a latent cache of {len(self)}")
@@ -145,8 +146,8 @@ class LatentCache:
         return numbers, indices - self._starts[numbers]
 
     def _halves_of(self, numbers: np.ndarray) -> dict[int, np.ndarray]:
-        """Of these shards the moments of images at 2 · number, of mirror images at 2 · number + 1."""
-        all_open = len(self._opened) == len(self._ends)  # then none is let go any more
+        """Moments of these shards: of images at key 2 · number, of mirror images at key 2 · number + 1."""
+        all_open = len(self._opened) == len(self._ends)  # then no shard is closed any more
         if all_open and self._halves:
             return self._halves
         halves = {}
@@ -173,7 +174,7 @@ class LatentCache:
         if self.local is None:
             return _Shard(storage.join(self.path, SHARDS, entry["name"]), entry["bytes"])
         while len(self._opened) >= max(1, self.local.capacity - 1):
-            self._opened.popitem(last=False)  # a map keeps the space of a file that was evicted
+            self._opened.popitem(last=False)  # a memory map keeps the disk space of an evicted file
         return _Shard(self.local.path(number), entry["bytes"])
 
     def _check(self, number: int) -> None:
@@ -189,13 +190,13 @@ class _Shard:
     def __init__(self, path: str, size: int) -> None:
         check_size(path, size)
         try:
-            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map, and no file stays open:
-                self._batch = pa.ipc.open_file(source).get_batch(0)  # a cache has more shards than a process may open files
+            with pa.memory_map(storage.filesystem(path)[1]) as source:  # the views keep the map; the file is closed, because a cache can
+                self._batch = pa.ipc.open_file(source).get_batch(0)  # have more shards than a process may open files
             self.labels: np.ndarray = self._batch.column("label").to_numpy()
             self.moments = self._view("moments")
             self.flipped = self._view("moments_flipped")
         except (pa.ArrowException, OSError, LookupError, AttributeError, ValueError) as error:
-            raise damaged(path, error, "run `mar verify` on the cache, then `mar cache` makes this shard again") from error
+            raise damaged(path, error, "run `mar verify` on the cache, then `mar cache` to make this shard again") from error
 
     def _view(self, name: str) -> np.ndarray:
         column = self._batch.column(name)

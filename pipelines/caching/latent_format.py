@@ -7,19 +7,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mar_model.tokenizers.kl import LOG_VARIANCE_RANGE
-from pipelines.caching.shard_checks import FOLDER
+from mar_model.tokenizers.posterior import LOG_VARIANCE_RANGE
 
 FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 
-SHARDS = FOLDER
+SHARDS = "shards"  # the folder of the shards
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Per-channel float64 statistics of posteriors: of how many values, and C numbers for each of the others."""
+    """Per-channel float64 statistics of posteriors: `values` is the count per channel; all other fields have C numbers."""
 
     values: int
     mean: list[float]  # of the posterior means
@@ -30,7 +29,7 @@ class LatentStatistics:
 
     @classmethod
     def of(cls, moments: np.ndarray) -> "LatentStatistics":
-        """Of moments (N, 2C, h, w), N ≥ 1."""
+        """Statistics of moments (N, 2C, h, w), N ≥ 1."""
         means, log_variances = np.split(moments.astype(np.float64), 2, axis=1)
         over = (0, 2, 3)
         mean = means.mean(over)
@@ -44,7 +43,7 @@ class LatentStatistics:
         )
 
     def merged(self, other: "LatentStatistics") -> "LatentStatistics":
-        """Of both sets of values together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        """Statistics of both sets of values together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         values = self.values + other.values
         mean, theirs = np.array(self.mean), np.array(other.mean)
         shift = theirs - mean
@@ -90,8 +89,8 @@ def shard_bytes(keys: list[str], labels: list[int], moments: np.ndarray, flipped
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a latent cache is. `latent_*` are C numbers in the tokenizer's own scale, over image and mirror image alike:
-    mean and standard deviation of posterior samples, smallest and largest posterior mean."""
+    """Metadata of a latent cache. `latent_*` have C numbers in the tokenizer's scale, over images and mirror images: mean and standard
+    deviation of posterior samples, smallest and largest posterior mean."""
 
     format_version: int
     rows: int
@@ -106,9 +105,9 @@ class Manifest:
     latent_min: list[float]
     latent_max: list[float]
     tokenizer: dict[str, Any]  # digest, config
-    images: dict[str, Any]  # which images: the split, and the digest of the list of keys and labels
+    images: dict[str, Any]  # the split, and the digest of the list of keys and labels
     rejected: int
-    precision: dict[str, Any] = field(default_factory=dict)  # name of the encoder's arithmetic, measured deviation of the moments
+    precision: dict[str, Any] = field(default_factory=dict)  # precision of the encoder, measured deviation of the moments
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,5 +1,5 @@
-"""The record beside each shard (what the shard holds, its checksum, statistics and rejected images) and `rejected.parquet`, which lists
-the rejected images of the whole cache."""
+"""The record next to each shard (row count, checksum, statistics and rejected images) and `rejected.parquet`, which lists the rejected
+images of the whole cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,31 +17,31 @@ from pipelines.runtime.records import damaged
 
 REJECTED = "rejected.parquet"
 REJECTED_SCHEMA = pa.schema([("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
-IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of every row, also of rejected ones
+IMAGE_DIGESTS = "image_sha256"  # in a shard's record: of all rows, including rejected ones
 
 
 def shard_paths(path: str, index: int) -> tuple[str, str]:
-    """The shard, and its record: rows, checksum, statistics, rejects."""
+    """Paths of a shard and its record."""
     shard = storage.join(path, SHARDS, shard_name(index))
     return shard, shard.removesuffix(".arrow") + ".json"
 
 
 def finished_record(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int) -> dict[str, Any] | None:
-    """The record of shard `index`, which begins at row `start`, or None where it has to be made: it is not there, has not the recorded
-    size and checksum, or rejected images that have other bytes now."""
+    """The record of shard `index`, which begins at row `start`; None if the shard has to be made: it is missing, its size or checksum is
+    wrong, or images that it rejected have changed."""
     file, record_path = shard_paths(path, index)
     record = read_record(record_path)
     if record is None or not storage.exists(file) or storage.size(file) != record["bytes"]:
         return None
     if storage.digest(storage.read_bytes(file)) != record["sha256"]:
         return None
-    mended = any(read_with_digest(images, rows[start + one["row"]])[1] != one["sha256"] for one in record["rejected"])
-    return None if mended else record
+    repaired = any(read_with_digest(images, rows[start + image["row"]])[1] != image["sha256"] for image in record["rejected"])
+    return None if repaired else record
 
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """An image that a shard leaves out: `row` is its place in the shard."""
+    """An image that a shard rejected; `row` is its index in the shard."""
 
     row: int
     key: str
@@ -51,7 +51,7 @@ class RejectedRow:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What lies beside each shard."""
+    """Content of the record next to each shard."""
 
     format_version: int
     name: str
@@ -64,15 +64,15 @@ class ShardRecord:
 
 
 def read_record(path: str) -> dict[str, Any] | None:
-    """A shard's record, or None where it is not there, is damaged, or is of another format. The digests of its images, which make up
-    nearly all of it, are left out: `read_image_digests` reads these."""
+    """A shard's record; None if it is missing, damaged or has another format. The image digests, most of its size, are left out: see
+    `read_image_digests`."""
     record = _read_record(path)
     return None if record is None else {name: value for name, value in record.items() if name != IMAGE_DIGESTS}
 
 
 def read_image_digests(path: str, index: int) -> list[str] | None:
-    """SHA-256 of the bytes of each image that finished shard `index` was made of, in the order of its rows, "" where they could not be
-    read; empty in a record of an earlier version of mar-ray, None where the shard has no record."""
+    """SHA-256 of the bytes of each image of finished shard `index`, in row order ("" if unreadable); empty for a record of an earlier
+    version of mar-ray, None if the shard has no record."""
     record = _read_record(shard_paths(path, index)[1])
     return None if record is None else list(record.get(IMAGE_DIGESTS, []))
 
@@ -86,19 +86,19 @@ def _read_record(path: str) -> dict[str, Any] | None:
 
 
 def read_rejected(path: str) -> list[dict[str, str]]:
-    """Every image that the cache at `path` leaves out: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
+    """All images that the cache at `path` rejected: key, reason, sha256. Raises FileNotFoundError, and DamagedFileError."""
     file = storage.join(path, REJECTED)
     data = storage.read_bytes(file)
     try:
         rows: list[dict[str, str]] = pa.parquet.read_table(pa.BufferReader(data)).select(REJECTED_SCHEMA.names).to_pylist()
     except (pa.ArrowException, OSError, LookupError) as error:
-        raise damaged(file, error, "run `mar cache` with the cache's settings: it writes the file again") from error
+        raise damaged(file, error, "run `mar cache` with the cache's settings to write the file again") from error
     return rows
 
 
 def write_rejected(path: str, records: list[dict[str, Any]]) -> None:
-    """Write `rejected.parquet` of the cache at `path` from the records of its shards."""
-    rejected = [{name: one[name] for name in REJECTED_SCHEMA.names} for record in records for one in record["rejected"]]
+    """Write the cache's `rejected.parquet` from the records of its shards."""
+    rejected = [{name: image[name] for name in REJECTED_SCHEMA.names} for record in records for image in record["rejected"]]
     table = pa.Table.from_pylist(rejected, schema=REJECTED_SCHEMA)
     sink = pa.BufferOutputStream()
     pa.parquet.write_table(table, sink)

@@ -1,4 +1,4 @@
-"""Whether the shards of a latent cache are what its manifest says: the mark of those that are not, and the comparison itself."""
+"""Verification of a latent cache's shards against its manifest, and the mark of damaged shards."""
 
 import queue
 import threading
@@ -7,82 +7,83 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.caching.latent_format import SHARDS
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
-FOLDER = "shards"
 CONDEMNED = "condemned.json"
-SHOWN = 10  # names in one message
-REPAIR = "run `mar cache` with the same settings, which makes exactly these shards again"
+SHOWN = 10  # names in a message
+REPAIR = "run `mar cache` with the same settings to make these shards again"
 
 
 def condemn(path: str, names: Sequence[str]) -> None:
-    """Mark these shards of the cache at `path` as damaged: nothing reads the cache until the next run of the stage has made them again,
-    for their checksums are not those of their records, and without its summary the cache is not finished."""
+    """Mark these shards of the cache at `path` as damaged. Nothing reads the cache until the stage has made them again: their checksums
+    differ from their records, and without its summary the cache is not finished."""
     storage.write_json(storage.join(path, CONDEMNED), {"format_version": 1, "shards": sorted({*condemned(path), *names})})
     storage.delete(storage.join(path, "summary.json"))
 
 
 def condemned(path: str) -> list[str]:
-    """Names of the shards that are marked as damaged."""
+    """Names of the shards marked as damaged."""
     mark = storage.join(path, CONDEMNED)
     return list(storage.read_json(mark)["shards"]) if storage.exists(mark) else []
 
 
 def absolve(path: str) -> None:
-    """Remove the mark: every shard is what the manifest says."""
+    """Remove the mark: all shards match the manifest."""
     storage.delete(storage.join(path, CONDEMNED))
 
 
 def refuse_condemned(path: str, shards: int) -> None:
-    """Raise UserError where some of the cache's shards are marked as damaged."""
+    """Raise UserError if shards of the cache are marked as damaged."""
     names = condemned(path)
     if names:
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        raise UserError(f"{len(names)} of the {shards} shards of {path} are damaged ({', '.join(names[:SHOWN])}{more}): {REPAIR}")
+        raise UserError(f"{len(names)} of the {shards} shards of {path} are damaged ({', '.join(names[:SHOWN])}{more})", remedy=REPAIR)
 
 
 def compare(path: str, entry: dict[str, Any]) -> None:
-    """Read a shard of the cache at `path` and compare it with its entry in the manifest. Raises UserError where it is another one."""
-    file = storage.join(path, FOLDER, entry["name"])
+    """Verify a shard of the cache at `path` against its entry in the manifest. Raises UserError if they differ."""
+    file = storage.join(path, SHARDS, entry["name"])
     check_size(file, entry["bytes"])
-    compare_data(path, entry, mapped(storage.filesystem(file)[1]))  # only copies of what is on S3 are opened
+    compare_data(path, entry, mapped(storage.filesystem(file)[1]))  # shards on S3 are read from local copies
 
 
 def mapped(file: str) -> memoryview:
-    """The bytes of a local file that is not empty, as a memory map: to read them copies nothing, and holds no lock."""
+    """The bytes of a non-empty local file as a memory map: reading copies nothing and does not hold the GIL."""
     with pa.memory_map(file) as source:
         return memoryview(source.read_buffer())
 
 
 def compare_data(path: str, entry: dict[str, Any], data: bytes | memoryview) -> None:
-    """As `compare`, of bytes that were read from the cache at `path`; the shard is marked as damaged before the error is raised."""
+    """As `compare`, for bytes that were already read; the shard is marked as damaged before the error is raised."""
     found = storage.digest(data)
     if found == entry["sha256"]:
         return
-    text = f"{entry['name']} of {path} has the SHA-256 {found[:12]}…, the manifest says {entry['sha256'][:12]}…"
+    text = f"{entry['name']} of {path} is damaged: SHA-256 {found[:12]}…, expected {entry['sha256'][:12]}… as in the manifest"
     try:
         condemn(path, [entry["name"]])
     except (OSError, UserError) as error:
         raise UserError(
-            f"{text}; the shard can't be marked as damaged ({error})", f"run `mar verify` where that is possible, then {REPAIR}"
+            f"{text}; the shard can't be marked as damaged ({error})",
+            f"run `mar verify` on a machine that can write there, then {REPAIR}",
         ) from error
-    raise UserError(f"{text}: it is damaged", remedy=f"{REPAIR}, then this command again")
+    raise UserError(text, remedy=f"{REPAIR}, then this command again")
 
 
 def check_size(file: str, size: int) -> None:
-    """Raise UserError unless the file is there and has this many bytes."""
+    """Raise UserError unless the file exists and has this number of bytes."""
     found = storage.size(file) if storage.exists(file) else None
     if found != size:
         raise UserError(
-            f"{file} is {'missing' if found is None else f'{found} bytes long'}, the manifest says {size} bytes: "
-            "run `mar cache` again to repair it"
+            f"{file} {'is missing' if found is None else f'has {found} bytes'}, expected {size} bytes as in the manifest",
+            remedy="run `mar cache` again to repair it",
         )
 
 
 class ShardChecks:
-    """Runs `check(number)` once for each shard, on a thread beside the work that reads them. (SHA-256 and reading release the
-    interpreter lock.) The thread begins with the first shard and does not keep the process alive."""
+    """Calls `check(number)` once for each shard, on a background thread. (Reading and SHA-256 release the GIL.) The thread starts with the
+    first shard and does not keep the process alive."""
 
     def __init__(self, check: Callable[[int], None]) -> None:
         self.check = check
@@ -91,7 +92,7 @@ class ShardChecks:
         self._failure: BaseException | None = None
 
     def begin(self, numbers: Iterable[int]) -> None:
-        """Have these shards checked, those that are not yet."""
+        """Check these shards, unless they were checked before."""
         new = [number for number in numbers if number not in self.begun]
         if new and not self.begun:
             threading.Thread(target=self._work, name="shard-checks", daemon=True).start()
@@ -100,12 +101,12 @@ class ShardChecks:
             self._waiting.put(number)
 
     def raise_found(self) -> None:
-        """Raise what a check has raised so far."""
+        """Raise the exception of a failed check, if any."""
         if self._failure is not None:
             raise self._failure
 
     def settle(self) -> None:
-        """Wait until all that has begun is checked; raise what a check has raised."""
+        """Wait for all started checks; raise the exception of a failed check."""
         self._waiting.join()
         self.raise_found()
 
@@ -115,7 +116,7 @@ class ShardChecks:
             try:
                 if self._failure is None:
                     self.check(number)
-            except BaseException as error:  # raised where the shards are read
+            except BaseException as error:  # raised in the thread that reads the shards
                 self._failure = error
             finally:
                 self._waiting.task_done()

@@ -1,7 +1,7 @@
-"""The shards of a latent cache as work: which there are, which are finished, and a Ray Data pipeline that makes the others.
+"""The shards of a latent cache as units of work: all shards, the finished ones, and a Ray Data pipeline that makes the rest.
 
-Whatever dies meanwhile, Ray starts an encoder again where there is room, and its calls with it; a shard is written whole or not at
-all, and the same by whoever makes it, so that it does no harm when two do.
+After a node or worker failure Ray restarts the encoder where resources are available, and repeats its calls. Shards are written atomically
+and deterministically, so that it does no harm if two encoders make the same shard.
 """
 
 import json
@@ -22,10 +22,10 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.workers import cluster_resources
 
-CHECKS_AT_ONCE = 8  # threads that ask a file system about shards
-READS_AT_ONCE = 16  # threads of one task that read images again
-CHECKED_TOGETHER = 32  # finished shards compared with their checksums by one task
-RESERVED = 0.5  # share of the cluster's CPUs that encoders reserve: those of a lost node fit on what is left
+CHECKS_AT_ONCE = 8  # threads for file system requests
+READS_AT_ONCE = 16  # threads per task that reads images again
+CHECKED_TOGETHER = 32  # finished shards verified per task
+RESERVED = 0.5  # share of the cluster's CPUs that encoders reserve: after a node failure they still fit
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Shard:
 
     @property
     def record(self) -> str:
-        """Name of its record beside it."""
+        """File name of its record."""
         return shard_name(self.index).removesuffix(".arrow") + ".json"
 
 
 def shards_of(rows: int, size: int) -> dict[int, Shard]:
-    """The shards of `size` rows each, the last with what is left."""
+    """Divide the rows into shards of `size` rows; the last may be smaller."""
     return {start // size: Shard(start // size, start, min(start + size, rows)) for start in range(0, rows, size)}
 
 
 def are_whole(path: str, entries: list[dict[str, Any]]) -> bool:
-    """Whether every shard of a manifest is there, in the length it says."""
+    """Whether all shards of a manifest exist with the recorded length."""
 
     def fits(entry: dict[str, Any]) -> bool:
         name = storage.join(path, SHARDS, entry["name"])
@@ -65,32 +65,31 @@ def are_whole(path: str, entries: list[dict[str, Any]]) -> bool:
 def finished(
     images: ImageSettings, path: str, rows: Any, shards: dict[int, Shard], say: Callable[[str], None] = lambda text: None
 ) -> dict[int, dict[str, Any]]:
-    """Records of the shards that need not be made again: those whose file has the recorded size and checksum, and whose rejected
-    images still have the bytes they were rejected for (else they were mended). `rows`: reference to ImageRows. `say` gets a line for
-    each of the others that is there."""
+    """Records of the finished shards: the file has the recorded size and checksum, and the rejected images still have the same bytes (else
+    they were repaired). `rows`: reference to ImageRows. `say` prints a line for each existing shard that is not finished."""
     import ray
 
-    there = set(storage.list_directory(storage.join(path, SHARDS)))
-    begun = [one for one in shards.values() if {shard_name(one.index), one.record} <= there]
+    names = set(storage.list_directory(storage.join(path, SHARDS)))
+    begun = [shard for shard in shards.values() if {shard_name(shard.index), shard.record} <= names]
     parts = [begun[start : start + CHECKED_TOGETHER] for start in range(0, len(begun), CHECKED_TOGETHER)]
     task = ray.remote(num_cpus=_share(1), scheduling_strategy="SPREAD")(_finished_records)
     records = {index: record for found in ray.get([task.remote(images, path, rows, part) for part in parts]) for index, record in found}
-    for one in begun:
-        if one.index not in records:
-            files = f"{storage.join(path, SHARDS, shard_name(one.index))} and {one.record}"
-            say(f"{files} are made again: one of the two is damaged, or an image that was rejected has changed")
+    for shard in begun:
+        if shard.index not in records:
+            files = f"{storage.join(path, SHARDS, shard_name(shard.index))} and {shard.record}"
+            say(f"{files} are made again: one of the files is damaged, or a rejected image has changed")
     return records
 
 
 def _finished_records(images: ImageSettings, path: str, rows: ImageRows, shards: list[Shard]) -> list[tuple[int, dict[str, Any]]]:
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
-        found = pool.map(lambda one: (one.index, finished_record(images, path, rows, one.index, one.start)), shards)
+        found = pool.map(lambda shard: (shard.index, finished_record(images, path, rows, shard.index, shard.start)), shards)
         return [(index, record) for index, record in found if record is not None]
 
 
 @dataclass
 class Compared:
-    """Rows whose images were read again: `changed` have other bytes, of `unknown` no digest is kept, `equal` counts the others."""
+    """Rows whose images were read again: `changed` have other bytes, `unknown` have no recorded digest, `equal` counts the unchanged."""
 
     equal: int = 0
     changed: list[int] = field(default_factory=list)
@@ -100,23 +99,25 @@ class Compared:
 def compare_images(
     images: ImageSettings, path: str, rows: ImageRows, shards: dict[int, Shard], places: np.ndarray, done: Callable[[int], None]
 ) -> Compared:
-    """Read the images of the rows `places` (sorted) again, on all nodes, and compare them with the digests in the records of their
-    shards. Those of shards that are not finished yet are passed over. `done` is told how many rows are through."""
+    """Read the images of the rows `places` (sorted) again, on all nodes, and compare them with the digests in the shards' records. Rows of
+    unfinished shards are skipped. Calls `done` with the number of finished rows."""
     import ray
 
-    shared, through, whole = ray.put(rows), 0, Compared()
+    shared, through, total = ray.put(rows), 0, Compared()
     task = ray.remote(num_cpus=_share(1), scheduling_strategy="SPREAD")(_compare_images)
-    parts = [(one, places[np.searchsorted(places, one.start) : np.searchsorted(places, one.stop)].tolist()) for one in shards.values()]
+    parts = [
+        (shard, places[np.searchsorted(places, shard.start) : np.searchsorted(places, shard.stop)].tolist()) for shard in shards.values()
+    ]
     for reference, count in [
-        (task.remote(images, path, shared, shard.index, shard.start, mine), len(mine)) for shard, mine in parts if mine
+        (task.remote(images, path, shared, shard.index, shard.start, inside), len(inside)) for shard, inside in parts if inside
     ]:
         found: Compared = ray.get(reference)
-        whole.equal += found.equal
-        whole.changed += found.changed
-        whole.unknown += found.unknown
+        total.equal += found.equal
+        total.changed += found.changed
+        total.unknown += found.unknown
         through += count
         done(through)
-    return whole
+    return total
 
 
 def _compare_images(images: ImageSettings, path: str, rows: ImageRows, index: int, start: int, places: list[int]) -> Compared:
@@ -134,9 +135,9 @@ def _compare_images(images: ImageSettings, path: str, rows: ImageRows, index: in
 def make(
     job: EncodingJob, encoders: int, rows: Any, shards: dict[int, Shard], begun: Callable[[int], None] = lambda images: None
 ) -> Iterator[tuple[int, dict[str, Any], Seconds]]:
-    """Make these shards on a pool of encoders; yields index, record, and where the time went, of each when it is finished, in any order.
+    """Make these shards on a pool of encoders. Yields index, record and timings of each shard when it is finished, in any order.
 
-    `begun` is told from time to time, on a thread of its own, how many images of shards in work are done. `rows`: reference to ImageRows.
+    `begun` is called regularly, on a separate thread, with the number of images done in unfinished shards. `rows`: reference to ImageRows.
     """
     import ray.data
 
@@ -149,7 +150,7 @@ def make(
         in_work[message.shard] = message.images
         begun(sum(images for index, images in list(in_work.items()) if index not in finished))
 
-    work = [{"index": one.index, "start": one.start, "stop": one.stop} for _, one in sorted(shards.items())]
+    work = [{"index": shard.index, "start": shard.start, "stop": shard.stop} for _, shard in sorted(shards.items())]
     records = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
         ShardEncoder,
         fn_constructor_args=(job, rows, channel),
@@ -171,6 +172,6 @@ def make(
 
 
 def _share(encoders: int) -> float:
-    """CPUs that each of so many actors reserves: one, or less where they would not fit the cluster together."""
+    """CPUs that each encoder reserves: 1, or less if that many would not fit in the cluster."""
     cpus, _ = cluster_resources()
     return min(1.0, int(100 * RESERVED * cpus / encoders) / 100) if cpus else 1.0

@@ -1,9 +1,9 @@
-"""Stage *cache*: Ray Data streams shards through a pool of encoders, which decode with threads and encode with a tokenizer.
+"""Stage *cache*: Ray Data distributes shards over a pool of encoders, which decode images on threads and encode them with a tokenizer.
 
-    source ──▶ listing, sorted by key ──▶ ranges of rows ──▶ encoders: decode │ encode │ write ──▶ one record a shard ──▶ manifest
+    source ──▶ listing, sorted by key ──▶ ranges of rows ──▶ encoders: decode │ encode │ write ──▶ one record per shard ──▶ manifest
 
-A shard is a fixed range of the sorted train rows and a file of its own, so neither the number of encoders nor the order in which
-they finish can be seen in the result, and a run that was killed keeps every shard whose record was written.
+A shard is one file with a fixed range of the sorted training rows, so that the result does not depend on the number of encoders or their
+order, and a killed run keeps every shard with a record.
 """
 
 import math
@@ -32,11 +32,11 @@ from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
 
 def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
-    """Encode the train part of `images` with the tokenizer in directory `tokenizer_path` into a latent cache at `cache.path`; returns the
-    stage's summary. `check`: read every image of finished shards again, and compare its bytes with those that were encoded.
+    """Encode the training part of `images` with the tokenizer in directory `tokenizer_path` into a latent cache at `cache.path`. Returns
+    the stage's summary. `check`: read every image of finished shards again, and compare its bytes with the encoded ones.
 
-    Raises UserError on settings that don't fit each other, on a cache made with others or of other images, and when more than
-    `images.max_rejected` of the images can't be used (the finished shards are kept).
+    Raises UserError for contradicting settings, for an existing cache of other settings or images, and when the share of unusable images
+    exceeds `images.max_rejected` (finished shards are kept).
     """
     channels, latent_size = _check(images.settings, tokenizer_path, cache)
     kept = storage.join(cache.path, LISTING)
@@ -58,7 +58,7 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
     summary_path = storage.join(cache.path, "summary.json")
     if storage.exists(storage.join(cache.path, MANIFEST)) or storage.exists(summary_path):
         if lost := lost_file(cache.path):
-            stage.say(f"{cache.path} has lost files, which are made again: {lost}")
+            stage.say(f"{cache.path} is incomplete, missing files are made again: {lost}")
         storage.delete(summary_path)
     storage.delete_partial(cache.path)
     keep_listing(kept, listing)
@@ -68,7 +68,7 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
     write_rejected(cache.path, ordered)
     _check_rejected(images.settings, cache.path, ordered, len(rows))
 
-    statistics = reduce(LatentStatistics.merged, [LatentStatistics(**one["statistics"]) for one in ordered if one["rows"]])
+    statistics = reduce(LatentStatistics.merged, [LatentStatistics(**record["statistics"]) for record in ordered if record["rows"]])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         rows=sum(record["rows"] for record in ordered),
@@ -106,7 +106,7 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
             "rejected": rejected,
             "shards": len(ordered),
             "bytes": sum(record["bytes"] for record in ordered),
-            **({"images_per_second": round(rate, 3)} | shares if rate else {}),  # nothing was left to encode: no speed
+            **({"images_per_second": round(rate, 3)} | shares if rate else {}),  # without encoding there is no speed
         },
     )
 
@@ -114,8 +114,8 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
 def _make(
     images: ImageSettings, tokenizer: str, cache: CacheSettings, rows: ImageRows, shards: dict[int, Shard], stage: Stage
 ) -> tuple[dict[int, dict[str, Any]], float, Seconds]:
-    """Records of all shards, made where they are not there yet, until too many images are rejected; images a second, and where the
-    encoders' time went."""
+    """Records of all shards; makes the missing ones until too many images are rejected. Also returns images per second and the encoders'
+    timings."""
     import ray
 
     encoders = min(cache.encoders, len(shards))
@@ -128,7 +128,7 @@ def _make(
     shared = ray.put(rows)  # once, for all tasks and actors
     records = finished(images, cache.path, shared, shards, stage.say)
     if records:
-        stage.say(f"{len(records)} of {len(shards)} shards are already there")
+        stage.say(f"{len(records)} of {len(shards)} shards are already finished")
     rejected = sum(len(record["rejected"]) for record in records.values())
     seconds = Seconds()
 
@@ -143,16 +143,16 @@ def _make(
             bar.update(done(), rejected=rejected, **{f"{name}_%": 100 * share for name, share in seconds.shares().items()})
             stage.log({"images_per_second": bar.rate, "rejected": rejected}, step=done())
             if rejected > images.max_rejected * len(rows):
-                break  # the limit is passed, whatever the other shards hold
+                break  # the limit is exceeded, whatever the other shards contain
         rate = bar.rate
     return records, rate, seconds
 
 
 def _check(images: ImageSettings, tokenizer: str, cache: CacheSettings) -> tuple[int, int]:
-    """Latent channels and latents per side; raises UserError where the settings don't fit the tokenizer."""
+    """Latent channels and latents per side. Raises UserError if the settings do not fit the tokenizer."""
     check(images=images, cache=cache)
     if not storage.exists(storage.join(tokenizer, "config.json")):
-        raise UserError(f"tokenizer.path {tokenizer!r} holds no tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
+        raise UserError(f"tokenizer.path {tokenizer!r} is not a tokenizer (config.json is missing)", remedy="run `mar tokenize` first")
     try:
         loaded = load_tokenizer(storage.local_directory(tokenizer))
     except (OSError, ValueError) as error:
@@ -163,11 +163,10 @@ def _check(images: ImageSettings, tokenizer: str, cache: CacheSettings) -> tuple
 
 
 def lost_file(path: str) -> str:
-    """What a finished cache has lost: a file that is missing or damaged, or a shard that is shorter or longer than the manifest says.
-    Empty where all is there."""
+    """Missing or damaged files of a finished cache, or shards of the wrong length, in words; empty if the cache is complete."""
     listing = storage.join(path, LISTING)
     if names := condemned(path):
-        return f"damaged shards were found ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
+        return f"damaged shards ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
     try:
         if kept_listing(listing) is None:
             return f"{listing} is missing or damaged"
@@ -177,17 +176,17 @@ def lost_file(path: str) -> str:
         return f"{storage.join(path, MANIFEST)} or {REJECTED} is missing ({error})"
     except UserError as error:
         return str(error)
-    return "" if are_whole(path, manifest.shards) else f"shards that {storage.join(path, MANIFEST)} names are missing, or of another length"
+    return "" if are_whole(path, manifest.shards) else f"shards in {storage.join(path, MANIFEST)} are missing or have another length"
 
 
 def _check_rejected(images: ImageSettings, path: str, records: list[dict[str, Any]], total: int) -> None:
-    rejected = [one for record in records for one in record["rejected"]]
+    rejected = [image for record in records for image in record["rejected"]]
     if len(rejected) > images.max_rejected * total or len(rejected) == total:
-        first = "; ".join(f"{one['key']} ({one['reason']})" for one in rejected[:3])
+        first = "; ".join(f"{image['key']} ({image['reason']})" for image in rejected[:3])
         raise UserError(
-            f"{len(rejected)} of {total} images can't be used, images.max_rejected={images.max_rejected} allows "
-            f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''}. All are in "
-            f"{storage.join(path, REJECTED)}",
-            remedy="mend those files where they are (without them it is another source) or raise "
-            "images.max_rejected, and run again (finished shards are kept)",
+            f"{len(rejected)} of {total} images can't be used, but images.max_rejected={images.max_rejected} allows "
+            f"{math.floor(images.max_rejected * total)}: {first}{'; …' if len(rejected) > 3 else ''} (all are listed in "
+            f"{storage.join(path, REJECTED)})",
+            remedy="repair these files in place (removing them changes the source's digest) or raise images.max_rejected, then run again "
+            "(finished shards are kept)",
         )

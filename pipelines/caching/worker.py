@@ -1,4 +1,4 @@
-"""The work of stage *cache* on its workers: one shard of the latent cache, from the names of its images to its file."""
+"""Workers of stage *cache*: encode one shard of the latent cache, from a range of the listing to its file."""
 
 import json
 import threading
@@ -24,14 +24,14 @@ from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.cluster.workers import default_device, use_threads
 
-AHEAD = 2  # batches whose images are decoded before they are asked for
-SAY_SECONDS = 2.0  # between words about how far it is
-CALLS_AT_ONCE = 2  # of one encoder: a shard is decoded while another is encoded
+AHEAD = 2  # batches of images decoded in advance
+SAY_SECONDS = 2.0  # interval of progress messages
+CALLS_AT_ONCE = 2  # per encoder: one shard is decoded while another is encoded
 
 
 @dataclass(frozen=True)
 class EncodingJob:
-    """What every encoder is given."""
+    """Arguments of every encoder."""
 
     images: ImageSettings
     tokenizer: str
@@ -45,7 +45,7 @@ class EncodingJob:
 
 @dataclass(frozen=True)
 class ShardProgress:
-    """From an encoder to the driver: so many images of the shard are encoded."""
+    """Message from an encoder to the driver: number of encoded images of a shard."""
 
     shard: int
     images: int
@@ -53,7 +53,7 @@ class ShardProgress:
 
 @dataclass
 class Seconds:
-    """Where the time went, as the encoders saw it."""
+    """Timings of the encoders, by step."""
 
     decoding: float = 0.0  # waiting for images
     encoding: float = 0.0
@@ -63,24 +63,24 @@ class Seconds:
         return Seconds(self.decoding + other.decoding, self.encoding + other.encoding, self.writing + other.writing)
 
     def shares(self) -> dict[str, float]:
-        """Of the whole, by name."""
-        whole = self.decoding + self.encoding + self.writing
-        return {name: seconds / whole if whole else 0.0 for name, seconds in vars(self).items()}
+        """Share of each step in the total time."""
+        total = self.decoding + self.encoding + self.writing
+        return {name: seconds / total if total else 0.0 for name, seconds in vars(self).items()}
 
 
 @dataclass
 class _Shard:
-    """A shard that is being made."""
+    """A shard in progress."""
 
     reasons: list[str]
     digests: list[str]
     usable: list[int] = field(default_factory=list)
-    moments: list[np.ndarray] = field(default_factory=list)  # (2, n, 2C, h, w) of each batch: image, mirror image
+    moments: list[np.ndarray] = field(default_factory=list)  # (2, n, 2C, h, w) per batch: images, mirror images
     deviation: dict[str, float] | None = None
 
 
 class Encoder:
-    """A tokenizer on a device: uint8 images in, moments out, in one of the arithmetics."""
+    """A tokenizer on a device that encodes uint8 images to moments in the given precision."""
 
     def __init__(self, tokenizer: str, precision: str, dtype: str, device: torch.device) -> None:
         self.precision, self.dtype, self.device = precision, dtype, device
@@ -88,7 +88,7 @@ class Encoder:
         self.tokenizer.to(memory_format=torch.channels_last)
 
     def buffer(self, batch: int, size: int) -> torch.Tensor:
-        """A batch of images uint8 (batch, size, size, 3) in memory from which the device copies by itself."""
+        """A buffer for a batch of images, uint8 (batch, size, size, 3), in pinned memory for a GPU."""
         return torch.empty(batch, size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
     @torch.inference_mode()
@@ -101,8 +101,8 @@ class Encoder:
 
     @torch.inference_mode()
     def deviation(self, images: torch.Tensor, moments: torch.Tensor) -> dict[str, float]:
-        """How far `moments`, of these images (n, S, S, 3) and their mirror images, are from those in float32 with contiguous tensors:
-        root mean square and maximum, of the posterior means in units of their standard deviation, and of the log-variances."""
+        """Deviation of `moments`, of these images (n, S, S, 3) and their mirror images, from float32 with contiguous tensors: root mean
+        square and maximum, of the posterior means in units of their standard deviation, and of the log-variances."""
         _float32_products(tf32=False)
         pixels = self._pixels(images).contiguous()
         self.tokenizer.to(memory_format=torch.contiguous_format)
@@ -125,16 +125,16 @@ class Encoder:
 
 
 def _float32_products(tf32: bool) -> None:
-    """Whether this process's GPU may shorten the factors of float32 products to 10 bits."""
+    """Whether the GPU may round the factors of float32 products to TF32 (10 bits of mantissa)."""
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"  # type: ignore[attr-defined]
 
 
 class ShardEncoder:
-    """Makes shards, as an actor of Ray Data. It takes two calls at a time: one encodes, meanwhile the images of the next are decoded
-    ahead and the shard before is written."""
+    """Makes shards, as an actor of Ray Data with two concurrent calls: while one shard is encoded, the images of the next are decoded and
+    the previous shard is written."""
 
     def __init__(self, job: EncodingJob, rows: Any, channel: MessageChannel | None = None) -> None:
-        """`rows`: ImageRows, or a reference to them. `channel` is told how far the shards in work are."""
+        """`rows`: ImageRows, or a reference to them. Progress messages are sent to `channel`."""
         import ray
 
         use_threads(job.cluster)
@@ -142,26 +142,26 @@ class ShardEncoder:
         self.rows: ImageRows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
         self.encoder = Encoder(job.tokenizer, job.precision, job.dtype, default_device())
         self.threads = ThreadPoolExecutor(job.decoders, thread_name_prefix="decode")
-        self.buffers = [self.encoder.buffer(job.batch, job.images.size) for _ in range(2)]  # one is filled while the other is encoded
+        self.buffers = [self.encoder.buffer(job.batch, job.images.size) for _ in range(2)]  # double buffering
         self.encoding = threading.Lock()
-        self.said = time.monotonic()
+        self.last_message = time.monotonic()
 
     def __call__(self, block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Columns `index`, `start`, `stop` of shards → `index`, `record` (JSON) and `seconds` (decoding, encoding, writing)."""
-        made = [self.make(int(index), int(start), int(stop)) for index, start, stop in zip(*block.values(), strict=True)]
-        seconds = np.array([[took.decoding, took.encoding, took.writing] for _, took in made])
-        return {"index": block["index"], "record": np.array([json.dumps(record) for record, _ in made], object), "seconds": seconds}
+        shards = [self.make(int(index), int(start), int(stop)) for index, start, stop in zip(*block.values(), strict=True)]
+        seconds = np.array([[took.decoding, took.encoding, took.writing] for _, took in shards])
+        return {"index": block["index"], "record": np.array([json.dumps(record) for record, _ in shards], object), "seconds": seconds}
 
     def _say(self, index: int, images: int) -> None:
-        if self.channel is not None and time.monotonic() - self.said > SAY_SECONDS:
-            self.said = time.monotonic()
+        if self.channel is not None and time.monotonic() - self.last_message > SAY_SECONDS:
+            self.last_message = time.monotonic()
             self.channel.send(ShardProgress(index, images))
 
     def make(self, index: int, start: int, stop: int) -> tuple[dict[str, Any], Seconds]:
-        """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record, and where the time went."""
-        made = finished_record(self.job.images, self.job.path, self.rows, index, start)
-        if made is not None:  # by an encoder that was killed before it could say so
-            return made, Seconds()
+        """Make shard `index` of rows start … stop − 1: write its file and its record. Returns the record and the timings."""
+        finished = finished_record(self.job.images, self.job.path, self.rows, index, start)
+        if finished is not None:  # made by an encoder that was killed before it returned
+            return finished, Seconds()
         rows = self.rows[start:stop]
         shard, seconds = _Shard([""] * len(rows), [""] * len(rows)), Seconds()
         images = iter(rows)
@@ -175,8 +175,8 @@ class ShardEncoder:
             record = self._write(index, rows, shard)
             seconds.writing = time.perf_counter() - began
         finally:
-            for one in ahead:
-                one.cancel()
+            for future in ahead:
+                future.cancel()
         return record, seconds
 
     def _submit(self, images: Iterator[ImageRow], ahead: deque[Future[Decoded]]) -> None:
@@ -185,9 +185,9 @@ class ShardEncoder:
             ahead.append(self.threads.submit(decode_row, self.job.images, row))
 
     def _encode(self, index: int, shard: _Shard, images: Iterator[ImageRow], ahead: deque[Future[Decoded]], seconds: Seconds) -> None:
-        """Fill `shard` batch by batch; a batch is full unless it is the last, whatever was rejected."""
+        """Encode all images into `shard`, batch by batch. Every batch but the last is full, also after rejected images."""
         place = batches = 0
-        launched = deque[torch.Tensor]()  # on a GPU the batch before is still being computed while this one is filled
+        launched = deque[torch.Tensor]()  # a GPU computes the previous batch while this one is filled
         while ahead:
             began = time.perf_counter()
             buffer, count = self.buffers[batches % 2], 0
@@ -212,7 +212,7 @@ class ShardEncoder:
             seconds.decoding += filled - began
             seconds.encoding += time.perf_counter() - filled
             self._say(index, place)
-        shard.moments += [self._fetched(one) for one in launched]
+        shard.moments += [self._fetched(moments) for moments in launched]
 
     def _fetched(self, moments: torch.Tensor) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -230,7 +230,7 @@ class ShardEncoder:
         for place in usable[~finite]:
             shard.reasons[place] = f"the tokenizer's moments are not finite in {self.job.dtype}"
         usable, moments, flipped = usable[finite], moments[finite], flipped[finite]
-        data = shard_bytes([keys[one] for one in usable], labels[usable].tolist(), moments, flipped)
+        data = shard_bytes([keys[row] for row in usable], labels[usable].tolist(), moments, flipped)
         statistics = LatentStatistics.of(moments).merged(LatentStatistics.of(flipped)) if len(usable) else None
         record = {
             "format_version": FORMAT_VERSION,
@@ -248,5 +248,5 @@ class ShardEncoder:
         }
         path, record_path = shard_paths(self.job.path, index)
         storage.write_bytes(path, data)
-        storage.write_json(record_path, {**record, IMAGE_DIGESTS: shard.digests})  # last: a shard without its record is made again
+        storage.write_json(record_path, {**record, IMAGE_DIGESTS: shard.digests})  # last: a shard without a record is made again
         return record

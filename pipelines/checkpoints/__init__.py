@@ -1,1 +1,1 @@
-"""Checkpoint directories of a training run: writing, retention, fine-tuning, and released files."""
+"""Checkpoint directories of a training run: writing, retention, fine-tuning, and import and export of released files."""

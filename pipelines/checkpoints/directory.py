@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: `checkpoints/images-…`, each one written atomically, and the newest that verifies."""
+"""The checkpoints of a training run: `checkpoints/images-…`, each written atomically, and the newest valid one."""
 
 import contextlib
 import tempfile
@@ -16,16 +16,16 @@ from pipelines.runtime.errors import DamagedFileError
 from pipelines.runtime.progress import console
 
 PREFIX = "images-"
-VALIDATION = "validation"  # beside `checkpoints`: what validations found, by the names of the checkpoints
+VALIDATION = "validation"  # folder next to `checkpoints` with validation results, by checkpoint name
 UNFINISHED = ".writing-"
 
 
-ANOTHER_CHECKPOINT = "name another checkpoint, or bring this one back from a copy"
+ANOTHER_CHECKPOINT = "use another checkpoint, or restore this one from a copy"
 
 
 @dataclass(frozen=True)
 class MetricsRow:
-    """What every line holds."""
+    """Fields of every row of metrics."""
 
     images_seen: int
     loss: float | None  # null: not finite
@@ -33,7 +33,7 @@ class MetricsRow:
 
 @dataclass(frozen=True)
 class TokenizerOf:
-    """The tokenizer that a checkpoint's latents are from; None: of an imported checkpoint that no tokenizer is known of."""
+    """The tokenizer of a checkpoint's latents; the digest is None for an imported checkpoint with an unknown tokenizer."""
 
     path: str
     digest: str | None
@@ -41,7 +41,7 @@ class TokenizerOf:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The files of a checkpoint with their digests, which averages they are, and the names of the classes."""
+    """Fields of `state.json` about the weights: the files with their digests, the training settings, and the class names."""
 
     files: dict[str, str]
     train: dict[str, Any] = field(default_factory=dict)
@@ -50,9 +50,9 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointState(Weights):
-    """What every user of a checkpoint finds in its `state.json`, beside what `mar_model.checkpoints.checkpoint.read_state` checks."""
+    """Fields of `state.json` that every reader needs, in addition to those that `mar_model.checkpoints.checkpoint.read_state` checks."""
 
-    images_seen: int | None  # None: of an imported checkpoint, which does not tell
+    images_seen: int | None  # None: an imported checkpoint, where it is unknown
     image_size: int
     latent_mean: list[float]
     latent_std: list[float]
@@ -63,7 +63,7 @@ class CheckpointState(Weights):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState(CheckpointState):
-    """What a training run resumes from."""
+    """Fields of `state.json` that a training run resumes from."""
 
     images_seen: int
     step: int
@@ -72,9 +72,9 @@ class TrainingState(CheckpointState):
 
 
 def read_checkpoint(path: str, shape: type[Weights] = CheckpointState) -> dict[str, Any]:
-    """The state of the checkpoint directory `path`, whose files all match their digests.
+    """The state of the checkpoint directory `path`. All its files match their digests.
 
-    Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or does not hold what `shape` says; what to do
+    Raises DamagedFileError, a ValueError, that names the file which is missing, damaged, or not of type `shape`; without a remedy, which
     depends on the caller.
     """
     try:
@@ -92,7 +92,7 @@ def checkpoint_path(train_path: str, images_seen: int) -> str:
 def publish_checkpoint(train_path: str, model: MARConfig, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> str:
     """Write `tensors` (file → name → values in host memory) and `state` to `checkpoints/images-…` atomically; returns its path.
 
-    Raises OSError where the disk is full or the bucket is out of reach; what was written is removed then.
+    Raises OSError when the disk is full or the bucket is unreachable, after removing the partial checkpoint.
     """
     path = checkpoint_path(train_path, state["images_seen"])
     folder = storage.join(train_path, "checkpoints")
@@ -106,7 +106,7 @@ def publish_checkpoint(train_path: str, model: MARConfig, tensors: Mapping[str, 
             write_checkpoint(directory, model, tensors, state)
             storage.publish_directory(directory, path, last=STATE)
         except Exception as error:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # report the first error
                 if not storage.exists(storage.join(path, STATE)):
                     storage.delete(path)
             raise OSError(f"{path}: {error.__cause__ or error}") from error
@@ -114,48 +114,48 @@ def publish_checkpoint(train_path: str, model: MARConfig, tensors: Mapping[str, 
 
 
 def images_of(name: str) -> int:
-    """The images seen by the checkpoint of this name."""
+    """The number of images seen, from a checkpoint's name."""
     return int(name.removeprefix(PREFIX))
 
 
 def last_validated(train_path: str, images_seen: int) -> int:
-    """The images seen by the newest checkpoint, up to `images_seen`, that was validated; 0 where none was."""
+    """Images seen by the newest validated checkpoint up to `images_seen`; 0 if there is none."""
     names = [name.removesuffix(".json") for name in storage.list_directory(storage.join(train_path, VALIDATION)) if name.endswith(".json")]
     return max((seen for seen in map(images_of, names) if seen <= images_seen), default=0)
 
 
 @dataclass(frozen=True)
 class Validated:
-    """What is read again of `validation/images-….json`."""
+    """Fields of `validation/images-….json` that are read again."""
 
     identity: str
     metrics: dict[str, float | None]
 
 
 def checkpoint_names(train_path: str) -> list[str]:
-    """Names of the checkpoints on disk, the oldest first."""
+    """Names of the checkpoints on disk, oldest first."""
     names = storage.list_directory(storage.join(train_path, "checkpoints"))
     return [name for name in names if name.startswith(PREFIX) and not name.endswith(storage.PARTIAL)]
 
 
 def forget_lost_attempts(train_path: str) -> None:
-    """Delete what a killed run left half written, and Ray's own list of checkpoints: that is not written atomically and can lag
-    behind, so we go by what is on disk and verifies."""
+    """Delete unfinished checkpoints of a killed run, and Ray's list of checkpoints: Ray does not write it atomically, and it can lag
+    behind. The checkpoints on disk that pass verification are what counts."""
     folder = storage.join(train_path, "checkpoints")
     for name in storage.list_directory(folder):
-        half = name.startswith(UNFINISHED) or name.endswith(storage.PARTIAL)
-        cut = name.startswith(PREFIX) and not storage.exists(storage.join(folder, name, STATE))  # `state.json` comes last
-        if half or cut or name == "checkpoint_manager_snapshot.json":
+        unfinished = name.startswith(UNFINISHED) or name.endswith(storage.PARTIAL)
+        incomplete = name.startswith(PREFIX) and not storage.exists(storage.join(folder, name, STATE))  # `state.json` is written last
+        if unfinished or incomplete or name == "checkpoint_manager_snapshot.json":
             storage.delete(storage.join(folder, name))
 
 
 def in_terminal(text: str) -> None:
-    """A line for the user, also while this process's own output goes to a file."""
+    """Print a line for the user, also while the output of this process is redirected to a file."""
     console().print(text, markup=False, soft_wrap=True)
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say`, called once for each text."""
+    """Wrap `say` so that it prints each text only once."""
     said = set[str]()
 
     def say_new(text: str) -> None:
@@ -167,13 +167,13 @@ def once(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def newest_checkpoint(train_path: str, say: Callable[[str], None] = in_terminal) -> str | None:
-    """The newest checkpoint of a run whose files all match their digests. `say` is called with a line for each damaged one before it."""
+    """The newest checkpoint of a run that matches its digests. `say` prints a line for each newer checkpoint that is damaged."""
     for name in reversed(checkpoint_names(train_path)):
         path = storage.join(train_path, "checkpoints", name)
         try:
             read_checkpoint(path, TrainingState)
         except DamagedFileError as error:
-            say(f"checkpoint {name} passed over: {error}")
+            say(f"checkpoint {name} skipped: {error}")
             continue
         return path
     return None

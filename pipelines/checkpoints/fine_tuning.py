@@ -1,4 +1,4 @@
-"""Fine-tuning: a run that begins with the averaged weights of a checkpoint, on a cache that may have other classes."""
+"""Fine-tuning: a run starts from the averaged weights of a checkpoint, on a cache that may have other classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,50 +14,52 @@ from pipelines.checkpoints.directory import ANOTHER_CHECKPOINT, Weights, read_ch
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
-CLASSES = "class_emb.weight"  # (classes, width): a row a class
+CLASSES = "class_emb.weight"  # (classes, width): one row per class
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with: a checkpoint, the tensors of it that fit, and where each class of the cache is found there."""
+    """Initial weights of a run: a checkpoint, its tensors that fit, and the rows of its class embedding for the cache's classes."""
 
     path: str
     digest: str  # of its averaged weights
     kept: tuple[str, ...]
-    anew: tuple[str, ...]
-    classes: tuple[tuple[int, int], ...]  # (row here, row there)
+    initialized: tuple[str, ...]  # tensors that are initialized
+    classes: tuple[tuple[int, int], ...]  # (row in the new model, row in the checkpoint)
 
     def weights(self, model: MAR) -> dict[str, Tensor]:
-        """The model's whole weights: its own, but for those that are kept."""
+        """All weights of the model: the kept tensors from the checkpoint, the others as initialized."""
         found = read_tensors(storage.local_directory(self.path) / AVERAGE)
-        whole = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
         for name in self.kept:
-            whole[name] = found[name].to(torch.float32)
-        here, there = ([pair[side] for pair in self.classes] for side in (0, 1))
-        if CLASSES not in self.kept and here:
-            whole[CLASSES][here] = found[CLASSES][there].to(whole[CLASSES])
-        return whole
+            weights[name] = found[name].to(torch.float32)
+        new_rows, old_rows = ([pair[side] for pair in self.classes] for side in (0, 1))
+        if CLASSES not in self.kept and new_rows:
+            weights[CLASSES][new_rows] = found[CLASSES][old_rows].to(weights[CLASSES])
+        return weights
 
     def describe(self, class_names: Sequence[str]) -> list[str]:
-        """What is kept and what starts anew, in lines for the person."""
-        lines = [f"begins with the averaged weights of {self.path}: {len(self.kept)} of {len(self.kept) + len(self.anew)} tensors kept"]
+        """Lines for the user: which weights are kept and which are initialized."""
+        lines = [
+            f"starts from the averaged weights of {self.path}: {len(self.kept)} of {len(self.kept) + len(self.initialized)} tensors kept"
+        ]
         if CLASSES not in self.kept:
-            known = [class_names[here] for here, _ in self.classes]
+            known = [class_names[row] for row, _ in self.classes]
             new = len(class_names) - len(known)
-            lines.append(f"classes: {len(known)} known there by name{_some(known)}, {new} start anew")
-        others = [name for name in self.anew if name != CLASSES]
+            lines.append(f"classes: {len(known)} found in the checkpoint by name{_some(known)}; {new} initialized")
+        others = [name for name in self.initialized if name != CLASSES]
         if others:
-            lines.append(f"of another shape, or not there, and so started anew: {_some(others)[2:]}")
+            lines.append(f"initialized, because missing in the checkpoint or of another shape: {_some(others)[2:]}")
         return [
             *lines,
-            "started anew: optimizer, averages, images seen, the schedule; latents are normalised as this cache says",
+            "not taken over: optimizer, averages, images seen, learning-rate schedule; latents are normalised with this cache's statistics",
         ]
 
 
 def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Start:
-    """Compare the checkpoint directory `path`, which `train.init_from` names, with the model that is to be trained.
+    """Compare the checkpoint directory `path` (setting `train.init_from`) with the model to be trained.
 
-    Raises UserError for a damaged checkpoint, and for one of which nothing but the classes' rows would fit.
+    Raises UserError for a damaged checkpoint, and for a checkpoint without a fitting transformer block.
     """
     directory = storage.local_directory(path)
     try:
@@ -67,19 +69,20 @@ def start_from(path: str, config: MARConfig, class_names: Sequence[str]) -> Star
     with torch.device("meta"):
         expected = shapes_of(MAR(config).state_dict())
     found = shapes_of(read_tensors(directory / AVERAGE))
-    names_there = state.get("class_names") or []
-    same_classes = expected[CLASSES] == found.get(CLASSES) and (not names_there or list(names_there) == list(class_names))
+    old_names = state.get("class_names") or []
+    same_classes = expected[CLASSES] == found.get(CLASSES) and (not old_names or list(old_names) == list(class_names))
     kept = tuple(name for name in expected if expected[name] == found.get(name) and (name != CLASSES or same_classes))
-    anew = tuple(name for name in expected if name not in kept)
+    initialized = tuple(name for name in expected if name not in kept)
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in kept):
         raise UserError(
-            f"train.init_from: none of the blocks in {path} has the shape of this model's ({_blocks(expected)}, there "
-            f"{_blocks(found)}); expected a checkpoint of the same section model"
+            f"train.init_from: no block in {path} has the shape of this model's blocks (found {_blocks(found)}, expected "
+            f"{_blocks(expected)})",
+            remedy="use a checkpoint with the same settings in section model",
         )
-    rows = {name: row for row, name in enumerate(names_there)}
+    rows = {name: row for row, name in enumerate(old_names)}
     same_width = found.get(CLASSES, (0, 0))[1:] == expected[CLASSES][1:]
-    classes = tuple((here, rows[name]) for here, name in enumerate(class_names) if name in rows) if same_width else ()
-    return Start(path, state["files"][AVERAGE], kept, anew, classes)
+    classes = tuple((row, rows[name]) for row, name in enumerate(class_names) if name in rows) if same_width else ()
+    return Start(path, state["files"][AVERAGE], kept, initialized, classes)
 
 
 def _blocks(shapes: Shapes) -> str:
@@ -89,5 +92,5 @@ def _blocks(shapes: Shapes) -> str:
 
 
 def _some(names: Sequence[str], shown: int = 4) -> str:
-    """`: a, b, …`, or nothing for none."""
+    """`: a, b, …`; empty if there are no names."""
     return f": {', '.join(names[:shown])}{' …' if len(names) > shown else ''}" if names else ""

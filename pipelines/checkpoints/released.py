@@ -1,4 +1,4 @@
-"""Checkpoints of the public release (LTH14/mar) in and out: whole or not at all, and accepted where a stage takes a checkpoint."""
+"""Import and export of checkpoints of the public release (LTH14/mar). Files are written atomically; stages accept a released `.pth`."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
 
-CONFIG = "config.json"  # of a tokenizer directory
-SOURCE = "source.json"  # what an imported directory was made of
-IMPORTED = ".imported"  # after the name of a `.pth` that was named as a checkpoint
+CONFIG = "config.json"  # in a tokenizer directory
+SOURCE = "source.json"  # in an imported directory: the imported file and the options
+IMPORTED = ".imported"  # suffix of the directory for a `.pth` that is passed as a checkpoint
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What a released MAR checkpoint does not tell by itself; None: as its shapes, its arguments and the published sizes have it."""
+    """Properties that a released MAR checkpoint does not contain; None: derived from its shapes, its arguments and the published sizes."""
 
-    ema: bool = True  # draw with the average of the weights (the raw ones are kept beside it), or with the raw ones alone
-    tokenizer: str = ""  # directory of its tokenizer; empty: the one it is first used with
-    latent_scale: float = LATENT_SCALE  # 1 / standard deviation of the latents it was trained on
+    ema: bool = True  # generate with the averaged weights (raw weights are imported too), or import only the raw weights
+    tokenizer: str = ""  # directory of its tokenizer; empty: the tokenizer of the first use
+    latent_scale: float = LATENT_SCALE  # 1 / standard deviation of the latents in its training
     encoder_heads: int | None = None
     decoder_heads: int | None = None
     patch_size: int | None = None
@@ -39,36 +39,38 @@ class ImportOptions:
 
 
 def import_released(file: str, out: str, options: ImportOptions | None = None, renew: bool = False) -> dict[str, Any]:
-    """Turn a released `checkpoint-last.pth` (or the folder that holds it) into a checkpoint directory at `out`, or a `kl16.ckpt` into
-    a tokenizer directory; which of the two it is, its names tell. Returns a summary. An `out` made of the same file is left alone;
-    with `renew` one made of another is replaced.
+    """Convert a released `checkpoint-last.pth` (or its folder) to a checkpoint directory at `out`, or a `kl16.ckpt` to a tokenizer
+    directory; the parameter names decide which. Returns a summary. An `out` imported from the same file is kept; with `renew`, an `out`
+    imported from another file is replaced.
 
-    Raises UserError for a file that does not fit, with nothing written, and for an `out` that holds something else.
+    Raises UserError for a file that does not fit, and for an `out` with other content; nothing is written then.
     """
     options = options or ImportOptions()
     path = Path(storage.filesystem(file)[1])
     if not storage.is_local(file) or not path.exists():
-        raise UserError(f"{file} is not there; expected a local {FILE} or kl16.ckpt (one in a bucket has to be copied first)")
+        raise UserError(
+            f"{file} does not exist; expected a local {FILE} or kl16.ckpt", remedy="copy a file in a bucket to a local disk first"
+        )
     path = path / FILE if path.is_dir() else path
     try:
         of_tokenizer = ReleasedFile(path).is_tokenizer
         if of_tokenizer and options != ImportOptions():
-            raise UserError(f"{file} holds a tokenizer", remedy="--raw and the options about sizes are for MAR checkpoints")
+            raise UserError(f"{file} contains a tokenizer", remedy="leave out --raw and the size options, which are for MAR checkpoints")
         stat = path.stat()
         made_of = {"file": path.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, **asdict(options)}
-        there = _made_of(out)
-        if there == made_of:
+        existing = _made_of(out)
+        if existing == made_of:
             return {"complete": out, **made_of}
-        taken = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
-        if taken and not (renew and there):
+        occupied = storage.exists(out) and (not storage.is_directory(out) or storage.list_directory(out))
+        if occupied and not (renew and existing):
             raise UserError(
-                f"{out} is there, but was not imported from this {path.name} with these options", remedy="give another, or delete it"
+                f"{out} exists, but was not imported from this {path.name} with these options", remedy="choose another --out, or delete it"
             )
         with _scratch(out) as temporary:
             directory = Path(temporary) / "imported"
             summary = _tokenizer(path, directory) if of_tokenizer else _checkpoint(path, directory, options)
             (directory / SOURCE).write_text(json.dumps(made_of, indent=2) + "\n", encoding="utf-8")
-            if _made_of(out) != made_of:  # else another process was quicker
+            if _made_of(out) != made_of:  # else another process has written it
                 storage.publish_directory(directory, out, last=CONFIG if of_tokenizer else STATE)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -85,7 +87,7 @@ def _checkpoint(path: Path, directory: Path, options: ImportOptions) -> dict[str
     named: dict[str, str | None] = {"path": "", "digest": None}
     if options.tokenizer:
         if not storage.exists(storage.join(options.tokenizer, CONFIG)):
-            raise UserError(f"{options.tokenizer} is no tokenizer directory: no {CONFIG} in it")
+            raise UserError(f"{options.tokenizer} is not a tokenizer directory: {CONFIG} is missing")
         named = {"path": options.tokenizer, "digest": tokenizer_digest(options.tokenizer)}
         tokenizer = load_tokenizer(storage.local_directory(options.tokenizer))
         chosen |= {"latent_channels": tokenizer.channels, "stride": tokenizer.stride}
@@ -100,11 +102,11 @@ def _checkpoint(path: Path, directory: Path, options: ImportOptions) -> dict[str
 
 def _made_of(out: str) -> Any:
     source = storage.join(out, SOURCE)
-    return storage.read_json(source, dict[str, Any], f"give another path, or delete {out}") if storage.exists(source) else None
+    return storage.read_json(source, dict[str, Any], f"choose another path, or delete {out}") if storage.exists(source) else None
 
 
 def _scratch(out: str) -> AbstractContextManager[str]:
-    """A temporary folder, for a local `out` on its disk, so that a rename is enough to publish what was written there.
+    """A temporary folder, on the same disk as a local `out`, so that a rename publishes its content.
 
     Raises UnwritableError."""
     parent = Path(storage.filesystem(out)[1]).parent if storage.is_local(out) else None
@@ -115,13 +117,13 @@ def _scratch(out: str) -> AbstractContextManager[str]:
 
 
 def export_released(checkpoint: str, out: str) -> dict[str, Any]:
-    """Write `out/checkpoint-last.pth`, which the release's `--resume out` takes: raw and averaged weights of a checkpoint directory.
+    """Write `out/checkpoint-last.pth`, for the release's `--resume out`, with the raw and averaged weights of a checkpoint directory.
 
-    Raises UserError for a damaged checkpoint, and where that file is there already.
+    Raises UserError for a damaged checkpoint, and if the file already exists.
     """
     target = storage.join(out, FILE)
     if storage.exists(target):
-        raise UserError(f"{target} is there already", remedy="give another --out, or delete it")
+        raise UserError(f"{target} already exists", remedy="choose another --out, or delete it")
     with _scratch(target) as temporary:
         written = Path(temporary) / "exported" / FILE
         written.parent.mkdir()
@@ -138,15 +140,15 @@ def export_released(checkpoint: str, out: str) -> dict[str, Any]:
     summary: dict[str, Any] = {"file": target, "bytes": size}
     if not is_scaled_as_released(state):
         summary["latents"] = (
-            f"this model's latents are (x − mean) / std with the latent_mean and latent_std of {STATE}; the release's code multiplies by "
-            f"{LATENT_SCALE} instead: change its main_mar.py and engine_mar.py there, or it trains and draws at another scale"
+            f"this model's latents are (x − mean) / std with latent_mean and latent_std in {STATE}, but the release's code multiplies by "
+            f"{LATENT_SCALE}: change its main_mar.py and engine_mar.py, else it trains and generates at another scale"
         )
     return summary
 
 
 def checkpoint_directory(named: str) -> str:
-    """The checkpoint directory for what a person named as a checkpoint: itself, or of a released `.pth` its import beside the file,
-    made anew when the file is.
+    """The checkpoint directory for a path given as a checkpoint: the path itself, or for a released `.pth` its import next to the file,
+    which is repeated when the file has changed.
 
     Raises UserError as `import_released` does.
     """
@@ -157,18 +159,18 @@ def checkpoint_directory(named: str) -> str:
 
 
 def chosen_checkpoint(checkpoint: str, train_path: str, say: Callable[[str], None]) -> str:
-    """The directory of `generate.checkpoint` (a directory, or a released `.pth`), or if it is empty of the newest checkpoint in
-    `train_path`; damaged ones that are newer are named by `say`. Raises UserError where there is none."""
+    """The directory of `generate.checkpoint` (a directory, or a released `.pth`); if it is empty, the newest checkpoint in `train_path`.
+    `say` prints a line for each newer checkpoint that is damaged. Raises UserError if there is none."""
     found = checkpoint_directory(checkpoint) or newest_checkpoint(train_path, say)
     if found is None:
-        raise UserError(f"train.path {train_path!r} holds no checkpoint", "run `mar train`, or name one in generate.checkpoint")
+        raise UserError(f"train.path {train_path!r} contains no checkpoint", "run `mar train`, or set generate.checkpoint")
     return found
 
 
 def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
-    """The state of a checkpoint that is used with the tokenizer at `path`: one imported without a tokenizer takes this one.
+    """The state of a checkpoint that is used with the tokenizer at `path`; a checkpoint imported without a tokenizer adopts this one.
 
-    Raises UserError where its latents have another number of channels.
+    Raises UserError if the number of latent channels differs.
     """
     if state["tokenizer"]["digest"] is not None:
         return state
@@ -176,6 +178,7 @@ def with_tokenizer(state: dict[str, Any], path: str) -> dict[str, Any]:
     channels, expected = config.channels if config else 3, state["model"]["latent_channels"]
     if channels != expected:
         raise UserError(
-            f"tokenizer.path {path!r} has {channels} latent channels, the checkpoint's model {expected}", remedy="name its tokenizer"
+            f"tokenizer.path {path!r} has {channels} latent channels, expected {expected} as in the checkpoint's model",
+            remedy="set tokenizer.path to its tokenizer",
         )
     return {**state, "tokenizer": {"path": path, "digest": tokenizer_digest(path)}}

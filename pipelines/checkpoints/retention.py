@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Retention: which checkpoints of a run are kept."""
 
 import contextlib
 import math
@@ -11,27 +11,27 @@ from pipelines.runtime.records import nan_for_null
 
 
 def drop_old_checkpoints(newest: str, kept: int, every_images: int, scores: Mapping[str, float], damaged: set[str]) -> None:
-    """Delete what is older than `newest`, a checkpoint's path, but for `kept` − 1 of them, the one with the lowest finite value of
-    `scores` (name → value), and the first one of every `every_images` images (0: none). The `damaged` that the run went on from before
-    are none of these, and stay until it has passed them.
+    """Delete checkpoints older than `newest` (a path), except the `kept` − 1 newest of them, the one with the lowest finite value in
+    `scores` (name → value), and the first after every `every_images` images (0: none). The `damaged` checkpoints, newer than the one that
+    the run resumed from, do not count, and are deleted when the run has passed them.
     """
     folder, _, last = newest.rpartition("/")
     names = [name for name in checkpoint_names(folder.rpartition("/")[0]) if name <= last]
-    passed = [name for name in names if name in damaged and name != last]
-    names = [name for name in names if name not in passed]
+    superseded = [name for name in names if name in damaged and name != last]
+    names = [name for name in names if name not in superseded]
     ranked = {name: scores[name] for name in names if math.isfinite(scores.get(name, math.nan))}
-    lasting = {min(ranked, key=lambda name: ranked[name])} if ranked else set[str]()
+    permanent = {min(ranked, key=lambda name: ranked[name])} if ranked else set[str]()
     if every_images:
         firsts = {images_of(name) // every_images: name for name in reversed(names)}
-        lasting |= {name for number, name in firsts.items() if number}
-    for name in [*passed, *names[:-kept]]:
-        if name not in lasting:
+        permanent |= {name for number, name in firsts.items() if number}
+    for name in [*superseded, *names[:-kept]]:
+        if name not in permanent:
             storage.delete(storage.join(folder, name))
 
 
 class Scores(dict[str, float]):
-    """The checkpoints of a run that have a value of `metric`, name → value: a metric of training in the newest line that the checkpoint
-    holds, or a `validation_…` that a validation of this identity has found for it (see `Validation.identity`)."""
+    """Values of `metric` by checkpoint name: a training metric from the checkpoint's last row that has it, or a `validation_…` metric from
+    the checkpoint's validation with this identity (see `Validation.identity`)."""
 
     def __init__(self, train_path: str, metric: str, validated_as: str = "") -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class Scores(dict[str, float]):
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what has come since."""
+        """Read the values of new checkpoints and validations."""
         for name in reversed(checkpoint_names(self.train_path)) if self.metric else ():
             if name not in self:
-                with contextlib.suppress(ValueError, LookupError):  # there is none, or it is damaged
+                with contextlib.suppress(ValueError, LookupError):  # missing or damaged
                     self[name] = self._value(name)
 
     def _value(self, name: str) -> float:
-        """Raises LookupError where there is none, ValueError where it is damaged."""
+        """Raises LookupError if there is none, ValueError if the file is damaged."""
         validated = self.metric.startswith(f"{VALIDATION}_")
         file = storage.join(VALIDATION, f"{name}.json") if validated else storage.join("checkpoints", name, STATE)
         if not storage.exists(path := storage.join(self.train_path, file)):

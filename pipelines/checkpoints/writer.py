@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the step waits for a copy in host memory, a thread does the rest."""
+"""Asynchronous checkpoints: training waits only for a copy to host memory; a background thread writes the files."""
 
 import contextlib
 import os
@@ -17,19 +17,19 @@ from pipelines.checkpoints.retention import Scores, drop_old_checkpoints
 from pipelines.checkpoints.run import CheckpointedRun
 from pipelines.runtime.errors import UserError
 
-ATTEMPTS = 3  # at the checkpoint that ends a run, which nothing comes after
+ATTEMPTS = 3  # for the last checkpoint of a run
 PAUSE_SECONDS = 5.0
-NICENESS = 10  # of the writing thread: it takes what the training thread leaves
+NICENESS = 10  # of the writing thread, so that the training thread has priority
 
 
 class HostMemory:
-    """Where copies of tensors go; kept from one checkpoint to the next, for pinned memory beside a GPU takes seconds to get."""
+    """Host memory for copies of tensors, reused for every checkpoint, because allocating pinned memory takes seconds."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in this memory. From a GPU the copy is under way when this returns: see `arrived`."""
+        """Copy `tensor` to this memory. A copy from a GPU is asynchronous: see `arrived`."""
         if name not in self._buffers:
             pinned = tensor.device.type == "cuda"
             self._buffers[name] = torch.empty_like(tensor, device="cpu", pin_memory=pinned, memory_format=torch.contiguous_format)
@@ -37,22 +37,22 @@ class HostMemory:
 
     @staticmethod
     def arrived() -> None:
-        """Wait until all copies are whole."""
+        """Wait until all copies are complete."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time on a thread of its own; the next waits for the one before.
+    """Writes one checkpoint at a time on a background thread; a new checkpoint waits for the previous one.
 
-    One that can't be written (disk full, bucket out of reach) is told to `say`, and training goes on: the next is tried as usual.
+    If a checkpoint cannot be written (disk full, bucket unreachable), `say` prints the error, and training continues to the next one.
     """
 
     def __init__(self, run: CheckpointedRun, say: Callable[[str], None], images_seen: int) -> None:
-        """For a run that goes on from the checkpoint at `images_seen`: the later ones on disk are damaged."""
+        """For a run that resumes from the checkpoint at `images_seen`: later checkpoints on disk are damaged."""
         self.run, self.say = run, say
-        self.newest = -1  # images seen by the newest that is written
-        self.written: deque[str] = deque()  # paths that nobody has asked for yet
+        self.newest = -1  # images seen by the newest written checkpoint
+        self.written: deque[str] = deque()  # paths that have not been read yet
         self._damaged = {name for name in checkpoint_names(run.path) if images_of(name) > images_seen}
         self._scores = Scores(run.path, run.retention.best_metric, run.retention.validated_as)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_step_back)
@@ -60,21 +60,20 @@ class CheckpointWriter:
         self._failed: OSError | None = None
 
     def wait(self) -> None:
-        """Until the checkpoint under way, if any, is written or has failed; then its tensors may change."""
+        """Wait until the current checkpoint, if any, is written or has failed; after that its tensors may change."""
         if self._writing is not None:
             self._writing.result()
 
     def begin(self, tensors: Mapping[str, dict[str, Tensor]], progress: Mapping[str, Any]) -> None:
-        """Begin to write a checkpoint of `tensors` (file → name → values), which must not change before `wait` returns.
+        """Start writing a checkpoint of `tensors` (file → name → values), which must not change before `wait` returns.
 
-        `progress`: the fields of `state.json` that training resumes from: `images_seen`, `step`, and `intervals`, the newest lines of
-        metrics.
+        `progress`: the fields of `state.json` that training resumes from: `images_seen`, `step`, and `intervals`, the last rows of metrics.
         """
         self.wait()
         self._writing = self._thread.submit(self._write, tensors, {**progress, **self.run.about})
 
     def finish(self, tensors: Mapping[str, dict[str, Tensor]], progress: Mapping[str, Any]) -> None:
-        """Write the checkpoint that ends a run. Raises UserError when several attempts failed."""
+        """Write the last checkpoint of a run. Raises UserError when all attempts have failed."""
         for attempt in range(ATTEMPTS):
             self.begin(tensors, progress)
             self.wait()
@@ -82,7 +81,10 @@ class CheckpointWriter:
                 return
             if attempt < ATTEMPTS - 1:
                 time.sleep(PAUSE_SECONDS)
-        raise UserError(f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}", remedy="mend that and run again")
+        raise UserError(
+            f"the last checkpoint can't be written, in {ATTEMPTS} attempts: {self._failed}",
+            remedy="fix that and run the same command again",
+        )
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -92,7 +94,7 @@ class CheckpointWriter:
             path = publish_checkpoint(self.run.path, self.run.model, tensors, state)
         except OSError as error:
             self._failed = error
-            self.say(f"checkpoint at {state['images_seen']:,} images failed, training goes on without it: {error}")
+            self.say(f"checkpoint at {state['images_seen']:,} images could not be written, training continues: {error}")
             return
         self._failed, self.newest = None, state["images_seen"]
         self._damaged.discard(path.rpartition("/")[2])
@@ -105,5 +107,5 @@ class CheckpointWriter:
 
 
 def _step_back() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # Linux alone knows the niceness of a thread
+    with contextlib.suppress(OSError, AttributeError):  # only Linux has a niceness per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

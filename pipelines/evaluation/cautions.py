@@ -4,8 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.evaluation.features import DIMENSIONS
+import numpy as np
 
+from pipelines.evaluation.features import DIMENSIONS
+from pipelines.evaluation.features.inception import INCEPTION_DIGEST
+
+PUBLISHED_FEWEST = 10_000  # samples that a published number is of at least
 ROW_IMAGES = "images in each row of the comparison"
 FEW_IMAGES = 300  # two sets of so many real images of the demo have a distance of 12 (100 images: 27, 50 images: 36); its model has 55
 
@@ -50,13 +54,41 @@ def of_label_agreement(samples: int) -> str:
 
 def of_evaluation(figures: Mapping[str, Any]) -> list[str]:
     """The cautions for an evaluation with these figures (those of its summary)."""
-    found = []
+    found = [of_network(figures)]
     if figures.get("features") in DIMENSIONS:
         counts = {"samples": figures.get("images"), "reference images": figures.get("reference_images")}
         found.append(of_distance(counts, figures["features"]))
+        found.append(of_few_samples(figures["images"], figures["features"]))
     if figures.get("label_agreement") is not None:
         found.append(of_label_agreement(figures["images"]))
     return [text for text in found if text]
+
+
+def of_network(figures: Mapping[str, Any]) -> str:
+    """What to say where the network's weights, `network` (their digest), are not the published ones."""
+    digest = str(figures.get("network") or "")
+    if figures.get("features") != "inception" or not digest or digest.startswith(INCEPTION_DIGEST):
+        return ""
+    found = f"the weights of Inception have the digest {digest[:8]}, the published ones {INCEPTION_DIGEST}"
+    return f"warning: {found}: no number here is comparable with published ones"
+
+
+def of_few_samples(images: int, features: str) -> str:
+    """What to say beside metrics of enough samples for a distance, but of fewer than are published anywhere."""
+    if features != "inception" or not DIMENSIONS[features] <= images < PUBLISHED_FEWEST:
+        return ""
+    return f"caution: published numbers are of 50,000 samples; those of {images:,} are not comparable with them"
+
+
+def of_classes(labels: np.ndarray) -> str:
+    """What to say where classes were drawn unequally often. labels: (N,), −1 where unknown."""
+    if not len(labels) or labels.min() < 0:
+        return ""
+    counts = np.bincount(labels)
+    counts = counts[counts > 0]
+    if counts.max() <= counts.min() + 1:
+        return ""
+    return f"caution: classes have from {counts.min():,} to {counts.max():,} samples; published numbers are of equal numbers of each class"
 
 
 def of_run(run: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

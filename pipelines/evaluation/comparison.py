@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import network_digest
-from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, NoiseImages, RealImages
+from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, NoiseImages, RealImages, ReconstructedImages
 from pipelines.evaluation.record import RECORD, Record
-from pipelines.evaluation.references import source_statistics
+from pipelines.evaluation.references.made import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import distance
 from pipelines.images.listing import Images
@@ -18,16 +18,19 @@ from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import SUMMARY, Stage
 
 
-def real_and_noise(images: Images, seed: int, count: int) -> dict[str, ImageSource]:
-    """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise.
+def real_and_noise(images: Images, seed: int, count: int, tokenizer_path: str = "") -> dict[str, ImageSource]:
+    """What generated images are compared with at equal numbers: `count` images each of the held-out part, the train part, and noise; with a
+    tokenizer also its reconstructions of the images of the train part.
 
     Images are taken class by class in turn, so that equal numbers of each class meet. Raises UserError where fewer are there.
     """
     parts = {"held_out": images.listing.held_out(), "real_train": images.listing.train()}
     for name, rows in parts.items():
         _require(name, len(rows), count)
+    chosen = {name: _in_turn(rows, count) for name, rows in parts.items()}
     return {
-        **{name: RealImages(images.settings, _in_turn(rows, count)) for name, rows in parts.items()},
+        **{name: RealImages(images.settings, chosen[name]) for name in parts},
+        **({"reconstructed": ReconstructedImages(images.settings, chosen["real_train"], tokenizer_path)} if tokenizer_path else {}),
         "noise": NoiseImages(count, images.settings.size, seed),
     }
 
@@ -37,9 +40,10 @@ def _require(name: str, found: int, count: int) -> None:
         raise UserError(f"{found} images {name.replace('_', ' ')}, expected {count} to compare equal numbers", remedy="lower the number")
 
 
-def frechet_rows(images: Images, evaluate: EvaluateSettings, count: int, stage: Stage) -> dict[str, float]:
-    """Distances from the first `count` held-out images to as many generated ones (a finished evaluation's), real ones of the
-    train part, and images of noise: `generated`, `real_train`, `noise`. Kept in `evaluate.path/rows`.
+def frechet_rows(images: Images, evaluate: EvaluateSettings, count: int, stage: Stage, tokenizer_path: str = "") -> dict[str, float]:
+    """Distances from the first `count` held-out images to as many real ones of the train part, the tokenizer's reconstructions of these (if
+    it is given), generated images (a finished evaluation's), and images of noise: `real_train`, `reconstructed`, `generated`, `noise`.
+    What lies between the first two rows is the tokenizer's share of the distance. Kept in `evaluate.path/rows`.
 
     Where `count` is too small for a distance, a caution is printed. Raises UserError as `real_and_noise` does.
     """
@@ -50,7 +54,11 @@ def frechet_rows(images: Images, evaluate: EvaluateSettings, count: int, stage: 
     again = f"delete {storage.join(evaluate.path, SUMMARY)} and run `mar evaluate` again: the samples are kept"
     record = storage.read_json(record_path, Record, again)
     _require("generated", record["images"], count)
-    sources = {"generated": DrawnSamples(evaluate.path, count, record["identity"]), **real_and_noise(images, stage.seed, count)}
+    others = real_and_noise(images, stage.seed, count, tokenizer_path)
+    noise = others.pop("noise")
+    sources: dict[str, ImageSource] = {
+        **others, "generated": DrawnSamples(evaluate.path, count, record["identity"]), "noise": noise,
+    }  # fmt: skip
     path = storage.join(evaluate.path, "rows")
     identity = {name: storage.digest(json.dumps(source.identity(), sort_keys=True).encode()) for name, source in sources.items()}
     finished = stage.begin(path, {**identity, "network": digest})

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.image_sets.given import find_samples
 from pipelines.evaluation.image_sets.readers import GivenSamples
-from pipelines.evaluation.metrics.definitions import METRICS, names_of
-from pipelines.evaluation.record import LABEL_AGREEMENT, LABEL_AGREEMENT_DEFINITION, PICTURE, features_path, write_record
-from pipelines.evaluation.references import find_reference, reference_parts, source_statistics
+from pipelines.evaluation.metrics.definitions import METRICS
+from pipelines.evaluation.record import LABEL_AGREEMENT, LABEL_AGREEMENT_DEFINITION, PICTURE, features_path, has_metrics, write_record
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import reference_parts, source_statistics
 from pipelines.evaluation.scoring.actor import Judges
 from pipelines.evaluation.scoring.measure import measure, share_error
 from pipelines.evaluation.scoring.sources import features_of
@@ -48,8 +49,7 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
         "evaluate.classifier": classifier_digest(evaluate.classifier) if evaluate.classifier else "",
         "network": digest,
     }
-    wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
-    finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
+    finished = stage.begin(evaluate.path, identity, enough=lambda summary: has_metrics(summary, evaluate))
     if finished is not None:
         return finished
     if isinstance(reference, FeatureStatistics):
@@ -80,7 +80,7 @@ def evaluate_given(images: Images, tokenizer_path: str, evaluate: EvaluateSettin
         "samples": {"path": evaluate.samples, "height": given.shape[0], "width": given.shape[1], **given.about},
         "identity": identity,
     }
-    return write_record(found, {}, record, None, evaluate, stage)
+    return write_record(found, {}, record, given.labels, evaluate, stage)
 
 
 def _of_their_size(images: Images, given: GivenSamples, evaluate: EvaluateSettings) -> Images:

@@ -1,7 +1,10 @@
 """The evaluation record: its files, its fields and the definitions of its metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pipelines.evaluation import cautions
 from pipelines.evaluation.metrics.definitions import names_of
@@ -40,22 +43,19 @@ class Record:
 
 
 def write_record(
-    found: Measured,
-    figures: dict[str, Any],
-    record: dict[str, Any],
-    images_per_second: float | None,
-    evaluate: EvaluateSettings,
-    stage: Stage,
-) -> dict[str, Any]:  # fmt: skip
+    found: Measured, figures: dict[str, Any], record: dict[str, Any], labels: np.ndarray, evaluate: EvaluateSettings, stage: Stage
+) -> dict[str, Any]:
     """Write the record, the statistics and the summary, which is returned; print what to keep in mind about the numbers.
 
     `figures`: more values for both, `record`: for the record alone, with `reference` (and its `images`), `network` and `identity`.
+    labels: of the samples, (N,), −1 where unknown.
     """
     assert found.moments is not None
     FeatureStatistics.of(found.moments, evaluate.features, record["network"]["digest"]).save(storage.join(evaluate.path, STATISTICS))
     count, reference_images = found.moments.count, record["reference"]["images"]
     figures = {"images": count, **found.values, **figures}
-    cautioned = cautions.of_evaluation({**figures, "features": evaluate.features, "reference_images": reference_images})
+    known = {"features": evaluate.features, "reference_images": reference_images, "network": record["network"]["digest"]}
+    cautioned = [*cautions.of_evaluation({**figures, **known}), *filter(None, [cautions.of_classes(labels)])]
     for caution in cautioned:
         stage.say(caution)
     for reason in dict.fromkeys(found.left_out.values()):
@@ -75,7 +75,7 @@ def write_record(
     }
     storage.write_json(storage.join(evaluate.path, RECORD), null_for_nan(written))
     for file in (RECORD, PICTURE):
-        if storage.is_local(evaluate.path) and storage.exists(storage.join(evaluate.path, file)):
+        if storage.exists(storage.join(evaluate.path, file)):
             stage.artifact(storage.join(evaluate.path, file))
     name = metric_name(evaluate.features)
     return stage.complete(
@@ -85,12 +85,17 @@ def write_record(
             **figures,
             **{f"{metric}_standard_error": error for metric, error in found.errors.items()},
             **{f"{metric}_extrapolated": value for metric, value in found.extrapolated.items()},
-            **({} if images_per_second is None else {"images_per_second": images_per_second}),
             **({"frechet_distance": found.values[name]} if name in found.values else {}),
-            "features": evaluate.features,
-            "reference_images": reference_images,
+            **({"left_out": sorted(found.left_out)} if found.left_out else {}),
+            **known,
         },
     )
+
+
+def has_metrics(summary: Mapping[str, Any], evaluate: EvaluateSettings) -> bool:
+    """Whether a finished evaluation with this summary has every one of `evaluate.metrics`, or has said why it can't."""
+    known = {*summary, *summary.get("left_out", ())}
+    return known.issuperset(name for metric in evaluate.metrics for name in names_of(metric, evaluate.features))
 
 
 def features_path(path: str, features: str, digest: str) -> str:

@@ -7,21 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.given_samples import evaluate_given
-from pipelines.evaluation.image_sets import DrawnSamples, ImageSource, RealImages
-from pipelines.evaluation.metrics.definitions import METRICS, names_of
+from pipelines.evaluation.image_sets.sets import DrawnSamples, ImageSource, RealImages
+from pipelines.evaluation.metrics.definitions import METRICS
 from pipelines.evaluation.record import (
     LABEL_AGREEMENT,
     LABEL_AGREEMENT_DEFINITION,
     PICTURE,
     check_count,
     features_path,
+    has_metrics,
     metric_name,
     write_record,
 )  # fmt: skip
-from pipelines.evaluation.references import find_reference, reference_parts, source_statistics, statistics_path
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import reference_parts, source_statistics, statistics_path
 from pipelines.evaluation.scoring.actor import Judges, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures
 from pipelines.evaluation.scoring.measure import HERE, measure, share_error
@@ -69,8 +71,7 @@ def evaluate(
     require_workers({"generate.actors": generate.actors, "evaluate.actors": evaluate.actors}, stage.cluster, cpus_each=0)
     reference = find_reference(images, tokenizer_path, evaluate, digest)
     identity = {**scoring_identity(reference, generate, evaluate, digest), **drawing.identity}
-    wanted = [name for metric in evaluate.metrics for name in names_of(metric, evaluate.features)]
-    finished = stage.begin(evaluate.path, identity, enough=lambda found: all(name in found for name in wanted))
+    finished = stage.begin(evaluate.path, identity, enough=lambda summary: has_metrics(summary, evaluate))
     if finished is not None:
         if isinstance(reference, RealImages) and not storage.exists(statistics_path(evaluate, reference, digest)):
             stage.say(
@@ -108,8 +109,9 @@ def evaluate(
         "generation": {**asdict(generate), "checkpoint": drawing.checkpoint, "images_seen": drawing.state["images_seen"]},
         "identity": identity,
     }
-    figures = {"out_of_range": scores.out_of_range, **drawing.speed(scores.drawn, scores.seconds)}
-    return write_record(found, figures, record, scores.images_per_second, evaluate, stage)
+    speed = {**drawing.speed(scores.drawn, scores.seconds), "images_per_second": scores.images_per_second}
+    labels = drawing.labels_of(range(evaluate.images))
+    return write_record(found, {"out_of_range": scores.out_of_range, **speed}, record, labels, evaluate, stage)
 
 
 def scoring_identity(

@@ -13,7 +13,8 @@ from pipelines.checkpoints.directory import VALIDATION
 from pipelines.evaluation import cautions
 from pipelines.evaluation.features import DIMENSIONS, load_network, network_digest
 from pipelines.evaluation.record import check_count, metric_name
-from pipelines.evaluation.references import find_reference, source_statistics
+from pipelines.evaluation.references.find import find_reference
+from pipelines.evaluation.references.made import source_statistics
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, distance
 from pipelines.generation.planning import plan_drawing

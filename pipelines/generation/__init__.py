@@ -1,1 +1,1 @@
-"""Stage *generate*: a checkpoint draws samples."""
+"""Stage *generate*: draws samples from a checkpoint."""

@@ -1,4 +1,4 @@
-"""An image of which a part is drawn anew: the picture and the mask that a person gives, as the model takes them."""
+"""Completion: reads the user's image and mask, of which the masked part is drawn, and converts them to the model's format."""
 
 import io
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from pipelines.images.pixels import decode, to_model
 from pipelines.runtime import storage
 from pipelines.runtime.errors import ImageError, UserError
 
-HIDING = 127  # a mask's pixels brighter than this are drawn anew
+HIDING = 127  # the model draws where a mask's pixels are brighter than this
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A picture cropped to the model's size, and which of its pixels are to be drawn anew."""
+    """An image cropped to the model's size, and a mask of the pixels to draw."""
 
     image: np.ndarray  # (H, W, 3) uint8
     mask: np.ndarray  # (H, W) bool
@@ -27,54 +27,56 @@ class Completion:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whatever files they came from."""
+        """Digests of the pixels, independent of the files."""
         return {"image": storage.digest(self.image.tobytes()), "mask": storage.digest(self.mask.tobytes())}
 
     def fill(self, side: int) -> Tensor:
-        """The tokens that the mask touches, of side × side: (side, side) bool."""
+        """Tokens that the mask touches, as a bool tensor (side, side)."""
         pixels = self.mask.shape[0] // side
         return torch.from_numpy(self.mask.reshape(side, pixels, side, pixels).any(axis=(1, 3)))
 
     def known(self, tokenizer: Tokenizer, device: torch.device) -> Tensor:
-        """The picture's latents in the tokenizer's own scale, (1, C, h, w): the means of their posterior."""
+        """The image's latents in the tokenizer's scale, (1, C, h, w): posterior means."""
         return tokenizer.moments(to_model([self.image]).to(device)).chunk(2, dim=1)[0]
 
     def restored(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (N, H, W, 3) with the given picture's own pixels where the mask is black, if they are to be kept."""
+        """uint8 images (N, H, W, 3), with the given image's pixels where the mask is black, if `keep_pixels`."""
         return np.where(self.mask[:, :, None], images, self.image) if self.keep_pixels else images
 
     def shown(self) -> np.ndarray:
-        """The picture with grey where something is to be drawn, (H, W, 3) uint8."""
+        """The given image with grey in place of the pixels to draw, (H, W, 3) uint8."""
         return np.where(self.mask[:, :, None], np.uint8(128), self.image)
 
 
 def read_completion(image: str, mask: str, keep_pixels: bool, size: int) -> Completion:
-    """Read both files, rotate each as its EXIF orientation states, and crop them alike to size × size, the way the training images were.
+    """Read both files, rotate each according to its EXIF orientation, and crop both to size × size, as the training images were.
 
-    Raises UserError for a file that is missing or no image, for two of different sizes, and for a mask that hides nothing or has
+    Raises UserError for a missing file or a file that is not an image, for different sizes, and for a mask that hides nothing or has
     transparent pixels.
     """
     if not image or not mask:
         missing, given = ("image", "mask") if not image else ("mask", "image")
-        raise UserError(f"generate.{given} is given without generate.{missing}: a completion takes both (--image FILE --mask FILE)")
+        raise UserError(
+            f"generate.{given} is set, but generate.{missing} is empty: a completion needs both", remedy="give --image FILE and --mask FILE"
+        )
     files = {"image": _read("image", image), "mask": _read("mask", mask)}
     sides = {name: ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size for name, data in files.items()}
     if sides["image"] != sides["mask"]:
         raise UserError(
-            f"generate.mask {mask!r} is {sides['mask'][0]} × {sides['mask'][1]} pixels, generate.image {image!r} is "
+            f"generate.mask {mask!r} is {sides['mask'][0]} × {sides['mask'][1]} pixels, but generate.image {image!r} is "
             f"{sides['image'][0]} × {sides['image'][1]}",
-            remedy="give a mask of the image's size",
+            remedy="use a mask of the image's size",
         )
     if _has_transparent_pixels(Image.open(io.BytesIO(files["mask"]))):
         raise UserError(
-            f"generate.mask {mask!r} has transparent pixels, which could mean draw or keep",
-            remedy="give a mask without alpha, painted white what to draw",
+            f"generate.mask {mask!r} has transparent pixels, which are ambiguous",
+            remedy="use a mask without alpha: white where to draw, black where to keep",
         )
     hidden = decode(files["mask"], size, exif=True).max(axis=2) > HIDING
     if not hidden.any():
         raise UserError(
-            f"generate.mask {mask!r} hides nothing: inside the centre crop no pixel is brighter than {HIDING}",
-            remedy="paint white what to draw",
+            f"generate.mask {mask!r} hides nothing: in the centre crop no pixel is brighter than {HIDING}",
+            remedy="paint the area to draw white",
         )
     return Completion(decode(files["image"], size, exif=True), hidden, keep_pixels)
 
@@ -82,11 +84,11 @@ def read_completion(image: str, mask: str, keep_pixels: bool, size: int) -> Comp
 def _has_transparent_pixels(image: Image.Image) -> bool:
     if not image.has_transparency_data:
         return False
-    return image.mode.startswith("I") or image.convert("RGBA").getchannel("A").getextrema() != (255, 255)  # Pillow finds none in 16 bits
+    return image.mode.startswith("I") or image.convert("RGBA").getchannel("A").getextrema() != (255, 255)  # Pillow: 8 bits only
 
 
 def _read(name: str, path: str) -> bytes:
-    """The bytes of a file that decodes."""
+    """The bytes of an image file, which was decoded as a check."""
     try:
         data = storage.read_bytes(path)
     except (OSError, UserError) as error:

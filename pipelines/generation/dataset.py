@@ -1,4 +1,4 @@
-"""Samples as a Ray dataset: drawn by an actor pool, or read where their shards are written."""
+"""Samples as a Ray dataset: read from existing shards, else drawn by an actor pool."""
 
 from typing import TYPE_CHECKING
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def draw(drawing: Drawing, images: int) -> "Dataset":
-    """A Ray dataset of the first `images` samples in order, a block a shard.
+    """A Ray dataset of the first `images` samples in order, one block per shard.
 
-    Columns: `index` (its number), `label` (int64), `image` (uint8 H×W×3), `out_of_range` (share of its latents, float32), `seconds`
-    (float32, what drawing it took; 0 where its shard was read). Shards that are there are read, the others drawn and written.
+    Columns: `index` (the sample's number), `label` (int64), `image` (uint8 H×W×3), `out_of_range` (share of its latents, float32),
+    `seconds` (float32, time to draw the sample; 0 if it was read from a shard). Existing shards are read; the rest is drawn and written.
     """
     import ray.data
 
-    there = samples.shards_there(drawing.path)
-    missing = samples.shards_to_draw(images, drawing.settings.batch, there)
-    shards = sorted([(start, stop, True) for start, stop in there] + [(start, stop, False) for start, stop in missing])
+    existing = samples.shards_there(drawing.path)
+    missing = samples.shards_to_draw(images, drawing.settings.batch, existing)
+    shards = sorted([(start, stop, True) for start, stop in existing] + [(start, stop, False) for start, stop in missing])
     rows = [{"start": start, "stop": stop, "drawn": drawn} for start, stop, drawn in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     dataset.context.execution_options.preserve_order = True

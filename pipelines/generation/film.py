@@ -1,15 +1,15 @@
-"""The picture as it forms: an animation of the first samples over the autoregressive steps."""
+"""Animation of the first samples over the autoregressive steps."""
 
 import io
 
 from PIL import Image
 
-MILLISECONDS = 4000  # of the forming; then the finished picture stands as long as LAST
+MILLISECONDS = 4000  # duration of all steps; the last frame is shown for LAST
 SHORTEST, LONGEST, LAST = 40, 400, 2000
 
 
 def animation(frames: list[Image.Image]) -> bytes:
-    """Frames as a WebP that plays for ever."""
+    """Frames as an endlessly looping WebP."""
     each = min(max(MILLISECONDS // len(frames), SHORTEST), LONGEST)
     buffer = io.BytesIO()
     durations = [each] * (len(frames) - 1) + [LAST]

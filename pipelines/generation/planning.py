@@ -1,4 +1,4 @@
-"""Find the checkpoint and the tokenizer that samples are drawn with, and check them against each other and the settings."""
+"""Finds the checkpoint and the tokenizer for generation, and checks them against each other and the settings."""
 
 import difflib
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ def plan_drawing(
     labels: Sequence[int | str] = (),
     files: bool = False,
 ) -> Drawing:
-    """Find the checkpoint (`generate.checkpoint`, or the newest in `train_path`) and check it against the labels (none: every class in
-    turn) and the tokenizer in directory `tokenizer`. Damaged checkpoints that are newer are named by `stage.say`. Samples are written to
-    `path`, with `files` as PNG files too.
+    """Find the checkpoint (`generate.checkpoint`, or the newest in `train_path`), and check it against the labels (empty: all classes in
+    turn) and the tokenizer in directory `tokenizer`. `stage.say` prints a line for each newer checkpoint that is damaged. Samples are
+    written to `path`, with `files` also as PNG files.
 
-    Raises UserError where there is no checkpoint, the tokenizer is not the one it was trained with, or a label is no class.
+    Raises UserError if there is no checkpoint, if it was trained with another tokenizer, or if a label is not a class.
     """
     checkpoint = chosen_checkpoint(generate.checkpoint, train_path, stage.say)
     try:
@@ -34,7 +34,8 @@ def plan_drawing(
         weights_file(state, generate.ema, generate.ema_decay)
     except ValueError as error:
         raise UserError(
-            f"generate.checkpoint {checkpoint!r}: {error}", remedy="name a checkpoint, or none for the newest of train.path"
+            f"generate.checkpoint {checkpoint!r}: {error}",
+            remedy="choose another checkpoint, or leave generate.checkpoint empty for the newest in train.path",
         ) from error
     state = with_tokenizer(state, tokenizer)
     trained_with = state["tokenizer"]
@@ -44,21 +45,21 @@ def plan_drawing(
     drawing = Drawing(path, checkpoint, state, tokenizer, generate, found_labels or list(range(classes)), stage.seed, stage.cluster, files)
     if drawing.unconditional and generate.guidance != 1.0:
         raise UserError(
-            f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1): there is no "
-            "class to be guided to",
+            f"generate.guidance is {generate.guidance}, but {checkpoint} was trained without labels (model.label_drop 1), so that there is "
+            "no class for guidance",
             remedy="set generate.guidance=1",
         )
     return drawing
 
 
 def _label(label: int | str, names: list[str], classes: int) -> int:
-    """The number of a class given by number or name."""
+    """The index of a class given by index or name."""
     if isinstance(label, int):
         if not 0 <= label < classes:
-            raise UserError(f"generate.labels has {label}, the checkpoint's classes are 0 to {classes - 1}")
+            raise UserError(f"generate.labels contains {label}, expected 0 to {classes - 1} as in the checkpoint")
         return label
     if label not in names:
         near = difflib.get_close_matches(label, names, 1, 0.0)
-        known = f"the checkpoint knows no such class; nearest: {near[0]!r}" if near else "the checkpoint's classes have numbers only"
-        raise UserError(f"generate.labels has {label!r}, {known}")
+        known = f"the checkpoint has no such class; nearest: {near[0]!r}" if near else "the checkpoint's classes have only numbers"
+        raise UserError(f"generate.labels contains {label!r}, but {known}")
     return names.index(label)

@@ -16,13 +16,13 @@ from pipelines.runtime.records import damaged
 
 SHARDS = "shards"
 SHARD_NAME = re.compile(r"samples-(\d{8})-(\d{8})\.parquet")
-COLUMNS = {"index": "int64", "label": "int64", "key": "string", "out_of_range": "float32"}  # beside `image`
+COLUMNS = {"index": "int64", "label": "int64", "key": "string", "out_of_range": "float32"}  # in addition to `image`
 
 
 @dataclass(frozen=True)
 class Samples:
-    """N samples at the places from `start` on. `out_of_range`: share of each one's latents that left the range of the data, or were held
-    at its bounds."""
+    """N samples with indices from `start`. `out_of_range`: share of each sample's latents that left the range of the data or were clamped
+    to its bounds."""
 
     start: int
     numbers: np.ndarray  # (N,) int64
@@ -32,14 +32,14 @@ class Samples:
 
 
 def key(index: int) -> str:
-    """The name of sample `index`, unique and sorted like its number."""
+    """The key of sample `index`: unique, and sorted by number."""
     return f"sample-{index:08d}"
 
 
 def write_samples(path: str, samples: Samples) -> None:
-    """One shard, `path/shards/samples-START-STOP.parquet`, atomically; the same samples give the same bytes.
+    """Write one shard, `path/shards/samples-START-STOP.parquet`, atomically; equal samples give equal bytes.
 
-    `load_dataset("parquet", …)` shows its column `image` as pictures.
+    `load_dataset("parquet", …)` decodes its column `image`.
     """
     stop = samples.start + len(samples.labels)
     images = [{"bytes": encoded(image), "path": None} for image in samples.images]
@@ -51,43 +51,43 @@ def write_samples(path: str, samples: Samples) -> None:
     columns = [images, samples.numbers, samples.labels, [key(number) for number in samples.numbers], samples.out_of_range]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="none")  # PNG is compressed already
+    pq.write_table(table, sink, compression="none")  # PNG is already compressed
     storage.write_bytes(storage.join(path, SHARDS, _shard_name(samples.start, stop)), sink.getvalue())
 
 
 def read_samples(path: str, start: int, stop: int) -> Samples:
-    """The shard that `write_samples` wrote. Raises FileNotFoundError, and DamagedFileError."""
+    """Read a shard written by `write_samples`. Raises FileNotFoundError, and DamagedFileError."""
     file = storage.join(path, SHARDS, _shard_name(start, stop))
     data = storage.read_bytes(file)
     try:
         table = pq.read_table(io.BytesIO(data))
-        images = np.stack([np.asarray(Image.open(io.BytesIO(one["bytes"].as_py()))) for one in table.column("image")])
+        images = np.stack([np.asarray(Image.open(io.BytesIO(image["bytes"].as_py()))) for image in table.column("image")])
         numbers, labels, out_of_range = (table.column(name).to_numpy() for name in ("index", "label", "out_of_range"))
     except (pa.ArrowException, OSError, SyntaxError, ValueError, TypeError, LookupError) as error:
         summary = storage.join(path, "summary.json")
-        remedy = f"delete it, and {summary} if it is there, and run the same command again: these samples are drawn again"
+        remedy = f"delete it, and {summary} if it exists, and run the same command again to draw these samples again"
         raise damaged(file, error, remedy) from error
     return Samples(start, numbers, labels, images, out_of_range)
 
 
 def shards_there(path: str) -> list[tuple[int, int]]:
-    """(start, stop) of each shard below `path`, sorted."""
+    """(start, stop) of each existing shard in `path`, sorted."""
     matches = (SHARD_NAME.fullmatch(name) for name in storage.list_directory(storage.join(path, SHARDS)))
     return sorted((int(match[1]), int(match[2])) for match in matches if match)
 
 
-def shards_to_draw(total: int, batch: int, there: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """What `there` leaves open of samples 0 … total − 1, in shards of at most `batch`, whatever batch drew the others."""
+def shards_to_draw(total: int, batch: int, existing: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The missing shards for samples 0 … total − 1, each of at most `batch` samples; `existing` shards may have other sizes."""
     shards = []
     position = 0
-    for start, stop in [*there, (total, total)]:
+    for start, stop in [*existing, (total, total)]:
         shards += [(first, min(first + batch, start)) for first in range(position, start, batch)]
         position = max(position, stop)
     return shards
 
 
 def folder_name(class_name: str) -> str:
-    """The class's name as that of one visible folder; what a path would take for something else is written as %XX."""
+    """The class name as a visible folder name; characters with a meaning in paths are written as %XX."""
     escaped = re.sub(r"[%/\0]|^\.", lambda found: f"%{ord(found[0]):02X}", class_name)
     return escaped or "%"
 

@@ -1,4 +1,4 @@
-"""Stage *generate*: images for given labels from a checkpoint, through an actor pool of Ray Data."""
+"""Stage *generate*: draws images for given labels from a checkpoint, with an actor pool of Ray Data."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,9 +21,9 @@ from pipelines.runtime.stage import Stage
 def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, stage: Stage) -> dict[str, Any]:
     """Draw `generate.images` images, or those of `generate.samples`, into `generate.path`: `shards/`, `images/CLASS/….png`, `samples.png`.
 
-    With `generate.image` and `generate.mask` each sample is that image with what the mask hides drawn anew (`given.png` shows what was
-    kept); with `generate.film` there is `film.webp` too. Returns the summary. Goes on where shards are missing. Raises UserError as
-    `plan_drawing` and `read_completion` do, before any work.
+    With `generate.image` and `generate.mask` each sample is that image with the masked area drawn (`given.png` shows the kept area); with
+    `generate.film` also writes `film.webp`. Returns the summary. Existing shards are kept. Raises UserError as `plan_drawing` and
+    `read_completion` do, before any work.
     """
     drawing = plan_drawing(generate.path, tokenizer_path, train_path, generate, stage, generate.labels, files=True)
     if generate.image or generate.mask:
@@ -40,7 +40,7 @@ def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, s
         import ray
 
         shown = drawing.filmed(grid_samples(count, len(set(drawing.labels))))
-        stage.say(f"drawing the first {shown} once more, for {film}")
+        stage.say(f"drawing the first {shown} samples again for {film}")
         task = ray.remote(**worker_resources(drawing.cluster))(draw_film)
         storage.write_bytes(film, ray.get(task.remote(drawing, shown)))
         stage.artifact(film)
@@ -48,7 +48,7 @@ def generate(tokenizer_path: str, train_path: str, generate: GenerateSettings, s
 
 
 def _draw_all(drawing: Drawing, count: int, identity: dict[str, Any], stage: Stage) -> dict[str, Any]:
-    """The samples that are missing, the picture and the summary."""
+    """Draw the missing samples, and write the sample grid and the summary."""
     path = drawing.path
     if drawing.completion is not None:
         storage.write_bytes(storage.join(path, GIVEN), encoded(drawing.completion.shown()))

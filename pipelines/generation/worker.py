@@ -1,4 +1,4 @@
-"""What a drawing actor does: labels and sample numbers in, images out."""
+"""The drawing actor: turns labels and sample numbers into images."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
 
-UNKNOWN_RANGE = 10.0  # standard deviations that count as the data's range where a checkpoint does not know it
-GREY = 128  # of what is not drawn yet
+UNKNOWN_RANGE = 10.0  # standard deviations, used as the data's range if the checkpoint does not contain it
+GREY = 128  # of areas that are not drawn yet
 
 
 class DrawingActor:
-    """Holds the model and the tokenizer, and turns shards to draw into images; both are loaded when the first one comes."""
+    """Draws or reads shards of images; loads the model and the tokenizer on the first shard to draw."""
 
     def __init__(self, drawing: Drawing) -> None:
         self.drawing = drawing
@@ -63,7 +63,7 @@ class DrawingActor:
         return samples.Samples(start, np.array(numbers), labels, images, out_of_range)
 
     def _write(self, drawn: samples.Samples) -> None:
-        if self.drawing.files:  # before the shard: where that is, the files are
+        if self.drawing.files:  # before the shard: an existing shard implies its files
             for number, label, image in zip(drawn.numbers, drawn.labels, drawn.images, strict=True):
                 name = f"{samples.key(int(number))}.png"
                 storage.write_bytes(storage.join(self.drawing.folder(int(label)), name), encoded(image))
@@ -71,7 +71,7 @@ class DrawingActor:
 
 
 class LoadedModel:
-    """Model and tokenizer on their device."""
+    """A model and its tokenizer on their device."""
 
     def __init__(self, drawing: Drawing) -> None:
         use_threads(drawing.cluster)
@@ -96,21 +96,21 @@ class LoadedModel:
 
     @torch.inference_mode()
     def images(self, labels: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (N, H, W, 3), and of each image the share of latents that left the range of the data, float32 (N,)."""
+        """uint8 (N, H, W, 3), and for each image the share of latents that left the range of the data, float32 (N,)."""
         latents = self._latents(labels, numbers)
         share = share_at_bounds if self.drawing.limited else share_out_of_range
         return self._restored(self._decoded(latents)), share(latents.cpu(), *self.range).numpy()
 
     @torch.inference_mode()
     def film(self, labels: np.ndarray, numbers: Sequence[int], show: Callable[[np.ndarray], None]) -> None:
-        """Give `show` the images (N, H, W, 3) before the first and after each AR step, grey where nothing is drawn yet."""
+        """Call `show` with the images (N, H, W, 3) before the first and after each AR step, grey where nothing is drawn yet."""
         config = self.model.config
 
         def show_step(step: int, latents: Tensor) -> None:
-            nothing = F.max_pool2d(latents.abs().amax(dim=1), config.patch_size) == 0  # (N, h, w), by token
+            empty = F.max_pool2d(latents.abs().amax(dim=1), config.patch_size) == 0  # (N, h, w), by token
             images = self._decoded(latents)
-            pixels = images.shape[1] // nothing.shape[1]
-            images[nothing.cpu().numpy().repeat(pixels, axis=1).repeat(pixels, axis=2)] = GREY
+            pixels = images.shape[1] // empty.shape[1]
+            images[empty.cpu().numpy().repeat(pixels, axis=1).repeat(pixels, axis=2)] = GREY
             show(self._restored(images))
 
         start = torch.zeros(len(numbers), config.latent_channels, config.latent_size, config.latent_size, device=self.device)
@@ -139,7 +139,7 @@ class LoadedModel:
 
     @cached_property
     def _completion(self) -> tuple[Tensor, Tensor] | None:
-        """Known latents (1, C, h, w), normalised, and the tokens to fill (1, h, w)."""
+        """Normalised known latents (1, C, h, w), and the tokens to fill (1, h, w)."""
         completion, config = self.drawing.completion, self.model.config
         if completion is None:
             return None
@@ -150,7 +150,7 @@ class LoadedModel:
     @property
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, (1, C, 1, 1)."""
-        mean, std = (one.view(1, -1, 1, 1).to(self.device) for one in (self.mean, self.std))
+        mean, std = (values.view(1, -1, 1, 1).to(self.device) for values in (self.mean, self.std))
         return mean, std
 
     def _decoded(self, latents: Tensor) -> np.ndarray:
@@ -162,9 +162,9 @@ class LoadedModel:
 
 
 def share_out_of_range(latents: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Share of each sample's latents (N, C, h, w) that are not finite or further outside [low, high] (C,) than half its width: (N,).
+    """Share of each sample's latents (N, C, h, w) that are not finite, or outside [low, high] (C,) by more than half its width: (N,).
 
-    Posterior samples and honest generations stray a little from the range of the posterior means; an overflow goes far.
+    Posterior samples and regular generations exceed the range of the posterior means only slightly; an overflow exceeds it by far.
     """
     margin = (high - low) / 2
     low, high = (bound.view(1, -1, 1, 1) for bound in (low - margin, high + margin))
@@ -173,14 +173,14 @@ def share_out_of_range(latents: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def share_at_bounds(latents: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Share of each sample's latents (N, C, h, w) that are not finite or were held at a bound of [low, high] (C,): (N,)."""
+    """Share of each sample's latents (N, C, h, w) that are not finite or were clamped to a bound of [low, high] (C,): (N,)."""
     low, high = (bound.view(1, -1, 1, 1) for bound in (low, high))
     inside = (latents > low) & (latents < high)
     return 1.0 - inside.flatten(1).float().mean(dim=1)
 
 
 def draw_film(drawing: Drawing, count: int) -> bytes:
-    """Draw the first `count` samples: an animated WebP of their grid before the first and after each autoregressive step."""
+    """Draw the first `count` samples; returns an animated WebP of their grid before the first and after each autoregressive step."""
     numbers = drawing.numbers(0, count)
     labels = drawing.labels_of(numbers)
     frames: list[Image.Image] = []

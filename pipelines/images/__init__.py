@@ -1,1 +1,1 @@
-"""From an image source to a sorted listing and to pixels."""
+"""Image sources: a sorted listing of their images, and pixels."""

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipelines.runtime import storage
 
-GRID_CLASSES = 20  # with more classes a row a class is no picture any more
+GRID_CLASSES = 20  # with at most this many classes the grid has a row per class
 
 GRID_COLUMNS = 10
 
@@ -24,12 +24,12 @@ def encoded(image: np.ndarray) -> bytes:
 
 
 def write_grid(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """`grid` as a PNG file."""
+    """Write `grid` as a PNG file."""
     storage.write_bytes(path, encoded(grid(images, labels)))
 
 
 def grid(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """A picture of images (N, H, W, 3): a row a class where there are few classes, else the first ones side by side; (H', W', 3) uint8."""
+    """Arrange images (N, H, W, 3) in one picture (H', W', 3), uint8: a row per class if there are few classes, else in order."""
     classes = np.unique(labels)
     if len(classes) <= GRID_CLASSES:
         rows = [images[labels == label][:GRID_COLUMNS] for label in classes]
@@ -48,5 +48,5 @@ def grid(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def grid_samples(total: int, classes: int) -> int:
-    """How many samples, from the first on, hold all that `write_grid` shows when classes take turns."""
+    """Number of samples, from the first, that contain all images shown by `write_grid` when classes alternate."""
     return min(total, classes * GRID_COLUMNS if classes <= GRID_CLASSES else GRID_COLUMNS**2)

@@ -1,4 +1,4 @@
-"""The images of a source, listed once: sorted by key, with the split into a train and a held-out part."""
+"""The listing of an image source: all images, sorted by key and split into a training part and a held-out part."""
 
 import hashlib
 import json
@@ -18,21 +18,21 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import check
 
-MOST_CLASSES = 2**16  # of a source that only numbers them, unless images.classes says more; ImageNet-21k has 21,843
+MOST_CLASSES = 2**16  # limit for a source without class names, unless images.classes is larger; ImageNet-21k has 21,843
 
 
 @dataclass(frozen=True)
 class ImageListing:
-    """All images of a source, sorted by key; a label is the position of its class in `class_names`."""
+    """All images of a source, sorted by key. A label is the index of its class in `class_names`."""
 
     rows: ImageRows
     class_names: list[str]
-    stamp: str = ""  # of the tars or Parquet files it was made of
-    notes: tuple[str, ...] = ()  # lines for the user about what was passed over
+    stamp: str = ""  # identifies the tars or Parquet files that were listed
+    notes: tuple[str, ...] = ()  # lines for the user about skipped files
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, and a line that names the classes without an image to train on."""
+        """The notes, and a line that names the classes without a training image."""
         train = self.train()
         usable = train.column("label")[train.table.column("reason").is_null().to_numpy()]
         counts = np.bincount(usable, minlength=len(self.class_names))
@@ -41,7 +41,7 @@ class ImageListing:
             return list(self.notes)
         have = "has" if len(missing) == 1 else "have"
         whole = len(self.class_names)
-        return [*self.notes, f"{len(missing):,} of {whole:,} classes {have} no image to train on: {first(missing, len(missing))}"]
+        return [*self.notes, f"{len(missing):,} of {whole:,} classes {have} no training image: {first(missing, len(missing))}"]
 
     def train(self) -> ImageRows:
         return ImageRows(self.rows.table.filter(pc.invert(self.rows.table.column("held_out"))))
@@ -51,12 +51,12 @@ class ImageListing:
 
     @cached_property
     def digest(self) -> str:
-        """What tells this data from other data: `listing_digest` of all rows, split included."""
+        """Identifies this data: `listing_digest` of all rows, including the split."""
         return listing_digest(self, self.rows)
 
 
 def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
-    """The number of these rows of a listing, and the SHA-256 of their keys, labels, sizes in bytes and split, and of the class names."""
+    """The number of rows, and the SHA-256 of the class names and of the rows' keys, labels, sizes in bytes and split."""
     digest = hashlib.sha256(json.dumps(listing.class_names).encode())
     digest.update(json.dumps(rows.column("key")).encode())
     for name, kind in (("label", "<i8"), ("size", "<i8"), ("held_out", "u1")):
@@ -65,9 +65,9 @@ def listing_digest(listing: ImageListing, rows: ImageRows) -> str:
 
 
 class Images:
-    """An image source that the stages of a run share; it is listed once, when `listing` is first read.
+    """An image source that the stages of a run share; it is listed once, on first access to `listing`.
 
-    `kept`: a listing that was kept on disk (see `keep_listing`), which saves reading unchanged tars and Parquet files again.
+    `kept`: path of a stored listing (see `keep_listing`), so that unchanged tars and Parquet files are not read again.
     """
 
     def __init__(self, settings: ImageSettings, kept: str = "") -> None:
@@ -79,17 +79,17 @@ class Images:
         return list_images(self.settings, self._kept)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"settings": self.settings, "_kept": self._kept}  # a listing of a million rows travels only where it is asked for
+        return {"settings": self.settings, "_kept": self._kept}  # a listing of a million rows is not pickled
 
 
 def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
     """List the source, sorted by key, and split it.
 
-    The classes of a tree are the sorted names of all class folders, in whichever part; hidden files and folders are passed over.
-    Of images with the same key the first is used. One that can't be used for what the listing shows has
-    a `reason`. Where the file `kept` (see `keep_listing`) was made of the very same tars or Parquet files, they are not read again.
-    Raises UserError when there is no source, no class folder, a class folder without images (unless the settings allow it), nothing to
-    train on, or nothing held out although the settings ask for it.
+    The classes of a folder tree are the sorted names of all class folders, in any part. Hidden files and folders are skipped. Of several
+    images with the same key the first is used. An image that the listing already shows to be unusable has a `reason`. If the file `kept`
+    (see `keep_listing`) was written for the same tars or Parquet files, they are not read again. Raises UserError when there is no source,
+    no class folder, a class folder without images (unless the settings allow it), no training image, or no held-out image although the
+    settings require some.
     """
     check(images=settings)
     source = sources.find_source(settings.source, settings.format)
@@ -99,7 +99,7 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
         by_folder = settings.held_out_folder != ""
         if by_folder and source.form != "imagefolder":
             raise UserError(
-                f"images.held_out_folder {settings.held_out_folder!r} needs a tree of folders, images.source {settings.source!r} is of "
+                f"images.held_out_folder {settings.held_out_folder!r} needs a folder tree, but images.source {settings.source!r} has "
                 f"the form {source.form}",
                 remedy="set images.held_out_share instead",
             )
@@ -117,7 +117,7 @@ def list_images(settings: ImageSettings, kept: str = "") -> ImageListing:
 
 
 def _split(settings: ImageSettings, found: Listed) -> ImageListing:
-    """Sorted, with the split, and with a reason where a key is there twice or a label is not that of a class."""
+    """Sort and split the images; set a reason for duplicate keys and labels out of range."""
     table = found.table.sort_by([("key", "ascending"), ("offset", "ascending")])
     keys = table.column("key").to_pylist()
     labels = table.column("label").fill_null(-1).to_numpy()
@@ -129,7 +129,7 @@ def _split(settings: ImageSettings, found: Listed) -> ImageListing:
         reasons[place] = reasons[place] or ("no label" if given is None else f"label {given} is out of range, expected 0 to {classes - 1}")
     for place in range(1, len(keys)):
         if keys[place] == keys[place - 1]:
-            reasons[place] = "duplicate key: the first image of that name is used"
+            reasons[place] = "duplicate key: the first image with this key is used"
     usable = labels[[reason is None for reason in reasons]]
     if named is None or settings.classes > len(named):
         count = settings.classes or int(usable.max(initial=-1)) + 1
@@ -156,14 +156,14 @@ def keep_listing(path: str, listing: ImageListing) -> None:
 
 
 def kept_listing(path: str) -> ImageListing | None:
-    """The listing that `keep_listing` wrote, if it is there and whole; an earlier version of mar-ray kept no `version`."""
+    """The listing that `keep_listing` wrote, or None if the file is missing or damaged. Older files have no column `version`."""
     if not storage.exists(path):
         return None
     data = storage.read_bytes(path)
     try:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
         class_names, stamp = json.loads(table.schema.metadata[b"class_names"]), table.schema.metadata[b"stamp"].decode()
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # pyarrow calls most damage an OSError
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):  # pyarrow raises OSError for most damage
         return None
     if "version" not in table.schema.names:
         table = table.append_column("version", pa.nulls(table.num_rows, pa.int64()))
@@ -171,7 +171,7 @@ def kept_listing(path: str) -> ImageListing | None:
 
 
 def _hash_share(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone, so that a growing source never moves an image to the other part."""
+    """A number in [0, 1) that depends on the key alone, so that images keep their part of the split when a source grows."""
     return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
 
 
@@ -180,8 +180,8 @@ def _check_empty_classes(settings: ImageSettings, found: Listed) -> None:
         named = [f"{name} ({content})" for name, content in found.empty.items()]
         raise UserError(
             f"images.source {settings.source!r} has {counted(len(named), 'class folder')} without images: {first(named, len(named))}",
-            remedy="bring their images, take these folders away (or begin their names with a dot: they are passed over), or set "
-            "images.allow_empty_classes=true: each is then a class with a number of its own",
+            remedy="add images, remove these folders or rename them with a leading dot (hidden folders are skipped), or set "
+            "images.allow_empty_classes=true to keep them as classes",
         )
 
 
@@ -190,12 +190,14 @@ def _check_parts(settings: ImageSettings, listing: ImageListing) -> None:
     if settings.held_out_folder and not held_out:
         raise UserError(
             f"images.held_out_folder {settings.held_out_folder!r} holds no images below {settings.source!r}; "
-            f"the folders there are {sorted({row.key.split('/')[0] for row in listing.rows})}"
+            f"expected one of the folders {sorted({row.key.split('/')[0] for row in listing.rows})}"
         )
     if settings.held_out_share and not held_out:
         raise UserError(
             f"images.held_out_share {settings.held_out_share} holds out none of the {images} images of {settings.source!r}",
-            remedy="raise it, or bring more images",
+            remedy="raise it, or add images",
         )
     if held_out == images:
-        raise UserError(f"all {images} images of {settings.source!r} are held out, none is left to train on")
+        raise UserError(
+            f"all {images} images of {settings.source!r} are held out, expected some to train on", remedy="lower images.held_out_share"
+        )

@@ -1,4 +1,4 @@
-"""Images read from a source: the encoded bytes of one, and pixels by position, decoded by threads and kept if they fit in memory."""
+"""Reading images of a source: the encoded bytes of an image, and pixels by index, decoded by threads and cached if they fit in memory."""
 
 import errno
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import s3, storage
 from pipelines.runtime.errors import ImageError, UserError
 
-UNANSWERED = {  # errors of a file system or of this process, not of one file; what S3 answers pyarrow calls an AWS Error
+UNANSWERED = {  # errors of the file system or this process, not of one file; for S3 see `s3.refused`
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNRESET, errno.EHOSTDOWN,
     errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
 }  # fmt: skip
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels that one process keeps
-DECODERS = 8  # threads: Pillow and file systems release the interpreter lock
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels cached per process
+DECODERS = 8  # threads: Pillow and file reads release the GIL
 
 
 class Decoded(NamedTuple):
-    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" where they can't be read)."""
+    """One image: uint8 (size, size, 3), or None and the reason; and the SHA-256 of its bytes ("" if they cannot be read)."""
 
     pixels: np.ndarray | None
     reason: str
@@ -33,8 +33,8 @@ class Decoded(NamedTuple):
 
 
 class DecodedImages:
-    """The images of `rows`. The place of one that can't be used is taken by the next that can, label and all; `rejected` has the
-    reasons by position in `rows`."""
+    """The images of `rows`. An unusable image is replaced by the next usable image and its label; `rejected` maps the index in `rows` to
+    the reason."""
 
     def __init__(self, settings: ImageSettings, rows: Sequence[ImageRow], memory_limit: int = MEMORY_LIMIT) -> None:
         self.settings, self.rows = settings, rows
@@ -46,9 +46,9 @@ class DecodedImages:
         self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (n,) → uint8 (n, size, size, 3) and their labels int64 (n,).
+        """Indices (n,) → uint8 (n, size, size, 3) and labels int64 (n,).
 
-        Raises UserError when more than `images.max_rejected` can't be used.
+        Raises UserError when the share of unusable images exceeds `images.max_rejected`.
         """
         if self._kept is None:
             pixels, labels = zip(*self._threads.map(self._decode, indices.tolist()), strict=True)
@@ -74,9 +74,9 @@ class DecodedImages:
         found, total = len(self.rejected), len(self.rows)
         if found > self.settings.max_rejected * total or found == total:
             raise UserError(
-                f"{found} of {total} images can't be used, images.max_rejected={self.settings.max_rejected} allows "
+                f"{found} of {total} images can't be used, but images.max_rejected={self.settings.max_rejected} allows "
                 f"{int(self.settings.max_rejected * total)}; the last is {row.key} ({reason})",
-                remedy="mend them or raise images.max_rejected",
+                remedy="repair them or raise images.max_rejected",
             )
 
 
@@ -94,7 +94,8 @@ def decode_row(images: ImageSettings, row: ImageRow) -> Decoded:
 
 
 def read_with_digest(images: ImageSettings, row: ImageRow) -> tuple[bytes | ImageError, str]:
-    """Bytes of one image and their SHA-256, or why they can't be read and "". Raises UserError when the source doesn't answer."""
+    """The encoded bytes of one image and their SHA-256; if they cannot be read, the ImageError and "". Raises UserError when the source
+    does not answer."""
     try:
         data = _read_bytes(images, row)
     except ImageError as error:
@@ -103,15 +104,15 @@ def read_with_digest(images: ImageSettings, row: ImageRow) -> tuple[bytes | Imag
 
 
 def read_image(settings: ImageSettings, row: ImageRow) -> bytes:
-    """The encoded bytes of one image. Raises ImageError where they are not there or can't be used for what the listing shows, and
-    UserError where the source itself does not answer: that is no fault of the image."""
+    """The encoded bytes of one image. Raises ImageError if they are missing or the listing rejects the image, and UserError if the source
+    itself does not answer."""
     if row.reason:
         raise ImageError(row.reason)
     return _read_bytes(settings, row)
 
 
 def _read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
-    """As `read_image`, also of an image that the listing rejects."""
+    """As `read_image`, but also for images that the listing rejects."""
     try:
         return places.read(settings.source, row)
     except (OSError, pa.ArrowException) as error:
@@ -119,5 +120,5 @@ def _read_bytes(settings: ImageSettings, row: ImageRow) -> bytes:
             raise ImageError(f"can't be read: {type(error).__name__}") from error
         raise UserError(
             f"images.source {settings.source!r} can't be read ({row.key}: {error})",
-            remedy="when it answers again run the same command: what is finished is kept",
+            remedy="run the same command when it answers again: finished work is kept",
         ) from error

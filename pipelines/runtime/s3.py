@@ -89,13 +89,13 @@ def list_objects(path: str) -> list[tuple[str, int, int]]:
 
     try:
         top = list(pages.paginate(Bucket=bucket, Prefix=start, Delimiter="/"))
-        folders = [one["Prefix"] for page in top for one in page.get("CommonPrefixes", [])]
+        folders = [folder["Prefix"] for page in top for folder in page.get("CommonPrefixes", [])]
         with ThreadPoolExecutor(LISTS_AT_ONCE) as pool:
-            found = [one for each in (top, *pool.map(below, folders)) for page in each for one in page.get("Contents", [])]
+            found = [entry for pages in (top, *pool.map(below, folders)) for page in pages for entry in page.get("Contents", [])]
     except (BotoCoreError, ClientError) as error:
         raise OSError(f"AWS Error: {error}") from error
-    objects = [one for one in found if not one["Key"].endswith("/")]  # such an object stands for an empty folder
-    return [(one["Key"][len(start) :], int(one["Size"]), _version(one["ETag"])) for one in objects]
+    objects = [entry for entry in found if not entry["Key"].endswith("/")]  # keys that end in "/" represent empty folders
+    return [(entry["Key"][len(start) :], int(entry["Size"]), _version(entry["ETag"])) for entry in objects]
 
 
 def _version(etag: str) -> int:

@@ -208,7 +208,7 @@ def publish_directory(local: Path, path: str, last: str) -> None:
                 shutil.rmtree(inner)
             os.replace(staging, inner)
         return
-    names = sorted((str(one.relative_to(local)) for one in local.rglob("*") if one.is_file()), key=lambda name: (name == last, name))
+    names = sorted((str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()), key=lambda name: (name == last, name))
     for name in names:
         write_bytes(join(path, name), (local / name).read_bytes())
 

@@ -1,7 +1,10 @@
 """Stage *sweep*: Ray Tune over training or over generation."""
 
 import math
+import time
+import traceback
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mar_model.checkpoints.checkpoint import STATE, weights_file
@@ -10,13 +13,13 @@ from pipelines.checkpoints.released import chosen_checkpoint
 from pipelines.evaluation import stage as evaluation
 from pipelines.evaluation.features import network_digest
 from pipelines.evaluation.record import check_count, metric_name
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.runtime import storage
 from pipelines.runtime.cluster.precision import resolved
 from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.cluster.workers import cluster_resources, require_workers
-from pipelines.runtime.errors import DamagedFileError, UserError
+from pipelines.runtime.cluster.workers import cluster_resources, require_workers, set_up_ray_data
+from pipelines.runtime.errors import DamagedFileError, UserError, in_one_line, mistake_of, origin_of
 from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
@@ -73,7 +76,8 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
             bar.update(len(rows), **({f"best_{sweep.metric}": found["metric"]} if found else {}))
 
         if left:
-            run_trials(left, sweep, stage, concurrent, ended)
+            run = partial(run_trial, trials={trial.name: trial for trial in left}, sweep=sweep, seed=stage.seed, cluster=stage.cluster)
+            run_trials(left, run, sweep.path, concurrent, ended)
     ordered = [rows[trial.name] for trial in trials]
     best = best_of(ordered, sweep.mode)
     if best is None:
@@ -100,6 +104,30 @@ def sweep(sections: Sections, sweep: SweepSettings, stage: Stage) -> dict[str, A
             "rows": ordered,
         },
     )
+
+
+def run_trial(
+    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
+) -> dict[str, Any]:
+    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
+    that diverged is one, whatever the metric is."""
+    trial = trials[config["trial"]]
+    set_up_ray_data()
+    began = time.monotonic()
+    outcome: dict[str, Any] = {"metrics": {}, "error": None}
+    try:
+        stage = Stage(trial.name, cluster, seed=seed)
+        one = trial.sections
+        if sweep.over == "train":
+            outcome["metrics"] |= training.train(one.tokenizer_path, one.cache, one.model, one.train, stage)
+            outcome["error"] = diverged(outcome["metrics"]) or None
+        if _is_scored(sweep) and outcome["error"] is None:
+            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer_path, one.train.path, one.generate, one.evaluate, stage)
+    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
+        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
+        mistake, origin = mistake_of(error), origin_of(error)
+        outcome["error"] = str(mistake) if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
+    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
 
 
 def finished_rows(trials: list[Trial], sweep: SweepSettings, stage: Stage) -> dict[str, dict[str, Any]]:

@@ -1,24 +1,13 @@
 """Trials on Ray Tune."""
 
 import os
-import time
-import traceback
 import uuid
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from pipelines.evaluation import stage as evaluation
 from pipelines.runtime import storage
-from pipelines.runtime.cluster.settings import ClusterSettings
-from pipelines.runtime.cluster.workers import set_up_ray_data
 from pipelines.runtime.environment import environment
-from pipelines.runtime.errors import in_one_line, mistake_of, origin_of
-from pipelines.runtime.stage import Stage
-from pipelines.sweeping.settings import SweepSettings
-from pipelines.sweeping.trials import Trial, _is_scored
-from pipelines.training import stage as training
-from pipelines.training.metrics.divergence import diverged
+from pipelines.sweeping.trials import Trial
 
 Ended = Callable[[Trial, dict[str, Any]], None]  # called with what a trial returned
 
@@ -32,32 +21,9 @@ TUNE_ENVIRONMENT = {
 LOST_ACTORS = 3  # times a trial starts again whose own process was lost (its errors end it at once)
 
 
-def run_trial(
-    config: dict[str, Any], trials: dict[str, Trial], sweep: SweepSettings, seed: int, cluster: ClusterSettings
-) -> dict[str, Any]:
-    """What Tune runs, in a process of its own: train, evaluate, or both, as untracked stages. An error is part of the outcome; a training
-    that diverged is one, whatever the metric is."""
-    trial = trials[config["trial"]]
-    set_up_ray_data()
-    began = time.monotonic()
-    outcome: dict[str, Any] = {"metrics": {}, "error": None}
-    try:
-        stage = Stage(trial.name, cluster, seed=seed)
-        one = trial.sections
-        if sweep.over == "train":
-            outcome["metrics"] |= training.train(one.tokenizer_path, one.cache, one.model, one.train, stage)
-            outcome["error"] = diverged(outcome["metrics"]) or None
-        if _is_scored(sweep) and outcome["error"] is None:
-            outcome["metrics"] |= evaluation.evaluate(one.images, one.tokenizer_path, one.train.path, one.generate, one.evaluate, stage)
-    except Exception as error:  # a failed trial is a row of the table, never the end of the sweep
-        storage.write_bytes(storage.join(trial.path, "error.txt"), traceback.format_exc().encode())
-        mistake, origin = mistake_of(error), origin_of(error)
-        outcome["error"] = str(mistake) if mistake else f"{type(origin).__name__}: {in_one_line(origin)[:500]}"
-    return {"outcome": {**outcome, "seconds": round(time.monotonic() - began, 3)}}
-
-
-def run_trials(left: list[Trial], sweep: SweepSettings, stage: Stage, concurrent: int, ended: Ended) -> None:
-    """Give the trials to Tune; `ended(trial, outcome)` is called in this process as each one ends."""
+def run_trials(left: list[Trial], run: Callable[[dict[str, Any]], Any], path: str, concurrent: int, ended: Ended) -> None:
+    """Run the trials with Tune. `run` is called in a process per trial with `{"trial": name}`, and returns `{"outcome": …}`; `ended(trial,
+    outcome)` is called in this process as each trial ends. Tune keeps its own files in `path` meanwhile."""
     from ray import tune
 
     by_name = {trial.name: trial for trial in left}
@@ -76,9 +42,8 @@ def run_trials(left: list[Trial], sweep: SweepSettings, stage: Stage, concurrent
             lost = f"its process was lost {LOST_ACTORS + 1} times"
             self.call(trial.config["trial"], {"metrics": {}, "error": lost, "seconds": 0.0})
 
-    storage_path = storage.join(sweep.path, "ray")
+    storage_path = storage.join(path, "ray")
     storage.delete(storage_path)  # what a killed attempt left: trials resume from their own directories
-    run = partial(run_trial, trials=by_name, sweep=sweep, seed=stage.seed, cluster=stage.cluster)
     with environment(TUNE_ENVIRONMENT, override=True):
         tune.Tuner(
             tune.with_resources(run, {"cpu": 0, "memory": 1}),  # one byte: Tune refuses an empty request

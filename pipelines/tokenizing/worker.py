@@ -76,9 +76,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
     device = default_device()
     listing = ray.get(job.listing)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(stream(seed, "tokenize", "weights").initial_seed())
-        tokenizer = KLAutoencoder(settings.network()).to(device)
+    tokenizer = initial_tokenizer(settings, seed).to(device)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
     images_seen, curve = load_progress(settings.path, tokenizer, optimizer)
     objective: nn.Module = Objective(tokenizer, settings.kl_weight)
@@ -87,8 +85,7 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
 
     train = DecodedImages(job.images, listing.train())
     latent = (settings.channels, job.images.size // settings.stride, job.images.size // settings.stride)
-    sums, steps = torch.zeros(3, device=device), 0
-    began, first = time.perf_counter(), images_seen
+    sums, steps, began, first = torch.zeros(3, device=device), 0, time.perf_counter(), images_seen
     log_every = max(settings.images // LOG_LINES, settings.batch)
     for pixels, noise in batches(train, settings, latent, seed, images_seen, worker, workers):
         rate = learning_rate(images_seen, settings.learning_rate, int(WARMUP_SHARE * settings.images), "cosine", settings.images)
@@ -123,6 +120,13 @@ def tokenize_worker(loop_config: dict[str, TokenizerJob]) -> None:
         if images_seen > first:  # else a killed run had trained on all of them
             figures["images_per_second"] = round((images_seen - first) / (time.perf_counter() - began), 3)
         write_result(job, tokenizer.eval(), listing, {**figures, "rejected": len(train.rejected), "loss_curve": curve})
+
+
+def initial_tokenizer(settings: TokenizerSettings, seed: int) -> KLAutoencoder:
+    """The autoencoder with its random initial weights, the same in every worker."""
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(seed, "tokenize", "weights").initial_seed())
+        return KLAutoencoder(settings.network())
 
 
 def batches(

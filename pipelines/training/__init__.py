@@ -1,1 +1,1 @@
-"""Stage *train*: a latent cache becomes checkpoints."""
+"""Stage *train*: trains a model on a latent cache and writes checkpoints."""

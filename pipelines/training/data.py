@@ -1,4 +1,4 @@
-"""What a training worker reads: the micro-batches that are its share of each global batch, prepared one step ahead."""
+"""Input of a training worker: its share of the micro-batches of each global batch, prepared one step ahead."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import Manifest
 from pipelines.runtime.errors import UserError
 
-AHEAD = 2  # batches prepared before they are asked for
+AHEAD = 2  # batches prepared in advance
 
-BLOCK = 8192  # positions whose rows are computed at once: a few cost nearly as much as many
+BLOCK = 8192  # positions per call of the order: a few positions cost nearly as much as many
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass: B images whose latents are still posterior moments, and all its randomness."""
+    """Input of one forward pass: B images as posterior moments, and all random draws."""
 
     moments: Tensor  # (B, 2C, H, W) in the cache's dtype
     labels: Tensor  # (B,) int64
@@ -42,17 +42,17 @@ class GlobalBatch(NamedTuple):
     """One worker's share of the global batch that begins at `images_seen`."""
 
     images_seen: int
-    masked: int  # masked tokens of each image, one length for the whole global batch
+    masked: int  # masked tokens per image, the same for the whole global batch
     micro_batches: list[MicroBatch]
 
 
 def share_of(worker: int, workers: int, micro_batches: int) -> range:
-    """Indices of the micro-batches that `worker` runs: contiguous, and as even as the numbers allow."""
+    """Indices of the micro-batches that `worker` runs: a contiguous range, distributed as evenly as possible."""
     return range(worker * micro_batches // workers, (worker + 1) * micro_batches // workers)
 
 
 def flips(seed: int, images_seen: int, micro_batch: int, images: int) -> np.ndarray:
-    """Which of the `images` of a micro-batch, by its number in the global batch that begins at `images_seen`, are mirrored: bool (N,)."""
+    """Which images of a micro-batch are mirrored, bool (N,). `micro_batch`: its index in the global batch that begins at `images_seen`."""
     return (torch.rand(images, generator=stream(seed, images_seen, micro_batch, "flip")) < 0.5).numpy()
 
 
@@ -63,7 +63,7 @@ def owner_of(micro_batch: int, workers: int, micro_batches: int) -> int:
 
 @dataclass
 class MicroBatches:
-    """Global batches from `images_seen` on, without end. What they hold depends on (seed, images seen) alone, never on who asks."""
+    """An endless sequence of global batches. Their content depends only on (seed, images seen), not on the worker."""
 
     cache: LatentCache
     config: MARConfig
@@ -74,7 +74,7 @@ class MicroBatches:
     worker: int
     workers: int
     shuffle_window: int = 0
-    checks: tuple[int, int] | None = None  # see LatentDataset; None: all workers share the comparison of the shards
+    checks: tuple[int, int] | None = None  # see LatentDataset; None: all workers share the verification of the shards
 
     def __post_init__(self) -> None:
         self.share = share_of(self.worker, self.workers, self.batch // self.micro_batch)
@@ -82,7 +82,7 @@ class MicroBatches:
         self.seconds_waited = 0.0
 
     def from_images(self, images_seen: int) -> Iterator[GlobalBatch]:
-        """Yields each worker's share; the next one is prepared on a thread meanwhile."""
+        """Yields this worker's share of each global batch; the next is prepared on a thread in the meantime."""
         with ThreadPoolExecutor(1, thread_name_prefix="micro-batches") as ahead:
             upcoming = ahead.submit(self.prepare, images_seen)
             while True:
@@ -112,23 +112,23 @@ class MicroBatches:
 
 
 class LatentBatch(NamedTuple):
-    """B records whose latents are still posterior moments."""
+    """B records as posterior moments."""
 
-    position: int  # images seen before the global batch that this is a share of
+    position: int  # images seen before this global batch
     moments: Tensor  # (B, 2C, H, W) in the cache's dtype
     labels: Tensor  # (B,) int64
 
 
 class LatentDataset:
-    """A latent cache in training order. Its state is one integer, the position: images seen.
+    """A latent cache in training order. Its state is a single integer, the position: images seen.
 
-    Each shard is compared with its SHA-256 once, on a thread beside the reads: `read` raises UserError once a damaged one is found, and
-    `settle_checks` waits until all are compared that were read from."""
+    The SHA-256 of each shard is verified once, on a background thread: `read` raises UserError after a damaged shard was found, and
+    `settle_checks` waits until all shards that were read from are verified."""
 
     def __init__(self, cache: LatentCache, seed: int, window: int = 0, checks: tuple[int, int] = (0, 1)) -> None:
-        """`window`: shards shuffled together; 0: all. `checks`: (which, of how many) processes that read the same files in the same
-        order and share their comparison. Raises UserError where the cache's shards are fetched onto a local disk that holds too few
-        of them for that order."""
+        """`window`: number of shards shuffled together; 0: all. `checks`: (index, count) of this process among the processes that read the
+        same files in the same order and share their verification. Raises UserError if shards are fetched to a local disk that is too small
+        for that order."""
         self.cache, self.seed, self.checks = cache, seed, checks
         cache.checked_beside()
         shard_rows = [shard["rows"] for shard in cache.manifest.shards]
@@ -138,29 +138,29 @@ class LatentDataset:
         needed = min(window + 1, len(shard_rows)) if window else len(shard_rows)
         if cache.local is not None and cache.local.capacity < needed:
             raise UserError(
-                f"cache.local_gb is {cache.local.limit / 1e9:g}, room for {cache.local.capacity} of the {len(shard_rows)} shards of "
+                f"cache.local_gb is {cache.local.limit / 1e9:g}, which fits {cache.local.capacity} of the {len(shard_rows)} shards of "
                 f"{cache.path!r}, but train.shuffle_window={window} reads from {needed} at a time",
                 remedy=f"raise cache.local_gb, or set a train.shuffle_window from 1 to {cache.local.capacity - 1}",
             )
 
     def read(self, start: int, stop: int, flipped: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The records at positions start … stop − 1, of the mirror image where `flipped` (N,): moments (N, 2C, H, W), labels (N,)."""
+        """The records at positions start … stop − 1, the mirror image if `flipped` (N,): moments (N, 2C, H, W), labels (N,)."""
         self._prepare_shards(start)
         dtype = getattr(torch, self.cache.manifest.dtype)
         moments = torch.empty(stop - start, *self.cache.moments_shape, dtype=dtype, pin_memory=self.pin_memory)
         first, last = start // BLOCK, max(stop - 1, start) // BLOCK
-        rows = self._block(first) if first == last else np.concatenate([self._block(one) for one in range(first, last + 1)])
+        rows = self._block(first) if first == last else np.concatenate([self._block(number) for number in range(first, last + 1)])
         rows = rows[start - first * BLOCK : stop - first * BLOCK]
         _, labels = self.cache.take(rows, flipped, out=moments.numpy())
         found = torch.from_numpy(labels)
         return moments, found.pin_memory() if self.pin_memory else found
 
     def settle_checks(self) -> None:
-        """Wait until this process's share of the shards read from so far is compared. Raises UserError where one is damaged."""
+        """Wait until this process's share of the shards read so far is verified. Raises UserError if a shard is damaged."""
         self.cache.checks.settle()
 
     def _prepare_shards(self, position: int) -> None:
-        """Begin to fetch and to compare the shards that are read from at this position and soon after it."""
+        """Start fetching and verifying the shards that are read at this position and soon after it."""
         checks, (mine, count) = self.cache.checks, self.checks
         if isinstance(self.order, WindowedOrder):
             numbers = self.order.shards_from(position, 2 * self.order.window)
@@ -175,9 +175,9 @@ class LatentDataset:
     def batches(
         self, position: int, batch: int, *, micro_batch: int = 0, flip: bool = True, worker: int = 0, workers: int = 1
     ) -> Iterator[LatentBatch]:
-        """This worker's share of each global batch of `batch` records from `position` on, without end: the records, and with `flip` the
-        mirror images, of a training with this seed, `train.batch` and `train.micro_batch` (0: the whole batch). The shares of any number
-        of workers make up the same global batches.
+        """This worker's share of each global batch of `batch` records, from `position`, without end. With `flip` the same images are
+        mirrored as in a training with this seed, `train.batch` and `train.micro_batch` (0: the whole batch). For any number of workers the
+        shares add up to the same global batches.
 
         Raises ValueError unless `micro_batch` divides `batch`.
         """
@@ -188,8 +188,8 @@ class LatentDataset:
         start, stop = share.start * unit, share.stop * unit
 
         def prepare(first: int) -> LatentBatch:
-            whole = [flips(self.seed, first, index, images) if flip else np.zeros(images, bool) for index in range(batch // images)]
-            return LatentBatch(first, *self.read(first + start, first + stop, np.concatenate(whole)[start:stop]))
+            mirrored = [flips(self.seed, first, index, images) if flip else np.zeros(images, bool) for index in range(batch // images)]
+            return LatentBatch(first, *self.read(first + start, first + stop, np.concatenate(mirrored)[start:stop]))
 
         with ThreadPoolExecutor(1, thread_name_prefix="latents") as thread:
             upcoming = deque(thread.submit(prepare, position + number * batch) for number in range(AHEAD))

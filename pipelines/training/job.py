@@ -1,4 +1,4 @@
-"""What each training worker is given."""
+"""Arguments of the training workers."""
 
 from dataclasses import asdict, dataclass
 
@@ -14,7 +14,7 @@ from pipelines.training.supervision.channel import TrainingChannel
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that a worker needs to know."""
+    """Arguments of each training worker."""
 
     model: MARConfig
     train: TrainSettings
@@ -23,11 +23,11 @@ class TrainingJob:
     seed: int
     cluster: ClusterSettings
     channel: TrainingChannel
-    start: Start | None  # of a run that is fine-tuning
-    validated_as: str = ""  # what makes the distances of two validations comparable
+    start: Start | None  # initial weights for fine-tuning
+    validated_as: str = ""  # identity of validations: only values of the same identity are comparable
 
     def checkpointed(self) -> CheckpointedRun:
-        """What the run's checkpoints say of it."""
+        """The run's description for its checkpoints."""
         manifest, train = self.cache.manifest, self.train
         about = {
             "seed": self.seed,

@@ -1,4 +1,4 @@
-"""Stage *train*: MAR on a latent cache with Ray Train."""
+"""Stage *train*: trains MAR on a latent cache with Ray Train."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ from pipelines.training.supervision.messages import Validated
 from pipelines.training.validator import Validator
 from pipelines.training.worker import train_worker
 
-FIGURES = (  # of the last interval, kept in the summary
+FIGURES = (  # metrics of the last interval in the summary
     *LOSS_COLUMNS, "images_per_second", "tflops_per_worker", "mfu", "data_wait_share", "communication_share", "checkpoint_share",
     "parameters",
 )  # fmt: skip
@@ -41,10 +41,10 @@ def train(
     tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings, stage: Stage,
     validator: Validator | None = None, on_validation: Callable[[Validated], None] = lambda found: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train `model` on the cache at `cache.path` until `train.images` are seen, resuming from the newest checkpoint that verifies.
-    `validator` validates checkpoints on the way (see `jobs.training`), and `on_validation` is called with each of its results.
+    """Train `model` on the cache at `cache.path` until `train.images` images are seen, resuming from the newest valid checkpoint.
+    `validator` validates checkpoints during training (see `jobs.training`); `on_validation` is called with each result.
 
-    Returns the summary: images_seen, steps, steps_skipped (because they were not finite), loss and its bands over the last interval,
+    Returns the summary: images_seen, steps, steps_skipped (non-finite steps), loss and its bands over the last interval,
     images_per_second, parameters, checkpoint.
     Raises UserError for a missing cache, an output of another identity, or a cluster too small for `train.workers`.
     """
@@ -60,7 +60,9 @@ def train(
     resumed = newest_checkpoint(train.path, passed_over)
     state: dict[str, Any] = read_checkpoint(resumed, TrainingState) if resumed else {"images_seen": 0, "intervals": []}
     first = int(state["images_seen"])
-    stage.say(f"resuming from {resumed} ({first:,} images seen)" if resumed else f"from the start; checkpoints in {train.path}/checkpoints")
+    stage.say(
+        f"resuming from {resumed} ({first:,} images seen)" if resumed else f"starting a new run; checkpoints in {train.path}/checkpoints"
+    )
     for line in start.describe(latents.manifest.class_names) if start and not resumed else ():
         stage.say(line)
     log = MetricsLog(storage.join(train.path, "metrics.jsonl"), first, state["intervals"], stage.say)
@@ -80,7 +82,7 @@ def train(
         listener = Listener(train.workers, on_metrics, on_validation, stage.say, passed_over)
         summary = fit(training_job(tokenizer_path, cache, model, train, stage, start, validator), listener, validator)
     log.write()
-    if log.rows:  # a run killed after its last checkpoint trains nothing more, but its last interval is known
+    if log.rows:  # a run that was killed after its last checkpoint has no steps left, but its last interval is known
         summary = {**{name: log.rows[-1][name] for name in FIGURES if name in log.rows[-1]}, **summary}
     if reason := diverged(summary) or skipped_steps(summary):
         stage.say(f"{reason}; lower train.learning_rate in a run with another train.path")
@@ -88,7 +90,7 @@ def train(
 
 
 def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) -> tuple[Start | None, dict[str, Any]]:
-    """What `train.init_from` names, and its part of the run's identity. A run that has checkpoints of its own goes on without it."""
+    """The initial weights for `train.init_from`, and their part of the run's identity. A run with checkpoints resumes without them."""
     if not train.init_from:
         return None, {}
     try:
@@ -96,14 +98,14 @@ def begun_with(train: TrainSettings, config: MARConfig, class_names: list[str]) 
     except UserError:
         known = storage.join(train.path, IDENTITY)
         digest = read_identity(train.path).get("train.init_from") if storage.exists(known) else None
-        if digest is None or newest_checkpoint(train.path, lambda _: None) is None:  # `train` names the damaged
+        if digest is None or newest_checkpoint(train.path, lambda _: None) is None:  # `train` reports damaged checkpoints
             raise
         return None, {"train.init_from": digest}
     return start, {"train.init_from": start.digest}
 
 
 def training_identity(cache: CacheSettings, model: Architecture, train: TrainSettings, seed: int) -> dict[str, Any]:
-    """What decides the weights that training ends with, apart from its length."""
+    """The settings that determine the trained weights, except for the length of training."""
     return {**identity_of(model=model, train=train, seed=seed), "cache.digest": LatentCache(cache.path).digest}
 
 
@@ -111,14 +113,14 @@ def training_job(
     tokenizer_path: str, cache: CacheSettings, model: Architecture, train: TrainSettings, stage: Stage, start: Start | None,
     validator: Validator | None,
 ) -> TrainingJob:  # fmt: skip
-    """What each worker is given. Raises UserError for settings that do not fit each other, the cache or the cluster."""
+    """Arguments of the workers. Raises UserError for settings that do not fit each other, the cache or the cluster."""
     if storage.is_local(train.path):
         train = replace(train, path=str(Path(train.path).resolve()))
     if validator is None:
         train = replace(train, validation_images=0)
     latents = LatentCache(cache.path, str(Path(cache.local).resolve()) if cache.local else "", cache.local_gb)
     config = model_config(model, latents)
-    LatentDataset(latents, stage.seed, train.shuffle_window)  # raises UserError if the local disk can't hold what that order reads
+    LatentDataset(latents, stage.seed, train.shuffle_window)  # raises UserError if the local disk is too small for that order
     fewest = {"train.workers_min": train.workers_min} if 0 < train.workers_min < train.workers else {"train.workers": train.workers}
     require_workers(fewest, stage.cluster)
     _check_best(train, validator)
@@ -127,8 +129,8 @@ def training_job(
 
 
 def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None) -> dict[str, Any]:
-    """The Ray Train run itself, untracked; `listener` receives the workers' messages. Returns a summary. On Ctrl-C and SIGTERM the
-    workers write a checkpoint before those are raised again.
+    """Run Ray Train, without tracking; `listener` receives the workers' messages. Returns a summary. After Ctrl-C or SIGTERM the workers
+    write a checkpoint, then the signal's exception is raised.
     """
     import ray.train
     from ray.train import ControllerError
@@ -155,9 +157,9 @@ def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None
 
     def stop() -> None:
         if job.channel.somebody_works():
-            listener.say("ending: the workers write a checkpoint (send the signal again to exit without it)")
+            listener.say("stopping: the workers write a checkpoint (send the signal again to exit without it)")
         else:
-            listener.say("ending: the workers have not begun to train, so there is nothing to write")
+            listener.say("stopping: the workers have not started training, there is nothing to write")
         job.channel.ask(STOP)
 
     try:
@@ -167,11 +169,11 @@ def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None
         raise error.controller_failure from error
     checkpoint = newest_checkpoint(train.path, listener.passed_over)
     if interruption is not None:
-        listener.say(f"ended with {checkpoint}; the same command resumes there" if checkpoint else "ended before the first checkpoint")
+        listener.say(f"stopped with {checkpoint}; run the same command to resume" if checkpoint else "stopped before the first checkpoint")
         raise interruption
     if checkpoint is None:
         raise UserError(
-            f"{train.path}/checkpoints holds no checkpoint that verifies, although one was just written", remedy="check that disk"
+            f"{train.path}/checkpoints contains no valid checkpoint, although a checkpoint was just written", remedy="check that disk"
         )
     state = read_checkpoint(checkpoint, TrainingState)
     steps = int(state["images_seen"]) // train.batch
@@ -186,7 +188,7 @@ def fit(job: TrainingJob, listener: Listener, validator: Validator | None = None
 
 
 def model_config(model: Architecture, cache: LatentCache) -> MARConfig:
-    """The model's whole configuration: what was chosen, and what the cache determines. Raises UserError where they don't fit."""
+    """The model's complete configuration: the architecture and the values from the cache. Raises UserError if they do not fit."""
     manifest = cache.manifest
     try:
         return MARConfig(
@@ -202,5 +204,5 @@ def model_config(model: Architecture, cache: LatentCache) -> MARConfig:
 def _check_best(train: TrainSettings, validator: Validator | None) -> None:
     metrics = [*METRICS, *([validator.metric] if validator else [])]
     if train.keep_best and train.keep_best not in metrics:
-        known = f"{', '.join(metrics)}{'' if validator else ', or the metric of a validation where train.validation_images is set'}"
+        known = f"{', '.join(metrics)}{'' if validator else ', or a validation metric if train.validation_images is set'}"
         raise UserError(f"train.keep_best is {train.keep_best!r}, expected one of {known}")

@@ -1,4 +1,4 @@
-"""What a training worker holds and a checkpoint keeps: weights, their averages, the optimizer, progress and the intervals."""
+"""The state of a training worker, as stored in checkpoints: weights, averages, optimizer, progress and metrics intervals."""
 
 import time
 from collections import deque
@@ -24,10 +24,10 @@ from pipelines.training.settings import TrainSettings
 
 
 class WorkerState:
-    """One worker's part of what a checkpoint holds."""
+    """One worker's part of the state in a checkpoint."""
 
     def __init__(self, job: TrainingJob, newest: str | None, worker: int, workers: int, device: torch.device) -> None:
-        """The state of the checkpoint `newest`; without one that of `job.start`, or random initial weights."""
+        """Load the checkpoint `newest`; without one, the weights of `job.start`, or random initial weights."""
         train = job.train
         self.train, self.worker = train, worker
         model = initial_model(job.model, train, job.seed).to(device)
@@ -38,7 +38,7 @@ class WorkerState:
             parameter_groups(model, train.weight_decay), lr=train.learning_rate, betas=(train.beta1, train.beta2), fused=True
         )
         self.averages = [WeightAverage(model, decay, train.ema_warmup) for decay in (train.ema_decay, *train.ema_decays)]
-        self.images_seen = self.steps = 0  # steps that were taken, not skipped
+        self.images_seen = self.steps = 0  # steps without the skipped ones
         self.intervals: deque[dict[str, float]] = deque(maxlen=CHECKPOINTED)
         self.interval = Interval(device)
         self._memory = HostMemory()
@@ -58,12 +58,12 @@ class WorkerState:
         self.interval.go_on(state["interval"], self.worker)
 
     def progress(self, images_seen: int, sums: list[float]) -> dict[str, object]:
-        """The part of `state.json` that changes from checkpoint to checkpoint; `sums` are the interval's over all workers."""
+        """The variable part of `state.json`; `sums` are the interval's sums over all workers."""
         lines = [null_for_nan(line) for line in self.intervals if line["images_seen"] <= images_seen]
         return {"images_seen": images_seen, "step": self.steps, "intervals": lines, "interval": sums}
 
     def copies(self, writer: CheckpointWriter | None) -> dict[str, dict[str, Tensor]]:
-        """file → name → whole tensor in host memory, on the first worker, which has a writer; a sharded model is gathered from all."""
+        """file → name → full tensor in host memory, on rank 0, which has a writer; sharded models are gathered from all workers."""
         if self.worker > 0 and not self.strategy.sharded:
             return {}
         began = time.perf_counter()
@@ -73,7 +73,7 @@ class WorkerState:
             OPTIMIZER: optimizer_state(self.model, self.optimizer),
         }
         if writer is not None:
-            writer.wait()  # it may still write from the same memory
+            writer.wait()  # it may still read from the same memory
         copies: dict[str, dict[str, Tensor]] = {file: {} for file in files}
         for file, tensors in files.items():
             for name, tensor in tensors.items():
@@ -89,7 +89,7 @@ class WorkerState:
 
 
 def initial_model(config: MARConfig, train: TrainSettings, seed: int) -> MAR:
-    """The model with its random initial weights, the same in every worker, compiled and recomputing as `train` says."""
+    """The model with random initial weights, the same on every worker, compiled and with activation checkpointing as set in `train`."""
     with torch.random.fork_rng():
         torch.manual_seed(initial_weights(seed))
         model = MAR(config)

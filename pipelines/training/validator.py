@@ -1,4 +1,4 @@
-"""What training knows of validations: the protocol that `pipelines.evaluation.validation` implements."""
+"""Training's interface to validation: the protocol that `pipelines.evaluation.validation` implements."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -9,15 +9,15 @@ if TYPE_CHECKING:
 
 
 class Validator(Protocol):
-    """Validates checkpoints while a run trains, on resources beside the training workers."""
+    """Validates checkpoints during training, on separate resources."""
 
     @property
     def metric(self) -> str:
-        """The name of the metric that it finds, as `train.keep_best` and MLflow know it."""
+        """Name of the metric, for `train.keep_best` and MLflow."""
 
     @property
     def identity(self) -> str:
-        """Validations of the same identity find comparable values."""
+        """Values of validations with the same identity are comparable."""
 
     def config(self, channel: TrainingChannel) -> "ValidationConfig":
-        """What Ray Train runs for a checkpoint, and on which resources. Results go to the driver through `channel`."""
+        """The validation function and its resources for Ray Train. Results are sent to the driver through `channel`."""

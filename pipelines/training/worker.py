@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: its micro-batches of every global batch, the optimizer step, metrics and checkpoints."""
+"""The training loop of a Ray Train worker: its micro-batches of each global batch, the optimizer step, metrics and checkpoints."""
 
 import posixpath
 import time
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def train_worker(loop_config: dict[str, TrainingJob]) -> None:
-    """The training loop of one worker, from the newest checkpoint that verifies to `train.images`, or until asked to end."""
+    """The training loop of one worker, from the newest valid checkpoint to `train.images`, or until it is asked to stop."""
     import ray.train
 
     job = loop_config["job"]
@@ -44,7 +44,7 @@ class Training:
     """One worker's part of a run."""
 
     def __init__(self, job: TrainingJob, worker: int, workers: int, node: tuple[int, int]) -> None:
-        """`node`: this worker's number among those of its node, and how many these are."""
+        """`node`: this worker's rank on its node, and the number of workers there."""
         self.job, self.train, self.worker, self.workers = job, job.train, worker, workers
         self.began = time.time()
         train, device = job.train, default_device()
@@ -60,13 +60,13 @@ class Training:
         self.micro_batches = MicroBatches(
             job.cache, job.model, batch=train.batch, micro_batch=train.micro_batch, flip=train.flip, seed=job.seed, worker=worker,
             workers=workers, shuffle_window=train.shuffle_window,
-            checks=None if job.cache.local is None else node,  # copies are compared on each node
+            checks=None if job.cache.local is None else node,  # local copies are verified on each node
         )  # fmt: skip
         self.writer = CheckpointWriter(job.checkpointed(), job.channel.say, self.state.images_seen) if worker == 0 else None
         self.asked = job.channel.watched() if worker == 0 else lambda: ""
         self.watchdog = Watchdog(f"worker {worker}", PATIENCE * train.hang_seconds, job.channel.say)
-        self.ending = False  # a request to end has reached all workers
-        self.skipped = 0  # steps in a row
+        self.ending = False  # all workers have received the request to stop
+        self.skipped = 0  # consecutive steps
         state = self.state
         self.step = OptimizerStep(
             state.model, state.optimizer, state.averages, state.strategy, train.gradient_clip, train.batch // train.micro_batch, workers,
@@ -74,7 +74,7 @@ class Training:
         )  # fmt: skip
 
     def _newest(self) -> str | None:
-        """The newest checkpoint that verifies; the first worker looks for it."""
+        """The newest valid checkpoint, found by rank 0."""
         from ray.train import collective
 
         channel = self.job.channel
@@ -83,7 +83,7 @@ class Training:
         return newest
 
     def run(self) -> None:
-        """Steps until `train.images` are seen or the workers are asked to end; then the last checkpoint."""
+        """Train until `train.images` are seen or the workers are asked to stop; then write the last checkpoint."""
         train, first = self.train, True
         self.state.model.train()
         with self.watchdog:
@@ -105,8 +105,8 @@ class Training:
         self._end()
 
     def _warm_up(self, share: GlobalBatch) -> None:
-        """A pass of which nothing stays: DDP lays out its buckets anew after the first, and the order of its sums with them, so that
-        without this a resumed run's first step would not be bit by bit that of the run that was never interrupted."""
+        """Run a backward pass and discard its gradients. DDP rebuilds its buckets after the first pass, which changes the order of sums:
+        without this, the first step of a resumed run would not be bit-identical to that of an uninterrupted run."""
         if self.workers > 1 and not self.state.strategy.sharded:
             self._backward(share, share.micro_batches[0], last=True)
             self.state.optimizer.zero_grad(set_to_none=True)
@@ -123,7 +123,7 @@ class Training:
             unsound[index] = self._backward(share, micro_batch, counted=True)
         index, micro_batch = passes[-1]
         unsound[index] = self._backward(share, micro_batch, last=len(passes) == most, counted=True)
-        if len(passes) < most:  # sharded workers gather their blocks together: who has one pass less joins in, and adds nothing
+        if len(passes) < most:  # all workers of a sharded model must run the same number of passes; this one adds nothing
             self._backward(share, micro_batch, last=True)
         self.telemetry.stepped(len(share.micro_batches), share.masked)
         self._settle()
@@ -132,8 +132,8 @@ class Training:
         self.state.interval.steps(train.batch, self.step.norm, self.step.stepped, rate)
 
     def _backward(self, share: GlobalBatch, micro_batch: MicroBatch, last: bool = False, counted: bool = False) -> Tensor:
-        """Forward and backward of one micro-batch; whether its loss was not finite, 1 or 0 on the device. Gradients travel in the last
-        pass of a step; those of one that is not counted are zero."""
+        """Forward and backward of one micro-batch. Returns whether its loss was not finite, 1 or 0 on the device. The last pass of a step
+        averages the gradients; the gradients of a pass that is not `counted` are zero."""
         tokens = self.train.batch * share.masked * self.job.model.diffusion_repeats  # losses are summed, then divided once
         with self.state.strategy.micro_batch(last):
             latents = self.normalize(micro_batch.moments, micro_batch.posterior_noise)
@@ -147,7 +147,7 @@ class Training:
         return finite.logical_not().float()
 
     def _settle(self) -> None:
-        """Learn what became of the step before, and of the requests that travelled with it."""
+        """Read the outcome of the previous step, and of the requests that were reduced with it."""
         outcome = self.step.settle(self.state.steps)
         if outcome is None:
             return
@@ -160,13 +160,13 @@ class Training:
             self._report()
 
     def _tell_skipped(self, outcome: Outcome) -> None:
-        """Say where the non-finite value came from. Raises UserError after `train.nonfinite_limit` in a row, with a checkpoint of
-        before the first of them."""
+        """Report the origin of the non-finite value. Raises UserError after `train.nonfinite_limit` consecutive steps, with a checkpoint
+        of the state before them."""
         train, before = self.train, self.state.images_seen - self.train.batch
         if outcome.losses:
             index = outcome.losses[0]
             worker = owner_of(index, self.workers, train.batch // train.micro_batch)
-            where = f"the loss of micro-batch {index} (worker {worker}, images {before + index * train.micro_batch:,} and on in the order)"
+            where = f"the loss of micro-batch {index} (worker {worker}, images from position {before + index * train.micro_batch:,})"
         else:
             where = f"the gradient of {outcome.gradient}" if outcome.gradient else "the gradient's norm"
         text = f"{where} is not finite in the step at {before:,} images: skipped ({self.skipped} in a row)"
@@ -177,9 +177,9 @@ class Training:
         sound = self.state.images_seen - self.skipped * train.batch
         self._save_last(sound)
         if self.workers > 1:
-            torch.distributed.barrier()  # the others' error would end the group while the first worker still writes
+            torch.distributed.barrier()  # an error in another worker would end the group while rank 0 is writing
         raise UserError(
-            f"{text}, which is train.nonfinite_limit; the checkpoint at {sound:,} images is from before",
+            f"{text}, which is train.nonfinite_limit; the checkpoint at {sound:,} images precedes these steps",
             remedy="start a run with another train.path from that checkpoint (train.init_from), with a lower train.learning_rate or "
             "train.precision=float32",
         )
@@ -189,12 +189,12 @@ class Training:
         row = self.telemetry.close(row, self.micro_batches.seconds_waited, self.state.seconds_copying)
         self.micro_batches.seconds_waited = self.state.seconds_copying = 0.0
         if self.worker == 0:
-            parameters = sum(one.numel() for one in self.state.model.parameters())
+            parameters = sum(parameter.numel() for parameter in self.state.model.parameters())
             self.state.intervals.append({**row, "images_seen": self.state.images_seen, "parameters": parameters})
             self.job.channel.send(Metrics(self.state.intervals[-1]))
 
     def _checkpoint(self) -> None:
-        """Begin to write a checkpoint; the writer waits for the one before. While steps are skipped there is nothing new to keep."""
+        """Start writing a checkpoint, after the previous one is written. While steps are skipped there is no new state to save."""
         self._settle()
         if self.skipped:
             return
@@ -204,33 +204,33 @@ class Training:
             self.writer.begin(tensors, self.state.progress(self.state.images_seen, sums))
 
     def _settle_checks(self) -> None:
-        """Wait until the shards that the weights were made of are compared with their checksums: no checkpoint comes of a damaged one.
-        Each worker waits for its share, and `Interval.sums` for all of them."""
+        """Wait until all shards that were trained on are verified, so that no checkpoint depends on a damaged shard. Each worker waits for
+        its share; `Interval.sums` synchronises the workers."""
         self.watchdog.rests()
         self.micro_batches.latents.settle_checks()
 
     def _save_last(self, images_seen: int) -> None:
-        """Write the checkpoint that a run ends with, unless it is on disk; this waits until it is."""
+        """Write the last checkpoint of a run, unless it is on disk, and wait for it."""
         if images_seen == self.resumed_at:
             return
         self._settle_checks()
         tensors, sums = self._copies(), self.state.interval.sums(self.workers)
         if self.writer is None or self.writer.newest == images_seen:
             return
-        if self.ending and self.asked() in (PREEMPTED, RESIZED):  # the group starts again: where this fails, from the one before
+        if self.ending and self.asked() in (PREEMPTED, RESIZED):  # the group restarts; if this fails, from the previous checkpoint
             self.writer.begin(tensors, self.state.progress(images_seen, sums))
             self.writer.wait()
         else:
             self.writer.finish(tensors, self.state.progress(images_seen, sums))
 
     def _end(self) -> None:
-        """The last checkpoint, and the end that was asked for: Ray restarts a group that reports a pre-emption."""
+        """Write the last checkpoint and stop as requested: Ray restarts a group that reports a pre-emption."""
         from ray.exceptions import RayActorError
         from ray.train import collective
 
         self._settle()
         self._save_last(self.state.images_seen)
-        reason = collective.broadcast_from_rank_zero(self.asked() if self.ending else "")  # after the first worker has written
+        reason = collective.broadcast_from_rank_zero(self.asked() if self.ending else "")  # after rank 0 has written
         self._report()
         if reason == RESIZED and self.worker == 0:
             self.job.channel.answer()
@@ -238,7 +238,7 @@ class Training:
             raise RayActorError(error_msg=f"pre-empted, with a checkpoint at {self.state.images_seen:,} images", preempted=True)
 
     def _report(self) -> None:
-        """Tell Ray Train of the newest checkpoint that is written; all workers do at the same step."""
+        """Report the newest written checkpoint to Ray Train; all workers call this in the same step."""
         import ray.train
 
         written, validation = None, None
@@ -256,7 +256,7 @@ class Training:
         )
 
     def _due_validation(self, name: str) -> "ValidationTaskConfig | None":
-        """What Ray Train is to do with the checkpoint of that name, where `train.validation_images` have gone by."""
+        """Validation of the checkpoint of this name, if `train.validation_images` have passed since the last one; else None."""
         from ray.train import ValidationTaskConfig
 
         every, seen = self.train.validation_images, images_of(name)

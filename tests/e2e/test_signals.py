@@ -95,7 +95,7 @@ def test_at_any_moment_and_the_same_command_ends_with_the_same_result(
 def test_before_the_first_step_no_checkpoint_is_announced(tmp_path: Path) -> None:
     write_latents(tmp_path / "cache")
     command = Command("train", tmp_path)
-    command.wait_for("from the start")
+    command.wait_for("starting a new run")
     command.send(signal.SIGTERM)
     assert_interrupted(command, signal.SIGTERM, tmp_path)
     assert "write a checkpoint" not in command.err

@@ -39,6 +39,7 @@ COMMANDS = [
     "help",
     "import",
     "export",
+    "reference",
     "inspect",
     "verify",
 ]
@@ -47,7 +48,7 @@ CONFIGURED = [
 ]  # those are told all by their own options
 
 
-def test_the_sixteen_commands_are_there() -> None:
+def test_the_seventeen_commands_are_there() -> None:
     assert list(GROUP.commands) == COMMANDS  # type: ignore[attr-defined]
 
 

@@ -106,10 +106,10 @@ def test_a_released_file_is_taken_where_a_checkpoint_is(mar: Mar, folder: Path, 
 
     torch.save({"model": random_weights(KLAutoencoder(KLConfig(channels=5, width=8, multipliers=(1, 1))), 0)}, tmp_path / "kl.ckpt")
     assert mar("import", str(tmp_path / "kl.ckpt"), "--out", str(other)).status == 0
-    with pytest.raises(UserError, match="has 5 latent channels, the checkpoint's model 4"):
+    with pytest.raises(UserError, match="has 5 latent channels, expected 4 as in the checkpoint's model"):
         drawn(str(imported), str(other))
     result = mar("import", str(folder / "mine.pth"), "--out", str(tmp_path / "no"), "--tokenizer", str(other))
-    assert (result.status, "name patch size and tokenizer" in result.err) == (2, True)
+    assert (result.status, "give the patch size and the tokenizer" in result.err) == (2, True)
     assert not (tmp_path / "no").exists()
 
 
@@ -131,15 +131,15 @@ def test_raw_weights_and_options(mar: Mar, folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("absent.pth",), "absent.pth is not there"),
-        (("text.pth",), "text.pth is not a PyTorch file, or cut off or damaged"),
+        (("absent.pth",), "absent.pth does not exist"),
+        (("text.pth",), "text.pth is not a PyTorch file, or is truncated or damaged"),
         (("half.pth",), "missing (4): decoder_blocks.0.attn.proj.bias, "),
         (("release", "--heads", "many"), "--heads is 'many', expected one whole number above 0, or two, e.g. 12,16"),
         (("release", "--heads", "5"), "encoder_heads is 5, expected a divisor of encoder_width, which is 64"),
         (("release", "--patch-size", "3"), "tokens have 16 values"),
         (("release", "--latent-scale", "0"), "--latent-scale is 0.0, expected a number above 0"),
-        (("release", "--tokenizer", "release"), "is no tokenizer directory"),
-        (("release/kl16.ckpt", "--raw"), "holds a tokenizer; --raw and the options about sizes are for MAR checkpoints"),
+        (("release", "--tokenizer", "release"), "is not a tokenizer directory"),
+        (("release/kl16.ckpt", "--raw"), "contains a tokenizer; leave out --raw and the size options, which are for MAR checkpoints"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -160,7 +160,7 @@ def test_what_is_there_is_not_overwritten(mar: Mar, folder: Path, tmp_path: Path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     result = mar("import", str(folder), "--out", str(tmp_path / "mine"), "--patch-size", "2")
-    assert (result.status, "is there, but was not imported from this checkpoint-last.pth" in result.err) == (2, True)
+    assert (result.status, "exists, but was not imported from this checkpoint-last.pth" in result.err) == (2, True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 

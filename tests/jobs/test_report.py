@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.report.page import StageOutput, classes_drawn, duration, number, report, times
+from jobs.report.figures import StageOutput, duration, number, times
+from jobs.report.page import classes_drawn, report
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.plots import sweep_plot
 

@@ -93,7 +93,7 @@ def test_foreign_and_hostile_files_are_refused(tmp_path: Path) -> None:
         "levels": ({}, {f"encoder.down.{level}.block.0.conv1.weight": torch.zeros(1) for level in range(100)}, "100 levels"),
         "not finite": ({}, {**weights, "quant_conv.bias": torch.full((4,), torch.nan)}, "not finite in 1 tensors: quant_conv.bias"),
         "another model": ({}, {"model.diffusion_model.x": torch.zeros(1)}, "or a Lightning checkpoint of an autoencoder"),
-        "not tensors": ({}, {**weights, "encoder.x": "text"}, "holds no weights under 'model': encoder.x there"),
+        "not tensors": ({}, {**weights, "encoder.x": "text"}, "contains no weights under 'model' but encoder.x"),
         "stray": ({}, {**weights, "model_ema.decay": torch.zeros(())}, r"unexpected \(1\): model_ema.decay"),
     }
     for name, (others, content, message) in cases.items():
@@ -101,7 +101,7 @@ def test_foreign_and_hostile_files_are_refused(tmp_path: Path) -> None:
             import_tokenizer(lightning(tmp_path / name, content, **others), tmp_path / "out")
     whole = (lightning(tmp_path / "whole", weights)).read_bytes()
     (tmp_path / "cut off").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut off is not a PyTorch file, or cut off or damaged"):
+    with pytest.raises(ValueError, match="cut off is not a PyTorch file, or is truncated or damaged"):
         import_tokenizer(tmp_path / "cut off", tmp_path / "out")
     assert not mark.exists()
     assert not (tmp_path / "out").exists()

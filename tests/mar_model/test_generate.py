@@ -134,8 +134,8 @@ def test_ddim_differs_and_without_eta_takes_no_noise_but_the_initial(model: MAR)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"labels": torch.tensor([0, 5])}, "labels go from 0 to 5, expected 0 to 4"),
-    ({"labels": torch.tensor([-1, 2])}, "labels go from -1 to 2, expected 0 to 4"),
+    ({"labels": torch.tensor([0, 5])}, "labels range from 0 to 5, expected 0 to 4"),
+    ({"labels": torch.tensor([-1, 2])}, "labels range from -1 to 2, expected 0 to 4"),
     ({"labels": torch.tensor([0.0, 1.0])}, r"dtype torch.float32, expected \(B,\) integers"),
     ({"labels": torch.tensor([0, 1, 2])}, "labels are for 3 images, the orders for 2"),
     ({"labels": None, "guidance": 2.0}, "guidance is 2.0 without labels, expected 1"),
@@ -148,13 +148,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5, expected 0 to 1"),
     ({"x0_range": (torch.zeros(3), torch.ones(3))}, r"x0_range has shapes \[\(3,\), \(3,\)\], expected two of \(2,\)"),
     ({"x0_range": (torch.ones(2), torch.zeros(2))}, "expected low ≤ high in every channel"),
-    ({"orders": torch.zeros(2, TOKENS, dtype=torch.long)}, r"orders \[0, 1\] are no permutations of 0 to 15"),
+    ({"orders": torch.zeros(2, TOKENS, dtype=torch.long)}, r"orders \[0, 1\] are not permutations of 0 to 15"),
     ({"orders": torch.arange(15).expand(2, 15)}, r"orders have shape \(2, 15\) .* expected \(B, 16\) integers"),
-    ({"known": latents(2), "fill": cells(images=2)}, "fill has no token to fill, expected one or more"),
-    ({"known": latents(2), "fill": torch.cat([cells(0), cells(1, 2)])}, "fill leaves between 1 and 2 tokens to fill, expected as many"),
+    ({"known": latents(2), "fill": cells(images=2)}, "fill selects no token, expected at least one"),
+    ({"known": latents(2), "fill": torch.cat([cells(0), cells(1, 2)])}, "between 1 and 2 tokens to fill, expected equally many"),
     ({"known": latents(2).double(), "fill": cells(1, images=2)}, "dtype torch.float64, expected .* torch.float32"),
     ({"known": latents(3), "fill": cells(1, images=3)}, r"known has shape \(3, 2, 8, 8\) .* expected \(2, 2, 8, 8\)"),
-    ({"known": latents(2).index_fill(3, torch.tensor(1), torch.nan), "fill": cells(1, images=2)}, "known holds 32 values that are NaN"),
+    ({"known": latents(2).index_fill(3, torch.tensor(1), torch.nan), "fill": cells(1, images=2)}, "known contains 32 values that are NaN"),
     ({"known": latents(2), "fill": cells(1, images=2).float()}, r"dtype torch.float32, expected \(2, 16\) or \(2, 4, 4\) and torch.bool"),
 ]  # fmt: skip
 

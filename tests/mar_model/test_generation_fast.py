@@ -166,7 +166,7 @@ def test_a_static_loop_draws_the_same(model: MAR, options: dict[str, Any]) -> No
     assert torch.equal(drawn(model, token_sampler=sampler, **options, guidance=1.5), drawn(model, **options, guidance=1.5))
     steps = annealed_steps(6, options.get("diffusion_steps_end", 6), 4)
     assert len(sampler._loops) == len(set(zip(drawn_at_each_step(), steps, strict=True)))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="give TokenSampler a dtype instead"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="set the dtype of TokenSampler instead"):
         drawn(model, token_sampler=sampler)
 
 

@@ -84,7 +84,7 @@ def test_what_no_longer_fits_and_what_fails_is_a_line_and_the_rest_runs(tmp_path
     assert script.main() == 0
     lines = [json.loads(one) for one in out.read_text().splitlines()]
     assert [one["name"] for one in lines if one.get("skipped")] == list(script.PARTS)
-    assert all("are left of --minutes" in one["summary"] for one in lines if one.get("skipped"))
+    assert all("of --minutes remain" in one["summary"] for one in lines if one.get("skipped"))
 
 
 def test_after_an_error_that_cuda_keeps_another_process_runs_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

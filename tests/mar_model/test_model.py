@@ -88,7 +88,7 @@ def test_guidance_one_is_the_conditional_model() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": torch.tensor([0, 5])}, "labels go from 0 to 5, expected 0 to 4"),
+        ({"labels": torch.tensor([0, 5])}, "labels range from 0 to 5, expected 0 to 4"),
         ({"ar_steps": 0}, "ar_steps is 0"),
         ({"diffusion_steps": 1001}, "diffusion_steps is 1001"),
         ({"temperature": -1.0}, "temperature is -1.0"),
@@ -146,7 +146,7 @@ def test_draws_are_a_function_of_seed_images_seen_and_micro_batch() -> None:
         ("latents", lambda one: one.index_fill(0, torch.tensor([0, 2]), torch.nan), r"NaN or infinite in images \[0, 2\] of 3"),
         ("labels", torch.Tensor.float, r"labels has shape \(3,\) and dtype torch.float32"),
         ("labels", lambda one: one[:2], r"labels has shape \(2,\)"),
-        ("labels", lambda one: one + 3, "labels go from 3 to 5, expected 0 to 4"),
+        ("labels", lambda one: one + 3, "labels range from 3 to 5, expected 0 to 4"),
         ("masked", lambda one: 5, "masked is 5, expected 1 to 4"),
         ("masked", lambda one: 1, r"draws.timesteps has shape \(4, 3, 2\) and dtype torch.int64, expected \(4, 3, 1\)"),
     ],

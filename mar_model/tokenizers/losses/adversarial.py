@@ -19,7 +19,7 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor) -> Tensor:
     """‖∇ reconstruction‖ / (‖∇ generator‖ + 1e-4), at most 1e4, of two gradients with respect to the decoder's last layer (eq. 7)."""
-    ratio = reconstruction_gradient.norm() / (generator_gradient.norm() + STABILIZER)
+    ratio: Tensor = reconstruction_gradient.norm() / (generator_gradient.norm() + STABILIZER)
     return ratio.clamp(0.0, LARGEST_WEIGHT).detach()
 
 

@@ -48,9 +48,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Raises ValueError for images that are too small for the patches."""
         if min(images.shape[-2:]) < self.smallest_side:
-            raise ValueError(
-                f"images are {images.shape[-2]}×{images.shape[-1]}, expected sides of {self.smallest_side} pixels or more"
-            )
+            raise ValueError(f"images are {images.shape[-2]}×{images.shape[-1]}, expected sides of {self.smallest_side} pixels or more")
         return self.main(images)  # type: ignore[no-any-return]
 
 

@@ -30,6 +30,8 @@ class LPIPS(nn.Module):
                 self.features.append(nn.Conv2d(wide, int(width), 3, padding=1)).append(nn.ReLU())
                 wide = int(width)
         self.channel_weights = nn.ParameterList([nn.Parameter(torch.full((width,), 1 / width)) for width in WIDTHS])
+        self.shift: Tensor
+        self.scale: Tensor
         self.register_buffer("shift", torch.tensor(SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(SCALE).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)

@@ -1,1 +1,1 @@
-"""What `mar inspect` and `mar verify` read of a cache."""
+"""Reading a cache for `mar inspect` and `mar verify`."""

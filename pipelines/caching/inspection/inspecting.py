@@ -1,4 +1,4 @@
-"""What is in a latent cache, for a person: counts, classes, latents, rejects, and some of its images decoded again."""
+"""Summary of a latent cache for the user: counts, classes, latents, rejected images, and some images decoded."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from pipelines.images.pixels import to_uint8
 from pipelines.runtime import storage
 from pipelines.tokenizing.directory import require_tokenizer
 
-SAMPLED = 2048  # records that the histogram is made of, spread evenly over the cache
-WALL = 64  # images decoded
-EDGES = np.linspace(-5.0, 5.0, 41)  # of the histogram, in standard deviations
+SAMPLED = 2048  # images in the histogram, evenly spaced over the cache
+WALL = 64  # images to decode
+EDGES = np.linspace(-5.0, 5.0, 41)  # of the histogram bins, in standard deviations
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`images`: of each class. `histogram`: share of the normalised posterior means in each bin of EDGES, the outermost open-ended.
-    `rejected`: images by reason."""
+    """`images`: count per class. `histogram`: share of the normalised posterior means in each bin of EDGES; the outermost bins are
+    open-ended. `rejected`: count per reason."""
 
     cache: LatentCache
     images: np.ndarray
@@ -32,12 +32,12 @@ class Inspection:
 
 
 def inspect(path: str) -> Inspection:
-    """Look into the cache at `path`. Raises UserError where there is none, or where shards are missing."""
+    """Summarise the cache at `path`. Raises UserError if there is none, or if shards are missing."""
     cache = LatentCache(path)
     manifest = cache.manifest
     rows = spread(len(cache), SAMPLED)
     moments, _ = cache.take(rows, np.zeros(len(rows), bool))
-    mean, std = (np.array(one)[:, None, None] for one in (manifest.latent_mean, manifest.latent_std))
+    mean, std = (np.array(values)[:, None, None] for values in (manifest.latent_mean, manifest.latent_std))
     latents = (np.split(moments.astype(np.float64), 2, axis=1)[0] - mean) / std
     counts = np.histogram(latents.clip(EDGES[0], EDGES[-1]), EDGES)[0]
     return Inspection(
@@ -45,14 +45,14 @@ def inspect(path: str) -> Inspection:
         np.bincount(cache.labels(), minlength=len(manifest.class_names)),
         counts / max(counts.sum(), 1),
         len(rows),
-        Counter(one["reason"].partition(":")[0] for one in read_rejected(path)),
+        Counter(image["reason"].partition(":")[0] for image in read_rejected(path)),
     )
 
 
 @torch.inference_mode()
 def write_wall(cache: LatentCache, tokenizer: str, path: str) -> int:
-    """Decode images spread over the cache with the tokenizer in directory `tokenizer`, and write them side by side as a PNG; returns
-    how many. Raises UserError when it is another tokenizer than the cache's."""
+    """Decode images evenly spaced over the cache with the tokenizer in directory `tokenizer`, and write them as a grid in a PNG file;
+    returns their number. Raises UserError if the cache was made with another tokenizer."""
     require_tokenizer(tokenizer, cache.manifest.tokenizer["digest"], f"cache {cache.path!r}")
     rows = spread(len(cache), WALL)
     moments, labels = cache.take(rows, np.zeros(len(rows), bool))
@@ -64,5 +64,5 @@ def write_wall(cache: LatentCache, tokenizer: str, path: str) -> int:
 
 
 def spread(rows: int, count: int) -> np.ndarray:
-    """`count` of so many rows (all where there are fewer), evenly spaced."""
+    """`count` evenly spaced indices below `rows`; all if there are fewer."""
     return np.unique(np.linspace(0, rows - 1, min(rows, count)).astype(np.int64))

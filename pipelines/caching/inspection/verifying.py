@@ -1,4 +1,4 @@
-"""Whether a latent cache is what its manifest says: every checksum, and on request some images encoded once more."""
+"""Verifies that a latent cache matches its manifest: every checksum and, on request, a sample of images encoded again."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,14 +27,14 @@ from pipelines.runtime.stage import CONFIGURATION, IDENTITY, SUMMARY, read_summa
 from pipelines.tokenizing.directory import require_tokenizer
 
 CHECKS_AT_ONCE = 4
-# How far a posterior mean may be, in standard deviations of the latents, from the one encoded again in a batch of another size
+# Largest difference of a posterior mean encoded again in a batch of another size, in standard deviations of the latents
 TOLERANCE = {"float32": 0.01, "tf32": 0.05, "bf16": 0.5}
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Images encoded again: how many, and the largest difference of a posterior mean in standard deviations of the latents; keys and
-    differences of the images where it is more than `allowed`, the largest first."""
+    """Images encoded again: their number, and the largest difference of a posterior mean in standard deviations of the latents; key and
+    difference of each image where it exceeds `allowed`, in descending order."""
 
     images: int
     largest: float
@@ -43,21 +43,21 @@ class Sampled:
 
 
 def damages(cache: LatentCache) -> Iterator[tuple[str, str]]:
-    """Name of each shard that is not as the manifest says, and what is wrong with it: its length, checksum, schema or number of rows."""
+    """Name and error of each shard that does not match the manifest in length, checksum, schema or number of rows."""
     with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool:
         found = pool.map(lambda entry: (entry["name"], _damage(cache, entry)), cache.manifest.shards)
         yield from ((name, text) for name, text in found if text)
     rows = sum(entry["rows"] for entry in cache.manifest.shards)
     if rows != len(cache):
-        yield MANIFEST, f"the manifest says {len(cache):,} rows, its shards have {rows:,}"
+        yield MANIFEST, f"the manifest has {len(cache):,} rows, but its shards have {rows:,}"
 
 
 def damaged_records(path: str) -> Iterator[str]:
-    """What is wrong with the other files of the cache at `path`, which training does not read: those that are there are looked at."""
+    """Errors in the other existing files of the cache at `path`, which training does not read."""
     listing = storage.join(path, LISTING)
-    again = "run `mar cache` with the cache's settings: it writes the file again"
+    again = "run `mar cache` with the cache's settings to write the file again"
     if storage.exists(listing) and kept_listing(listing) is None:
-        yield str(damaged(listing, "it is no listing of images", again))
+        yield str(damaged(listing, "it is not a listing of images", again))
     readers: dict[str, Callable[[], object]] = {
         REJECTED: lambda: read_rejected(path),
         SUMMARY: lambda: read_summary(path, again),
@@ -77,23 +77,23 @@ def _damage(cache: LatentCache, entry: dict[str, Any]) -> str:
         return f"{entry['name']} is missing"
     data = storage.read_bytes(path)
     if len(data) != entry["bytes"]:
-        return f"{entry['name']} is {len(data):,} bytes long, the manifest says {entry['bytes']:,}"
+        return f"{entry['name']} has {len(data):,} bytes, expected {entry['bytes']:,} as in the manifest"
     if storage.digest(data) != entry["sha256"]:
-        return f"{entry['name']} has another SHA-256 than the manifest says"
+        return f"{entry['name']} does not have the SHA-256 in the manifest"
     table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
     shape = json.loads(table.schema.metadata[b"moments_shape"])
     record = storage.join(cache.path, SHARDS, entry["name"].removesuffix(".arrow") + ".json")
     if storage.exists(record) and read_record(record) is None:
         return f"{record} is damaged: it is not the record of a shard"
     if table.num_rows != entry["rows"] or tuple(shape) != cache.moments_shape:
-        return f"{entry['name']} holds {table.num_rows} rows of {shape}, the manifest says {entry['rows']} of {list(cache.moments_shape)}"
+        return f"{entry['name']} has {table.num_rows} rows of {shape}, expected {entry['rows']} of {list(cache.moments_shape)}"
     return ""
 
 
 def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, count: int, device: torch.device) -> Sampled:
-    """Read `count` images spread over the cache from their source, encode them and compare.
+    """Read `count` images evenly spaced over the cache from their source, encode them again and compare the moments.
 
-    Raises UserError where the source or the tokenizer is another one, or an image can't be used any more.
+    Raises UserError if the source or the tokenizer has changed, or if an image can no longer be used.
     """
     require_tokenizer(tokenizer, cache.manifest.tokenizer["digest"], f"cache {cache.path!r}")
     manifest = cache.manifest
@@ -102,16 +102,17 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     if listing is None:
         file = storage.join(cache.path, LISTING)
         raise UserError(
-            f"{file}, which says where each image is, is missing or damaged", remedy="run `mar cache` with the cache's settings again"
+            f"{file}, which contains the places of the images, is missing or damaged",
+            remedy="run `mar cache` with the cache's settings again",
         )
     keys = listing.rows.column("key")
-    places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of a key that is there twice the first is used
+    places = {key: place for place, key in reversed(list(enumerate(keys)))}  # of duplicate keys the first is used
     pixels = []
     sampled = cache.keys(rows)
     for key in sampled:
         decoded = decode_row(images, listing.rows[places[key]])
         if decoded.pixels is None:
-            raise UserError(f"image {key} of {images.source!r} can't be used any more: {decoded.reason}; the source has changed")
+            raise UserError(f"image {key} of {images.source!r} can no longer be used: {decoded.reason}; the source has changed")
         pixels.append(torch.from_numpy(decoded.pixels))
     precision = manifest.precision.get("name", "float32")
     encoder = Encoder(tokenizer, precision, manifest.dtype, device)
@@ -119,18 +120,18 @@ def encode_again(cache: LatentCache, images: ImageSettings, tokenizer: str, coun
     std = np.array(manifest.latent_std)[:, None, None]
     apart = np.zeros(len(rows))
     for mirrored in (False, True):
-        there = cache.take(rows, np.full(len(rows), mirrored))[0]
+        cached = cache.take(rows, np.full(len(rows), mirrored))[0]
         expected = found[int(mirrored)].astype(manifest.dtype)
-        difference = np.abs(there.astype(np.float64) - expected.astype(np.float64))[:, : manifest.latent_channels] / std
+        difference = np.abs(cached.astype(np.float64) - expected.astype(np.float64))[:, : manifest.latent_channels] / std
         apart = np.maximum(apart, difference.max(axis=(1, 2, 3)))
     allowed = TOLERANCE[precision] + _rounding(manifest)
     order = np.argsort(-apart, kind="stable").tolist()
-    differing = [(sampled[one], float(apart[one])) for one in order if not apart[one] <= allowed]
+    differing = [(sampled[index], float(apart[index])) for index in order if not apart[index] <= allowed]
     return Sampled(len(rows), float(apart.max()), allowed, differing)
 
 
 def _rounding(manifest: Manifest) -> float:
-    """Two neighbouring numbers of the cache's type, at the largest latent, in standard deviations."""
+    """Distance of adjacent numbers of the cache's dtype at the largest latent, in standard deviations."""
     largest = np.maximum(np.abs(manifest.latent_min), np.abs(manifest.latent_max))
     spacing = np.spacing(largest.astype(manifest.dtype)).astype(np.float64)
     return float((spacing / np.array(manifest.latent_std)).max())

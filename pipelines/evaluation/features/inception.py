@@ -13,6 +13,7 @@ from pipelines.runtime.errors import UserError
 
 INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_DIGEST = "6726825d"  # the first digits of the file's SHA-256
+DIGEST_GIVEN = "#sha256="  # after a path: the first digits of another file's SHA-256, which is taken in place of the published one
 
 
 class Inception:
@@ -61,7 +62,12 @@ class Inception:
 
 
 def inception_weights(weights: str, expected_digest: str) -> bytes:
-    """The bytes of the weights file. Raises UserError where there is none, and for one of another digest."""
+    """The bytes of the weights file. Raises UserError where there is none, and for one of another digest.
+
+    `PATH#sha256=DIGEST` names weights of the same layout that are not the published ones.
+    """
+    weights, _, given = weights.partition(DIGEST_GIVEN)
+    expected_digest = given or expected_digest
     get = f"download {INCEPTION_URL} (91 MB; its SHA-256 begins with {INCEPTION_DIGEST}) and name the file in evaluate.weights"
     if not weights or not storage.exists(weights):
         found = "is not set" if not weights else f"{weights!r} is not there"

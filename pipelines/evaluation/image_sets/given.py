@@ -37,7 +37,7 @@ def find_samples(path: str) -> GivenSamples:
     if path.endswith(".npz"):
         return npz_images(path)
     if samples.shards_there(path):
-        return _own_shards(path)
+        return own_shards(path)
     return _listed(path)
 
 
@@ -56,7 +56,8 @@ def npz_images(path: str, name: str = "arr_0") -> GivenSamples:
     return _checked(path, GivenSamples(NpzReader(found), labels, order, (height, width), about, []))
 
 
-def _own_shards(path: str) -> GivenSamples:
+def own_shards(path: str) -> GivenSamples:
+    """Samples that `mar generate` or `mar evaluate` drew to `path`. Raises UserError where a shard is missing, and DamagedFileError."""
     ranges = samples.shards_there(path)
     expected = 0
     for start, stop in ranges:

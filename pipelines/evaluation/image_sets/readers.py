@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.image_sets.sets import Block
+from pipelines.evaluation.image_sets.blocks import Block
 from pipelines.generation import samples
 from pipelines.images.pixels import to_rgb
 from pipelines.images.reading import read_image

@@ -11,24 +11,17 @@ import torch
 from mar_model.noise import stream
 from mar_model.tokenizers import Tokenizer, load_tokenizer
 from pipelines.caching.latent_cache import LatentCache
+from pipelines.evaluation.image_sets.blocks import Block
 from pipelines.generation import samples
-from pipelines.images.pixels import to_uint8
+from pipelines.images.pixels import to_model, to_uint8
 from pipelines.images.reading import decode_row
 from pipelines.images.settings import ImageSettings
 from pipelines.images.sources.table import ImageRow
 from pipelines.runtime import storage
+from pipelines.tokenizing.directory import tokenizer_digest
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some images of a set."""
-
-    images: np.ndarray  # uint8 (N, H, W, 3)
-    index: np.ndarray  # int64 (N,): their numbers in the set
-    labels: np.ndarray  # int64 (N,): −1 where unknown
 
 
 class ImageSource(Protocol):
@@ -106,6 +99,31 @@ class CachedLatents:
 def _decoder(path: str) -> Tokenizer:
     """The tokenizer in `path`, loaded once in each worker process."""
     return load_tokenizer(storage.local_directory(path))
+
+
+@dataclass(frozen=True)
+class ReconstructedImages:
+    """Rows of an image source, cropped, encoded by a tokenizer (the means of the posterior) and decoded again."""
+
+    images: ImageSettings
+    rows: Sequence[ImageRow]
+    tokenizer: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def identity(self) -> dict[str, Any]:
+        real = RealImages(self.images, self.rows)
+        return {**real.identity(), "kind": "reconstructions", "versions": real.versions(), "tokenizer": tokenizer_digest(self.tokenizer)}
+
+    @torch.inference_mode()
+    def block(self, start: int, stop: int) -> Block:
+        real = RealImages(self.images, self.rows).block(start, stop)
+        if not len(real.index):
+            return real
+        tokenizer = _decoder(self.tokenizer)
+        means = tokenizer.moments(to_model(real.images)).chunk(2, dim=1)[0]
+        return Block(to_uint8(tokenizer.decode(means)), real.index, real.labels)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pipelines.caching.latent_cache import LatentCache
 from pipelines.caching.latent_format import MANIFEST
 from pipelines.evaluation.features import DIMENSIONS
-from pipelines.evaluation.image_sets import CachedLatents, ImageSource, RealImages
+from pipelines.evaluation.image_sets.sets import CachedLatents, ImageSource, RealImages
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.statistics import FeatureStatistics
 from pipelines.images.listing import Images, list_images

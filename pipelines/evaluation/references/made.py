@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from pipelines.evaluation import npz
-from pipelines.evaluation.image_sets import ImageSource, RealImages
 from pipelines.evaluation.image_sets.given import npz_images
+from pipelines.evaluation.image_sets.sets import ImageSource, RealImages
 from pipelines.evaluation.reference_file import Reference, chosen_rows
 from pipelines.evaluation.scoring.actor import Judges
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.evaluation.classifier import load_classifier
+from pipelines.evaluation.classifier.network import load_classifier
 from pipelines.evaluation.features import load_network
 from pipelines.evaluation.scoring.feature_shards import FeatureShard, KeptFeatures, is_whole, write_shard
 from pipelines.runtime.cluster.settings import ClusterSettings

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.evaluation.image_sets import ImageSource, ranges, read_sources
+from pipelines.evaluation.image_sets.sets import ImageSource, ranges, read_sources
 from pipelines.evaluation.scoring.actor import Judges, scored
 from pipelines.evaluation.scoring.feature_shards import KeptFeatures, is_whole, shards_there
 from pipelines.runtime.stage import Stage

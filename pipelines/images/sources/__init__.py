@@ -1,5 +1,5 @@
-"""Where images come from, behind one interface: a source is listed once as a table of keys, labels and places (`table.py`), and
-an image's encoded bytes are read by its place (`places.py`). Every form is local or on `s3://`.
+"""Image sources behind one interface: a source is listed as a table of keys, labels and places (`table.py`), and the encoded bytes of
+an image are read from its place (`places.py`). Every form can be local or on `s3://`.
 
     imagefolder  class/…/image.jpg                         ILSVRC unpacked, torchvision's ImageFolder
     ilsvrc       ILSVRC2012_img_train.tar                  a tar of tars, as downloaded
@@ -25,12 +25,12 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 READS_AT_ONCE = 16
-FITTING = {"ilsvrc": "one .tar file of tars", "webdataset": ".tar files", "parquet": ".parquet files"}
+FITTING = {"ilsvrc": "one .tar file that contains tars", "webdataset": ".tar files", "parquet": ".parquet files"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source that is there: its form, the folder its files are relative to, and those files."""
+    """An existing source: its form, its root folder, and its files relative to the root."""
 
     source: str
     form: str
@@ -39,12 +39,12 @@ class Source:
 
     @property
     def stamp(self) -> str:
-        """Tells whether tars or Parquet files are the same ones as before (names, sizes, versions); empty of a tree, whose listing is
-        that of its files."""
+        """Digest of the names, sizes and versions of tars or Parquet files; empty for a folder tree, whose listing already covers its
+        files."""
         return "" if self.form == "imagefolder" else storage.digest(json.dumps([self.form, sorted(self.files)]).encode())
 
     def images(self, parts: bool = False) -> Listed:
-        """All images, in any order. `parts`: the folders of a tree are `part/class`. Raises UserError where a file has not its form."""
+        """All images, in any order. `parts`: class folders are `part/class`. Raises UserError if a file does not have the source's form."""
         names = sorted(name for name, *_ in self.files)
         if self.form == "ilsvrc":
             return self._with_versions(list_ilsvrc(names[0], storage.join(self.root, names[0])))
@@ -55,7 +55,7 @@ class Source:
         return list_imagefolder(self.files, parts, *class_folders(self.root, parts))
 
     def _with_versions(self, found: Listed) -> Listed:
-        """The version of an image is that of the file it lies in."""
+        """Set the version of each image to the version of its file."""
         versions = {name: version for name, _, version in self.files}
         files = found.table.column("file").combine_chunks()
         known = pa.array([versions[name] for name in files.dictionary.to_pylist()], pa.int64())
@@ -64,30 +64,30 @@ class Source:
 
 
 def find_source(source: str, form: str = "auto") -> Source:
-    """What `source` is: of the named form, or of that which its files have. Raises UserError where it is not there, or of no form."""
+    """Find the source, in the given form or the form of its files. Raises UserError if it is missing or has no known form."""
     if missing := _missing(source):
         raise UserError(
-            f"images.source {source!r} is not there{f' ({missing[0]} is missing)' if missing[0] != source else ''}; expected a folder "
-            "with one folder of images a class, a tar, Parquet files, or a pattern such as shard-{000..146}.tar, local or on s3://"
+            f"images.source {source!r} does not exist{f' ({missing[0]} is missing)' if missing[0] != source else ''}; expected a folder "
+            "with one subfolder of images per class, a tar, Parquet files, or a pattern such as shard-{000..146}.tar, local or on s3://"
         )
     if source.endswith(FILES) and storage.is_directory(source):
         raise UserError(
             f"images.source {source!r} is a folder with the name of a file",
-            remedy=f"name what is in it with a pattern, such as {source}/part-{{00000..00007}}.parquet, or rename it",
+            remedy=f"name its files with a pattern, such as {source}/part-{{00000..00007}}.parquet, or rename it",
         )
     root = root_of(source)
     files = list_files(source) if "{" not in source and storage.is_directory(source) else _sized(source, root)
     form = _form(root, files) if form == "auto" else form
     if form in FITTING:
-        fitting = [one for one in files if one[0].endswith(".parquet" if form == "parquet" else ".tar")]
+        fitting = [file for file in files if file[0].endswith(".parquet" if form == "parquet" else ".tar")]
         if not fitting or (form == "ilsvrc" and len(fitting) != 1):
-            raise UserError(f"images.source {source!r} is of the form {form}: expected {FITTING[form]}, found {len(fitting)}")
+            raise UserError(f"images.source {source!r} should have the form {form}: expected {FITTING[form]}, found {len(fitting)}")
         files = fitting
     return Source(source, form, root, files)
 
 
 def exists(source: str) -> bool:
-    """Whether the source is there: of a pattern, all its files."""
+    """Whether the source exists; for a pattern, whether all its files exist."""
     return not _missing(source)
 
 
@@ -96,19 +96,19 @@ def _missing(source: str) -> list[str]:
         return [source]
     paths = expanded(source)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-        return [path for path, there in zip(paths, pool.map(storage.exists, paths), strict=True) if not there]
+        return [path for path, is_present in zip(paths, pool.map(storage.exists, paths), strict=True) if not is_present]
 
 
 def _sized(source: str, root: str) -> Files:
     paths = expanded(source)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = pool.map(storage.size_and_version, paths)
-        return [(path[len(root) :].lstrip("/"), *one) for path, one in zip(paths, found, strict=True)]
+        return [(path[len(root) :].lstrip("/"), *versioned) for path, versioned in zip(paths, found, strict=True)]
 
 
 def _form(root: str, files: Files) -> str:
-    """By what is there: images anywhere make a tree; else Parquet files, else tars, of which a single one may hold tars. Raises
-    UserError where both are there."""
+    """Detect the form: images make a folder tree, else Parquet files, else tars (ilsvrc: a single tar that contains tars). Raises UserError
+    for Parquet files next to tars."""
     names = [name for name, *_ in files]
     if any(name.lower().endswith(SUFFIXES) for name in names):
         return "imagefolder"
@@ -116,11 +116,11 @@ def _form(root: str, files: Files) -> str:
     if any(name.endswith(".parquet") for name in names):
         if tars:
             raise UserError(
-                f"images.source {root!r} holds both Parquet files and tars", remedy="set images.format to parquet or webdataset"
+                f"images.source {root!r} contains both Parquet files and tars", remedy="set images.format to parquet or webdataset"
             )
         return "parquet"
     if not tars:
-        return "imagefolder"  # an empty one, which the listing says
+        return "imagefolder"  # an empty tree; the listing reports it
     return "ilsvrc" if len(tars) == 1 and _holds_tars(storage.join(root, tars[0])) else "webdataset"
 
 

@@ -1,4 +1,4 @@
-"""Which folders of a tree are classes, which of them hold no image, and what of the tree is passed over."""
+"""Class folders of a tree: which folders are classes, which classes are empty, and which files are skipped."""
 
 import os
 import posixpath
@@ -9,26 +9,27 @@ from pyarrow import fs
 
 from pipelines.runtime import storage
 
-NAMED = 3  # of each kind of thing that is passed over
+NAMED = 3  # examples of each kind in a message
 
 
 def class_folders(root: str, parts: bool) -> tuple[list[str], list[str]]:
-    """Paths of the class folders below `root`, and of the hidden folders beside them; with `parts` the classes are `part/class`."""
+    """Paths of the class folders below `root`, and of the hidden folders next to them; with `parts`, classes are `part/class`."""
     shown, hidden = _folders(root, "")
     if parts:
         below = [_folders(root, part) for part in shown]
-        shown, hidden = [one for each, _ in below for one in each], hidden + [one for _, each in below for one in each]
+        shown = [folder for folders, _ in below for folder in folders]
+        hidden = hidden + [folder for _, folders in below for folder in folders]
     return shown, sorted(hidden)
 
 
 def _folders(root: str, folder: str) -> tuple[list[str], list[str]]:
     system, inner = storage.filesystem(storage.join(root, folder) if folder else root)
     if isinstance(system, fs.LocalFileSystem):
-        with os.scandir(inner) as entries:  # unlike pyarrow it takes names that are not UTF-8
+        with os.scandir(inner) as entries:  # pyarrow fails on names that are not UTF-8
             names = sorted(entry.name for entry in entries if entry.is_dir())
     else:
         infos = system.get_file_info(fs.FileSelector(inner))
-        names = sorted(one.base_name for one in infos if one.type == fs.FileType.Directory)
+        names = sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
     paths = [f"{folder}/{name}" if folder else name for name in names]
     return (
         [path for path, name in zip(paths, names, strict=True) if not name.startswith(".")],
@@ -37,7 +38,7 @@ def _folders(root: str, folder: str) -> tuple[list[str], list[str]]:
 
 
 def empty_classes(folders: Sequence[str], with_images: set[str], others: Sequence[str]) -> dict[str, str]:
-    """Names of the class folders without images in any part, and in words what they hold of the files `others`."""
+    """Names of the class folders without images in any part, with a description of their `others` (files that are not images)."""
     names = {folder.rpartition("/")[2] for folder in folders} - with_images
     held: dict[str, list[str]] = defaultdict(list)
     by_folder = {folder: folder.rpartition("/")[2] for folder in folders}
@@ -55,16 +56,16 @@ def _in_words(files: list[str]) -> str:
 
 
 def passed_over(hidden: Sequence[str], outside: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    """One line about what of a tree is passed over, or none: hidden folders, images outside the class folders, files of other kinds."""
+    """A line about skipped files, or none: hidden folders, images outside the class folders, files that are not images."""
     endings = Counter(posixpath.splitext(path)[1].lower() or "none" for path in others)
     most = [f"{ending} {count}" for ending, count in endings.most_common(NAMED)]
     found = [
         f"{counted(len(hidden), 'hidden folder')} ({first(sorted(hidden), len(hidden))})" if hidden else "",
         f"{counted(len(outside), 'image')} outside the class folders ({first(sorted(outside), len(outside))})" if outside else "",
-        f"{'1 file that is no image' if len(others) == 1 else f'{len(others):,} files that are no images'} by "
-        f"{'its' if len(others) == 1 else 'their'} ending ({first(most, len(endings))})" if others else "",
+        f"{'1 file that is not an image' if len(others) == 1 else f'{len(others):,} files that are not images'}, by "
+        f"extension ({first(most, len(endings))})" if others else "",
     ]  # fmt: skip
-    return (f"passed over: {', '.join(one for one in found if one)}",) if any(found) else ()
+    return (f"skipped: {', '.join(text for text in found if text)}",) if any(found) else ()
 
 
 def counted(count: int, thing: str) -> str:
@@ -72,5 +73,5 @@ def counted(count: int, thing: str) -> str:
 
 
 def first(names: Sequence[str], count: int) -> str:
-    """The first few of `count` names."""
+    """The first few of `count` names, as text."""
     return ", ".join(names[:NAMED]) + (", …" if count > NAMED else "")

@@ -1,4 +1,4 @@
-"""Parquet files in the layout of Hugging Face's image datasets: a struct `image` with its `bytes`, and an integer `label`."""
+"""Parquet files with the columns of Hugging Face's image datasets: a struct `image` with the field `bytes`, and an integer `label`."""
 
 import json
 from bisect import bisect_right
@@ -16,14 +16,14 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import ImageError, UserError
 
 READS_AT_ONCE = 16
-LARGEST = 2**31  # number of a label that a listing holds
-KEPT_ROW_GROUPS = 4  # of one process: the rows of a shard lie together
+LARGEST = 2**31  # labels in a listing are smaller
+KEPT_ROW_GROUPS = 4  # cached per process: the rows of a shard are adjacent
 
 
 def list_parquet(root: str, files: list[str]) -> Listed:
     """Rows of the Parquet files `files` below `root`: keys `file/row`, class names from the schema's `huggingface` metadata.
 
-    Only labels are read. Raises UserError where a file has not the layout, or names the classes otherwise than another.
+    Reads only the labels. Raises UserError if a file has other columns, or if two files have different class names.
     """
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         found = list(pool.map(lambda file: _rows(root, file), files))
@@ -31,9 +31,9 @@ def list_parquet(root: str, files: list[str]) -> Listed:
     for file, names in named[1:]:
         if names != named[0][1]:
             raise UserError(
-                f"{storage.join(root, file)} names the classes {_shortened(names)}, {storage.join(root, named[0][0])} "
-                f"{_shortened(named[0][1])}",
-                remedy="one label would mean two classes: bring files of one data set",
+                f"{storage.join(root, file)} has the class names {_shortened(names)}, but {storage.join(root, named[0][0])} has "
+                f"{_shortened(named[0][1])}: the same label would mean two classes",
+                remedy="use files of one data set",
             )
     return Listed(pa.concat_tables([table for table, _ in found]).unify_dictionaries(), named[0][1] if named else None)
 
@@ -48,19 +48,19 @@ def _rows(root: str, file: str) -> tuple[pa.Table, list[str] | None]:
     schema = parquet.schema_arrow
     image = schema.field("image").type if "image" in schema.names else None
     if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise UserError(f"{path} has no column image.bytes; expected the layout image.bytes, label, found {schema.names}")
+        raise UserError(f"{path} has no column image.bytes; expected the columns image.bytes and label, found {schema.names}")
     if "label" not in schema.names:
-        raise UserError(f"{path} has no column label; expected the layout image.bytes, label, found {schema.names}")
+        raise UserError(f"{path} has no column label; expected the columns image.bytes and label, found {schema.names}")
     if not pa.types.is_integer(schema.field("label").type):
-        raise UserError(f"{path} has a column label of type {schema.field('label').type}; expected whole numbers, 0 for the first class")
+        raise UserError(f"{path} has a column label of type {schema.field('label').type}; expected integers that start at 0")
     given = parquet.read(columns=["label"]).column("label").to_pylist()
     labels = [None if label is None or abs(label) >= LARGEST else label for label in given]
     stem, metadata = file.removesuffix(".parquet"), parquet.metadata
-    sizes: list[int] = []  # of an image alone nothing is written down: that of its row group tells these images from others
+    sizes: list[int] = []  # the file has no size per image: the size of the row group serves for change detection
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        columns = [group.column(one) for one in range(group.num_columns)]
-        sizes += [sum(one.total_compressed_size for one in columns if one.path_in_schema == "image.bytes")] * group.num_rows
+        columns = [group.column(index) for index in range(group.num_columns)]
+        sizes += [sum(column.total_compressed_size for column in columns if column.path_in_schema == "image.bytes")] * group.num_rows
     table = listed(
         keys=[f"{stem}/{row:08d}" for row in range(len(labels))],
         labels=labels,
@@ -86,19 +86,19 @@ def _open(path: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(system.open_input_file(inner), pre_buffer=True)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no Parquet file, or damaged: {error}", remedy="bring the file anew") from error
+        raise UserError(f"{path} is not a Parquet file, or damaged: {error}", remedy="copy the file again from its source") from error
 
 
 class RowGroups:
-    """The encoded images of the row groups read last; a group that several threads want is read once."""
+    """A cache of the most recent row groups' encoded images. A group that several threads request is read once."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._ends: dict[tuple[str, int], list[int]] = {}  # of each version of a file, the rows up to and with each row group
+        self._ends: dict[tuple[str, int], list[int]] = {}  # (path, version) → cumulative rows per row group
         self._groups: OrderedDict[tuple[str, int, int], Future[Any]] = OrderedDict()
 
     def image(self, path: str, row: int, version: int) -> bytes:
-        """The encoded bytes of one row of this version of a file. Raises ImageError where there are none, which says what is null."""
+        """The encoded bytes of one row of this version of a file. Raises ImageError, with the null field, if there are none."""
         with self._lock:
             ends = self._ends.get((path, version)) or self._read_ends(path, version)
             number = bisect_right(ends, row)
@@ -133,7 +133,7 @@ class RowGroups:
 
 
 def _encoded(parquet: pq.ParquetFile, number: int) -> tuple[pa.Array, dict[int, str]]:
-    """The encoded images of one row group; and of each row without, by its number in the group, what is null there."""
+    """The encoded images of one row group; and, for each row without an image, its index in the group and which field is null."""
     images = parquet.read_row_group(number, columns=["image.bytes"]).column("image").combine_chunks()
     encoded = images.field("bytes")
     if not images.null_count and not encoded.null_count:

@@ -3,7 +3,7 @@
 import posixpath
 import re
 
-FILES = (".tar", ".parquet")  # that hold many images
+FILES = (".tar", ".parquet")  # files that contain many images
 
 
 def root_of(source: str) -> str:
@@ -14,7 +14,7 @@ def root_of(source: str) -> str:
 
 
 def expanded(pattern: str) -> list[str]:
-    """The paths of a brace pattern: `{000..146}` counts (as wide as written), `{a,b}` enumerates; several multiply."""
+    """The paths of a brace pattern: `{000..146}` is a range (zero-padded as written), `{a,b}` a list; several braces multiply."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
@@ -24,4 +24,4 @@ def expanded(pattern: str) -> list[str]:
         choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     else:
         choices = found[1].split(",")
-    return [one for choice in choices for one in expanded(pattern[: found.start()] + choice + pattern[found.end() :])]
+    return [path for choice in choices for path in expanded(pattern[: found.start()] + choice + pattern[found.end() :])]

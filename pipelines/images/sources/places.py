@@ -1,4 +1,4 @@
-"""The encoded bytes of one image, read from the place that the listing names."""
+"""Reads the encoded bytes of one image from its place in the listing."""
 
 from pipelines.images.sources.parquet import RowGroups
 from pipelines.images.sources.patterns import root_of
@@ -9,7 +9,7 @@ _row_groups = RowGroups()
 
 
 def read(source: str, row: ImageRow) -> bytes:
-    """The encoded bytes of one image. Raises OSError when they can't be read, ImageError where the source holds none."""
+    """The encoded bytes of one image. Raises OSError when they cannot be read, ImageError if the source contains none."""
     path = storage.join(root_of(source), row.file or row.key)
     if row.file.endswith(".parquet"):
         return _row_groups.image(path, row.offset, row.version)

@@ -1,4 +1,4 @@
-"""What every source is listed as: one row an image in an Arrow table, so that millions cost megabytes and travel without pickling."""
+"""The table of a source's images: one row per image in an Arrow table, so that millions of rows need little memory and no pickling."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,22 +9,22 @@ import pyarrow as pa
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("label", pa.int64()),  # null: none was given
-        ("file", pa.dictionary(pa.int32(), pa.string())),  # below the source's root; null: the key itself
-        ("offset", pa.int64()),  # of the first byte in the file, −1: the whole file; in a Parquet file the number of the row
-        ("size", pa.int64()),  # bytes; −1: not known before it is read (Parquet)
-        ("reason", pa.string()),  # why the image can't be used, where the listing knows already; null: it may be
-        ("version", pa.int64()),  # of the file it lies in (see `storage.size_and_version`); null: not known
+        ("label", pa.int64()),  # null: not given
+        ("file", pa.dictionary(pa.int32(), pa.string())),  # relative to the source's root; null: the key is the file
+        ("offset", pa.int64()),  # first byte in the file, −1: the whole file; for Parquet the row index
+        ("size", pa.int64()),  # bytes; −1: unknown until the image is read (Parquet)
+        ("reason", pa.string()),  # why the image cannot be used, if the listing already shows it; else null
+        ("version", pa.int64()),  # of the image's file (see `storage.size_and_version`); null: unknown
     ]
 )
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A source's images in any order, and the names of its classes (None: the source only numbers them).
+    """A source's images in any order, and its class names (None: the source has only numbers).
 
-    `empty`: names of classes that have a folder or tar and no image in it, with what it holds instead. `notes`: lines for the user
-    about what was passed over.
+    `empty`: names of classes whose folder or tar contains no image, with a description of its content. `notes`: lines for the user about
+    skipped files.
     """
 
     table: pa.Table
@@ -35,7 +35,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """One image of a source. `key` is unique, stable and relative to the source; `label` is −1 where the source gives none."""
+    """One image of a source. `key` is unique, stable and relative to the source; `label` is −1 if the source gives none."""
 
     key: str
     label: int
@@ -48,9 +48,9 @@ class ImageRow:
 
 
 class ImageRows(Sequence[ImageRow]):
-    """Rows of a listing: an Arrow table (SCHEMA and `held_out`) that reads like a list of ImageRow."""
+    """Rows of a listing: an Arrow table (SCHEMA and `held_out`) with the interface of a list of ImageRow."""
 
-    CHUNK = 4096  # rows turned into objects at once
+    CHUNK = 4096  # rows converted to objects at a time
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table
@@ -74,7 +74,7 @@ class ImageRows(Sequence[ImageRow]):
             yield from _rows(self.table.slice(start, self.CHUNK))
 
     def column(self, name: str) -> Any:
-        """One column as a numpy array, or a list where it holds text."""
+        """One column as a numpy array, or as a list if it contains text."""
         column = self.table.column(name)
         if pa.types.is_integer(column.type):
             return column.fill_null(-1).to_numpy()
@@ -98,7 +98,7 @@ def listed(
     reasons: Sequence[str | None],
     versions: Sequence[int | None] | None = None,
 ) -> pa.Table:
-    """The table of these columns; where images lie in larger files, `Source.images` adds the versions."""
+    """The table of these columns. For images inside larger files, `Source.images` adds the versions."""
     columns = (keys, labels, files, offsets, sizes, reasons, [None] * len(keys) if versions is None else versions)
     arrays = [
         pa.array(values, pa.string()).dictionary_encode() if pa.types.is_dictionary(field.type) else pa.array(values, field.type)

@@ -1,4 +1,4 @@
-"""The members of a tar file by their headers alone: where each one's bytes lie, so that a member is read without unpacking."""
+"""Members of a tar file, from its headers alone: the position of each member, so that it can be read without unpacking."""
 
 import io
 import tarfile
@@ -12,27 +12,27 @@ from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
 
 ENCODING, UNDECODABLE = "utf-8", "backslashreplace"
-AHEAD = 2**20  # bytes of each request to S3, where a request takes as long as a mebibyte: headers of small members come along
-ANOTHER_COPY = "copy the file again from where it came"
+AHEAD = 2**20  # bytes per request to S3: one request covers the headers of many small members
+ANOTHER_COPY = "copy the file again from its source"
 
 
 class Member(NamedTuple):
-    """One regular file in a tar, or a link to one."""
+    """A regular file in a tar, or a link to one."""
 
     name: str
     offset: int
     size: int
-    link: str = ""  # the target of a hard or symbolic link; empty for a file
+    link: str = ""  # target of a hard or symbolic link; empty for a regular file
 
     @property
     def reason(self) -> str | None:
-        """Why the member can't be read, where it can't."""
+        """Why the member cannot be read; None if it can."""
         return f"is a link to {self.link}, which is not followed; store the file itself" if self.link else None
 
 
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
-    """One file for reading and seeking, local or on S3, where each request reads AHEAD bytes."""
+    """Open a file for reading and seeking, local or on S3, where each request reads AHEAD bytes."""
     system, inner = storage.filesystem(path)
     if isinstance(system, fs.LocalFileSystem):
         with open(inner, "rb") as file:
@@ -43,28 +43,28 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 
 def members(path: str, file: BinaryIO, start: int = 0, stop: int | None = None) -> Iterator[Member]:
-    """The regular files and links of the tar that begins at byte `start` of `path`, opened as `file`, and ends before `stop`.
+    """The regular files and links of the tar in the bytes from `start` to `stop` of `path`, opened as `file`.
 
-    Raises UserError where a header's checksum is wrong, and where the file ends without the end mark: it was cut off.
+    Raises UserError if a header's checksum is wrong, and if the file ends without an end mark: it is truncated.
     """
     tar, offset = None, start
     while stop is None or offset < stop:
         file.seek(offset)
         try:
-            if tar is None:  # `tarfile.open` does not tell a file that is cut off from one that is no tar
+            if tar is None:  # `tarfile.open` raises the same error for a truncated file and for other files
                 tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), ENCODING, UNDECODABLE)
                 file.seek(offset)
                 tar = tarfile.open(fileobj=file, mode="r:", encoding=ENCODING, errors=UNDECODABLE)  # noqa: SIM115  # `file` is the caller's
                 member = tar.next()
-            else:  # `tar.next` ends at a damaged header as at the end mark
+            else:  # `tar.next` treats a damaged header as the end mark
                 member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             return
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             end = offset + tarfile.BLOCKSIZE
-            raise UserError(f"{path} is cut off: it ends before byte {end:,}, without a tar's end mark", ANOTHER_COPY) from error
+            raise UserError(f"{path} is truncated: it ends before byte {end:,}, without a tar end mark", ANOTHER_COPY) from error
         except (tarfile.HeaderError, tarfile.ReadError) as error:
-            raise UserError(f"{path} is no tar, or damaged: no valid header at byte {offset:,}", ANOTHER_COPY) from error
+            raise UserError(f"{path} is not a tar, or damaged: no valid header at byte {offset:,}", ANOTHER_COPY) from error
         assert member is not None
         if member.isreg():
             yield Member(member.name, member.offset_data, member.size)

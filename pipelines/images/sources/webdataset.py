@@ -1,4 +1,4 @@
-"""WebDataset shards: tars in which the files of one sample share a name and differ in the extension."""
+"""WebDataset shards: tars in which the files of a sample share a name and differ in the extension."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("cls", "json")
 FIELDS = ("label", "cls")  # of a sample's JSON
 READS_AT_ONCE = 16
-LARGEST = 2**31  # number of a label that a listing holds
+LARGEST = 2**31  # labels in a listing are smaller
 
 
 def list_webdataset(root: str, files: list[str]) -> Listed:
-    """Samples of the tars `files` below `root`: keys `tar/sample`, labels from `sample.cls` or from `label` (or `cls`) of
-    `sample.json`. A sample without exactly one image, or without a whole number as label, is listed with the reason."""
+    """Samples of the tars `files` below `root`: keys `tar/sample`, labels from `sample.cls` or from `label` (or `cls`) of `sample.json`. A
+    sample without exactly one image, or without an integer label, is listed with the reason."""
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         tables = list(pool.map(lambda file: _samples(root, file), files))
     return Listed(pa.concat_tables(tables).unify_dictionaries(), None)
@@ -31,7 +31,7 @@ def _samples(root: str, file: str) -> pa.Table:
     found: list[tuple[str, int | None, int, int, str | None]] = []
     with opened(path) as opened_file:
         for name, sample in _grouped(members(path, opened_file)):
-            images = [one for one in sample if one.lower() in IMAGES]
+            images = [extension for extension in sample if extension.lower() in IMAGES]
             image = sample[images[0]] if len(images) == 1 else None
             label, reason = _label(sample, opened_file)
             if not images:
@@ -43,20 +43,20 @@ def _samples(root: str, file: str) -> pa.Table:
             place = (image.offset, image.size) if image else (0, 0)
             found.append((f"{file.removesuffix('.tar')}/{name}", label, *place, reason))
     return listed(
-        keys=[one[0] for one in found],
-        labels=[one[1] for one in found],
+        keys=[key for key, *_ in found],
+        labels=[label for _, label, *_ in found],
         files=[file] * len(found),
-        offsets=[one[2] for one in found],
-        sizes=[one[3] for one in found],
-        reasons=[one[4] for one in found],
+        offsets=[offset for _, _, offset, _, _ in found],
+        sizes=[size for *_, size, _ in found],
+        reasons=[reason for *_, reason in found],
     )
 
 
 def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Consecutive members of one name, up to the first dot of its last part, by their extensions."""
+    """Group consecutive members with the same name, up to the first dot of the file name, by extension."""
     name, sample = "", dict[str, Member]()
-    for one in found:
-        folder, slash, file = one.name.rpartition("/")
+    for member in found:
+        folder, slash, file = member.name.rpartition("/")
         stem, _, extension = file.partition(".")
         if file.startswith("."):
             continue
@@ -64,14 +64,14 @@ def _grouped(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
             yield name, sample
             sample = {}
         name = folder + slash + stem
-        sample[extension] = one
+        sample[extension] = member
     if sample:
         yield name, sample
 
 
 def _label(sample: dict[str, Member], file: BinaryIO) -> tuple[int | None, str | None]:
-    """The label, or the reason why there is none."""
-    kind, names = next(((one, found) for one in LABELS if (found := [name for name in sample if name.lower() == one])), ("", []))
+    """The label, or None and the reason."""
+    kind, names = next(((kind, found) for kind in LABELS if (found := [name for name in sample if name.lower() == kind])), ("", []))
     if not kind:
         return None, "no label (neither cls nor json)"
     member = sample[names[0]]
@@ -92,7 +92,7 @@ def _label(sample: dict[str, Member], file: BinaryIO) -> tuple[int | None, str |
 
 
 def _field(record: object) -> int | float | str:
-    found = next((record[one] for one in FIELDS if one in record), None) if isinstance(record, dict) else record
+    found = next((record[name] for name in FIELDS if name in record), None) if isinstance(record, dict) else record
     if not isinstance(found, int | float | str):
         raise TypeError
     return found

@@ -1,1 +1,1 @@
-"""A training run's figures: means of an interval, telemetry, `metrics.jsonl`, Prometheus, and whether the run diverged."""
+"""Metrics of a training run: interval means, telemetry, `metrics.jsonl`, Prometheus, and detection of divergence."""

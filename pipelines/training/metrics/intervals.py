@@ -1,4 +1,4 @@
-"""What a line of metrics says: sums over the steps since the line before."""
+"""A row of metrics: sums over the steps since the previous row."""
 
 import math
 import time
@@ -13,7 +13,7 @@ SUMS = 2 + 2 * BANDS + 3  # numbers that `Interval.sums` returns
 
 
 class Interval:
-    """Sums over the steps between two lines of metrics; nothing is read from the device until the line is made."""
+    """Sums over the steps between two rows of metrics; nothing is read from the device before the row is made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,33 +22,33 @@ class Interval:
     def _reset(self) -> None:
         self._loss = torch.zeros(2, device=self.device, dtype=torch.float64)
         self._bands = torch.zeros(2, BANDS, device=self.device, dtype=torch.float64)
-        self._norm = torch.zeros(3, device=self.device, dtype=torch.float64)  # sum of the norms, steps taken, steps in all
+        self._norm = torch.zeros(3, device=self.device, dtype=torch.float64)  # sum of the norms, steps taken, all steps
         self._images, self._rate = 0, 0.0
         self._began = time.perf_counter()
 
     def add(self, loss: TokenLoss, timesteps: Tensor, finite: Tensor) -> None:
-        """One micro-batch; one whose loss is not finite is left out."""
-        tokens = loss.total.new_full((), loss.total.numel())  # filled there: a copy from the host would wait
-        one = torch.stack([loss.total.detach().sum(), tokens])
-        self._loss += torch.where(finite, one, 0.0)
+        """Add one micro-batch; it is left out if its loss is not finite."""
+        tokens = loss.total.new_full((), loss.total.numel())  # filled on the device: a copy from the host would synchronise
+        sums = torch.stack([loss.total.detach().sum(), tokens])
+        self._loss += torch.where(finite, sums, 0.0)
         self._bands += torch.where(finite, band_sums(loss.mse, timesteps), 0.0)
 
     def steps(self, images: int, gradient_norm: Tensor, stepped: Tensor, rate: float) -> None:
-        """One optimizer step over `images` images of the global batch; the norm of one that was skipped is 0."""
+        """Add one optimizer step over `images` images of the global batch; the norm of a skipped step is 0."""
         self._images += images
         self._norm += torch.stack([gradient_norm, stepped, torch.ones_like(stepped)])
         self._rate = rate
 
     def sums(self, workers: int) -> list[float]:
-        """The interval so far, summed over all workers (every worker must call it), for a checkpoint that comes in its midst."""
+        """Sums of the interval so far over all workers, for a checkpoint inside the interval. All workers must call it."""
         totals = torch.cat([self._loss, self._bands.flatten()])
         if workers > 1:
             torch.distributed.all_reduce(totals)
         return [*totals.tolist(), *self._norm.tolist()]
 
     def go_on(self, sums: list[float], worker: int) -> None:
-        """Resume an interval in which a checkpoint was written; images a second count from here."""
-        if len(sums) < SUMS:  # of an earlier version, which did not count the steps that were skipped
+        """Resume an interval from the sums in a checkpoint; images per second count from here."""
+        if len(sums) < SUMS:  # of an earlier version, which did not count skipped steps
             sums = [*sums, sums[-1]]
         if worker == 0:
             self._loss += torch.tensor(sums[:2], device=self.device, dtype=torch.float64)
@@ -56,9 +56,9 @@ class Interval:
         self._norm += torch.tensor(sums[-3:], device=self.device, dtype=torch.float64)
 
     def close(self, workers: int) -> dict[str, float]:
-        """The interval's line, summed over all workers (every worker must call it), and a new interval.
+        """The interval's row, over all workers, and the start of a new interval. All workers must call it.
 
-        A mean over nothing is NaN: the loss and the norm where no step was finite, a band of which no token was drawn.
+        A mean over nothing is NaN: loss and norm if no step was finite, a band without a token.
         """
         *values, norm, stepped, steps = self.sums(workers)
         seconds = time.perf_counter() - self._began

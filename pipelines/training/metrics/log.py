@@ -1,4 +1,4 @@
-"""The lines a training run leaves behind: `metrics.jsonl`, one JSON object an interval; null where a number is not finite."""
+"""`metrics.jsonl` of a training run: one JSON object per interval, with null for non-finite numbers."""
 
 import json
 import logging
@@ -13,50 +13,49 @@ from pipelines.runtime.records import damaged, nan_for_null, null_for_nan, parse
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTED = 100  # newest lines that travel inside each checkpoint
-OBJECT_SECONDS = 30.0  # between writes to a bucket, where a line can't be appended: the whole object is written
+CHECKPOINTED = 100  # number of latest rows stored in each checkpoint
+OBJECT_SECONDS = 30.0  # interval of writes to a bucket, where the whole object is written again
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run that goes on from `images_seen`: lines after that are dropped, for their steps are done again.
+    """`metrics.jsonl` of a run that resumes at `images_seen`: later rows are dropped, because their steps are repeated.
 
-    `checkpointed`: the newest lines as the checkpoint holds them; a kill can come before the driver has written them, and they
-    are `recovered` then.
+    `checkpointed`: the latest rows, as stored in the checkpoint. If the driver was killed before it wrote them, they are `recovered`.
     """
 
     def __init__(
         self, path: str, images_seen: int, checkpointed: Sequence[dict[str, Any]] = (), say: Callable[[str], None] = logger.warning
     ) -> None:
-        """`say` is told, once, when the file can't be written while rows come in; each new row tries again. Lines that can't be read are
+        """`say` prints a message, once, when the file cannot be written during training; each new row tries again. Unreadable rows are
         dropped, which is logged with their number."""
-        self.path, self._say, self._told = path, say, False
+        self.path, self._say, self._reported = path, say, False
         written, damage = read_metrics(path) if storage.exists(path) else ([], None)
         if damage is not None:
             say(str(damage))
         lines = [*written, *map(nan_for_null, checkpointed)]
-        known = {row["images_seen"]: row for row in lines if row["images_seen"] <= images_seen}
-        self.rows: list[dict[str, Any]] = [known[one] for one in sorted(known)]
-        there = {row["images_seen"] for row in written}
-        self.recovered = [row for row in self.rows if row["images_seen"] not in there]
-        self._on_disk = -1  # rows that the file is known to hold, and nothing else
+        kept = {row["images_seen"]: row for row in lines if row["images_seen"] <= images_seen}
+        self.rows: list[dict[str, Any]] = [kept[position] for position in sorted(kept)]
+        positions = {row["images_seen"] for row in written}
+        self.recovered = [row for row in self.rows if row["images_seen"] not in positions]
+        self._on_disk = -1  # number of rows in the file; −1: unknown or other rows
         self._written = float("-inf")
         if self.recovered or len(self.rows) < len(written) or damage is not None:
             self.write()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take in a row; one that a restarted worker group repeats replaces that of the lost one, and those after it."""
+        """Add a row. If a restarted worker group repeats a row, it replaces the former row and all later ones."""
         while self.rows and self.rows[-1]["images_seen"] >= row["images_seen"]:
             self.rows.pop()
             self._on_disk = -1
         self.rows.append(row)
         try:
             self._keep(row)
-            self._told = False
+            self._reported = False
         except OSError as error:
             self._on_disk = -1
-            if not self._told:
-                self._told = True
-                self._say(f"{self.path} can't be written, which is tried again with every line: {error.__cause__ or error}")
+            if not self._reported:
+                self._reported = True
+                self._say(f"{self.path} can't be written, retrying with every row: {error.__cause__ or error}")
 
     def _keep(self, row: dict[str, Any]) -> None:
         if storage.is_local(self.path) and self._on_disk == len(self.rows) - 1:
@@ -67,7 +66,7 @@ class MetricsLog:
             self.write()
 
     def write(self) -> None:
-        """Write the whole file, if it does not hold all rows yet. Raises storage.UnwritableError where that is impossible."""
+        """Write the whole file if it does not contain all rows. Raises storage.UnwritableError."""
         if self._on_disk != len(self.rows):
             storage.write_bytes(self.path, b"".join(_line(row) for row in self.rows))
             self._on_disk, self._written = len(self.rows), time.monotonic()
@@ -78,10 +77,10 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def read_metrics(path: str) -> tuple[list[dict[str, Any]], DamagedFileError | None]:
-    """The rows of a file, NaN where it says null, without those that can't be read; if there are such, what is wrong with the first and
-    how many there are.
+    """The rows of a file, with NaN for null, without unreadable rows; and an error about the first unreadable row with the number of such
+    rows, or None.
 
-    A half line at the end was left by a writer that was killed: no damage.
+    A partial row at the end, left by a killed writer, does not count as damage.
     """
     *lines, last = storage.read_bytes(path).split(b"\n")
     rows, errors = list[dict[str, Any]](), list[DamagedFileError]()

@@ -1,6 +1,6 @@
-"""What a training worker says of itself beside the loss: how fast it is, what it waits for, how much memory it takes.
+"""Telemetry of a training worker: throughput, waiting times and memory.
 
-Shares of the time in a line of metrics are those of the worker that waited the most; Prometheus gets every worker's own.
+Shares of time in a row of metrics are the maximum over all workers; Prometheus gets the values of each worker.
 """
 
 import time
@@ -24,9 +24,9 @@ GATHERED = ("data_wait_share", "communication_share", "checkpoint_share", "memor
 class ExposedCommunication:
     """The time that averaging the gradients adds to a step.
 
-    DDP sends a bucket of gradients as soon as it is full, while the backward pass goes on. What is not hidden behind it begins when
-    the last bucket is full, for nothing is left to compute then, and ends when the backward pass returns. On a GPU both are moments
-    of the computing stream, read when the interval is over.
+    DDP sends a bucket of gradients as soon as it is full, while the backward pass continues. The communication that is not hidden begins
+    when the last bucket is full, because no computation is left then, and ends when the backward pass returns. On a GPU both times are
+    events of the computing stream, read at the end of the interval.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class ExposedCommunication:
         return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: the default process group
 
     def ended(self) -> None:
-        """The backward pass that averaged the gradients has returned."""
+        """Called when the backward pass that averages the gradients has returned."""
         if isinstance(self._full, float):
             self._seconds += time.perf_counter() - self._full
         elif self._full is not None:
@@ -54,7 +54,7 @@ class ExposedCommunication:
         self._full = None
 
     def seconds(self) -> float:
-        """Since the last call. The device must have come to the end of the last step."""
+        """Exposed seconds since the last call. The device must have finished the last step."""
         seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._pairs) / 1e3
         self._seconds, self._pairs = 0.0, []
         return seconds
@@ -68,13 +68,13 @@ class ExposedCommunication:
 
 
 class Telemetry:
-    """One worker's figures between two lines of metrics."""
+    """One worker's metrics between two rows."""
 
     def __init__(
         self, config: MARConfig, micro_batch: int, module: nn.Module, device: torch.device, worker: int, workers: int, peak_tflops: float,
         run: str,
     ) -> None:  # fmt: skip
-        """`peak_tflops`: of one worker's device, for the MFU; 0: the data sheet's, where the GPU is known."""
+        """`peak_tflops`: peak of one worker's device, for the MFU; 0: from the data sheet of a known GPU."""
         self.config, self.micro_batch, self.device, self.worker, self.workers = config, micro_batch, device, worker, workers
         known = of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.peak = (peak_tflops or (known.tflops if known else 0.0)) * 1e12
@@ -89,14 +89,14 @@ class Telemetry:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def stepped(self, micro_batches: int, masked: int) -> None:
-        """This worker has run its micro-batches of a global batch, forward and backward, and the gradients are averaged."""
+        """Called after a step: this worker has run its micro-batches, and the gradients are averaged."""
         self.communication.ended()
         self._images += micro_batches * self.micro_batch
         self._flops += micro_batches * training_flops(self.config, self.micro_batch, masked)
 
     def close(self, row: dict[str, float], seconds_waited: float, seconds_saving: float) -> dict[str, float]:
-        """The line of metrics with these figures in it (every worker must call this, after the device has ended its steps), and a new
-        interval. `seconds_waited` for data and `seconds_saving` in checkpoints are this worker's."""
+        """Add these metrics to the row and start a new interval. All workers must call it, after the device has finished its steps.
+        `seconds_waited` for data and `seconds_saving` in checkpoints are this worker's."""
         seconds = time.perf_counter() - self._began
         memory = {"host": float(self._process.memory_info().rss)}
         if self.device.type == "cuda":
@@ -115,7 +115,7 @@ class Telemetry:
         row = row | dict(zip(GATHERED, most, strict=True))
         if self.device.type != "cuda":
             del row["gpu_memory_gb"]
-        if self.workers > 1 and not self.communication.measured:  # sharded models communicate all along
+        if self.workers > 1 and not self.communication.measured:  # sharded models communicate throughout the step
             del row["communication_share"], shares["communication_share"]
         row["images_per_second_per_worker"] = row["images_per_second"] / self.workers
         flops = float(of_all[:, -1].sum()) / (seconds * self.workers)
@@ -130,7 +130,7 @@ class Telemetry:
 
 
 def in_short(row: dict[str, float]) -> dict[str, float]:
-    """What stands beside the progress bar."""
+    """The values shown next to the progress bar."""
     shown = {
         "loss": "loss",
         "mfu": "mfu",

@@ -1,1 +1,1 @@
-"""Failed and hung workers: noticing them, and starting their group again."""
+"""Detects failed and hung workers, and restarts their group."""

@@ -1,5 +1,5 @@
-"""The channel between a training run's driver, its controller and its workers: metrics and lines for the person one way, requests to end
-with a checkpoint the other, because the person, a pre-emption notice or a change of size asks for it."""
+"""The channel between a training run's driver, its controller and its workers. It carries metrics and lines for the user to the driver, and
+requests to stop with a checkpoint to the workers: from the user, after a pre-emption notice, or to change the number of workers."""
 
 import threading
 from collections.abc import Callable
@@ -11,14 +11,14 @@ ASKED_EVERY_SECONDS = 1.0
 
 
 class _Board(Messages):
-    """The actor behind `TrainingChannel`; one for all, for each takes a hundredth of a core, whatever it does."""
+    """The actor behind `TrainingChannel`. All users share a single actor, because each actor costs a hundredth of a core."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stopping = False  # by the person: holds for every group that starts
-        self.asked = ""  # of the present group
+        self.stopping = False  # requested by the user: holds for all later groups too
+        self.asked = ""  # request to the current group
         self.answered = False
-        self.working = False  # a group is at work
+        self.working = False  # a group is training
 
     def ask(self, reason: str) -> None:
         self.stopping |= reason == STOP
@@ -44,33 +44,33 @@ class _Board(Messages):
 
 
 class TrainingChannel(MessageChannel):
-    """Made in the driver; the controller, the workers and validations hold it too."""
+    """Created in the driver; the controller, the workers and validations hold a copy."""
 
     actor_class = _Board
 
     def ask(self, reason: str) -> None:
-        """Ask the workers to write a checkpoint and end."""
+        """Ask the workers to write a checkpoint and stop."""
         self._actor.ask.remote(reason)
 
     def new_group(self) -> None:
-        """A worker group begins: what the last one was asked is done with, unless the person asked."""
+        """A worker group starts: discard the request to the previous group, unless it was the user's."""
         self._actor.new_group.remote()
 
     def group_works(self, working: bool) -> None:
-        """From the controller: the group has begun to train, or is broken."""
+        """From the controller: the group has started training, or has failed."""
         self._actor.work.remote(working)
 
     def somebody_works(self) -> bool:
-        """Whether there is a group that can answer."""
+        """Whether a group is running that can answer."""
         import ray
 
         try:
             return bool(ray.get(self._actor.is_working.remote()))
-        except ray.exceptions.RayError:  # with the board all is lost
+        except ray.exceptions.RayError:  # the actor has died, and the run with it
             return False
 
     def stopping(self) -> bool:
-        """Whether the person has asked the run to end."""
+        """Whether the user has asked the run to stop."""
         import ray
 
         return bool(ray.get(self._actor.reason.remote()) == STOP)
@@ -85,7 +85,7 @@ class TrainingChannel(MessageChannel):
         return bool(ray.get(self._actor.has_answer.remote()))
 
     def watched(self) -> Callable[[], str]:
-        """In the first worker: what is asked of the group ("" for nothing), looked up on a thread, so that no step waits for it."""
+        """On rank 0: a function that returns the request to the group ("" for none). A thread polls it, so that no step waits."""
         import ray
 
         found = [""]

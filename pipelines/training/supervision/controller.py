@@ -1,4 +1,4 @@
-"""What surrounds a worker group: how long Ray waits for what, why a group starts again, and what no new start would mend."""
+"""Supervision of worker groups: Ray's timeouts, restarts after failures, and errors that end the run because they would repeat."""
 
 import contextlib
 import os
@@ -27,20 +27,20 @@ from pipelines.training.supervision.channel import PREEMPTED, RESIZED, TrainingC
 from pipelines.training.supervision.messages import GroupFailed
 from pipelines.training.supervision.watchdog import PATIENCE
 
-# Errors that the next attempt would meet again: settings, files and code are what they were.
+# Errors that a restart would repeat, with the same settings, files and code.
 MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
-ROOM_SECONDS = 8  # for all workers to find room; then Ray looks anew at what the cluster has (its default: 60)
-POLL_SECONDS = 0.5  # between Ray's looks at its workers (its default: 2)
-PREEMPTION_POLL_SECONDS = 2  # between its looks for pre-emption notices (its default: 5)
-START_SECONDS = 120  # that a group may take to begin once it has room, however short train.hang_seconds is
-LONGEST_PAUSE_SECONDS = 60.0  # between starts that fail one after the other
-PING_SECONDS = 1.0  # for a worker that is well to answer
-SHUTDOWN_SECONDS = 5  # for what is left of a broken group to leave its process group (its default: 30)
-LEAVING_SECONDS = 120.0  # for a group that is to change its size to write its checkpoint
+ROOM_SECONDS = 8  # to place all workers; then Ray checks the cluster's resources again (default: 60)
+POLL_SECONDS = 0.5  # interval of Ray's worker polls (default: 2)
+PREEMPTION_POLL_SECONDS = 2  # interval of Ray's checks for pre-emption notices (default: 5)
+START_SECONDS = 120  # minimum time for a placed group to start training, however short train.hang_seconds is
+LONGEST_PAUSE_SECONDS = 60.0  # between consecutive failed starts
+PING_SECONDS = 1.0  # for a healthy worker to answer
+SHUTDOWN_SECONDS = 5  # for the rest of a failed group to leave its process group (default: 30)
+LEAVING_SECONDS = 120.0  # for a group to write its checkpoint before it is resized
 
 
 def ray_train_waits(hang_seconds: int) -> AbstractContextManager[None]:
-    """The environment variables by which Ray Train is told how long to wait; those that the person has set stay."""
+    """Set the timeouts of Ray Train through its environment variables; values set by the user are kept."""
     seconds = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": ROOM_SECONDS,
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": POLL_SECONDS,
@@ -52,14 +52,14 @@ def ray_train_waits(hang_seconds: int) -> AbstractContextManager[None]:
 
 
 class Supervision(ControllerCallback, WorkerGroupCallback):
-    """Runs in Ray Train's controller, which calls it at every turn of a worker group."""
+    """Callbacks in Ray Train's controller for the life cycle of worker groups."""
 
     def __init__(self, channel: TrainingChannel, hang_seconds: int, restarts: int, fewest: int) -> None:
         self.channel, self.fewest = channel, fewest
         self.start_seconds, self.restarts = max(PATIENCE * hang_seconds, START_SECONDS), restarts
         self._running = self._noticed = self._waits = False
-        self._failed_starts = 0  # in a row
-        self._undecided: float | None = None  # since when Ray Train has found nothing to do
+        self._failed_starts = 0  # consecutive
+        self._undecided: float | None = None  # time since which Ray Train has had no decision to take
 
     def after_controller_start(self, train_run_context: object) -> None:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(SHUTDOWN_SECONDS))
@@ -67,7 +67,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         TrainController.worker_group_cls = SupervisedWorkerGroup
 
     def after_controller_state_update(self, previous_state: object, current_state: object) -> None:
-        """An elastic group is not tried without room for its fewest: Ray Train looks again and again, without a pause or a word."""
+        """Report missing resources for an elastic group: without room for the minimum, Ray Train polls silently and without a pause."""
         if current_state is not previous_state:
             self._undecided = None
             return
@@ -81,17 +81,17 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         self.channel.new_group()
 
     def finds_no_room(self, workers: int) -> None:
-        """Said once; Ray Train looks anew until there is some."""
+        """Report missing resources once; Ray Train retries until they are available."""
         if not self._waits:
-            self.channel.say(f"the cluster has no room for {workers} workers at present: waiting for it")
+            self.channel.say(f"the cluster has no resources for {workers} workers: waiting")
         self._waits = True
 
     def start_failed(self, cause: str) -> None:
-        """Waits a little longer each time. Raises RuntimeError when that was one time too many."""
+        """Wait, longer after each consecutive failure. Raises RuntimeError after too many."""
         self._failed_starts += 1
         if 0 <= self.restarts < self._failed_starts:
-            raise RuntimeError(f"the workers did not begin to train, {self._failed_starts} times in a row (train.failures): {cause}")
-        self.channel.send(GroupFailed(f"{cause}; starting again", time.time()))
+            raise RuntimeError(f"the workers failed to start {self._failed_starts} times in a row (train.failures): {cause}")
+        self.channel.send(GroupFailed(f"{cause}; restarting", time.time()))
         if self._failed_starts > 1:
             time.sleep(min(2**self._failed_starts, LONGEST_PAUSE_SECONDS))
 
@@ -101,12 +101,12 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         self.channel.group_works(True)
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Raises what no restart would mend, which ends the run."""
+        """Raises errors that a restart would repeat, which ends the run."""
         errors = worker_group_status.errors
         notice = worker_group_status.get_preemption_info()
         if notice is not None and not self._noticed and not errors:
             self._noticed = True
-            self.channel.say(f"{_nodes(notice)} will be taken away: writing a checkpoint, to go on without")
+            self.channel.say(f"{_nodes(notice)} will be pre-empted: writing a checkpoint before the group restarts without it")
             self.channel.ask(PREEMPTED)
         if not errors or not self._running:
             return
@@ -114,15 +114,17 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         for error in errors.values():
             _end_at_mistake(error)
         self.channel.group_works(False)
-        text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; starting again"
+        text = f"{cause_of(errors, len(worker_group_status.worker_statuses))}; restarting"
         self.channel.send(GroupFailed(text, time.time()))
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """A running group that is to change its size writes a checkpoint first, so that nothing is computed twice."""
+        """Ask a running group to write a checkpoint before it is resized, so that no step is repeated."""
         if not self._running:
             return
         self._running = False
-        self.channel.say(f"the cluster has room for {resize_decision.num_workers} workers: writing a checkpoint, to go on with them")
+        self.channel.say(
+            f"the cluster has resources for {resize_decision.num_workers} workers: writing a checkpoint before the group is resized"
+        )
         self.channel.ask(RESIZED)
         deadline = time.monotonic() + LEAVING_SECONDS
         while not self.channel.has_answer() and time.monotonic() < deadline:
@@ -130,8 +132,8 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
 
 
 class SupervisedWorkerGroup(WorkerGroup):
-    """A worker group that begins to train in time, or is gone. Ray's own waits without a limit for a worker that hangs meanwhile; a
-    worker that dies while the process group forms or its training is launched leaves the room of the others taken, or ends the run."""
+    """A worker group that starts training within a time limit or is removed. Ray waits without a limit for a hung worker during the start;
+    and if a worker dies during process group setup or launch, Ray keeps the other workers' resources reserved, or ends the run."""
 
     supervision: Supervision
 
@@ -167,7 +169,7 @@ class SupervisedWorkerGroup(WorkerGroup):
             raise WorkerGroupStartupFailedError(str(cause)) from error
 
     def _end_in_time(self) -> None:
-        """On a thread, while the controller's own waits: what takes the room away ends all who are in it."""
+        """Runs on a thread, while the controller's thread waits: removing the placement group ends all its workers."""
         seconds = self.supervision.start_seconds
         if self._over.wait(seconds):
             return
@@ -176,50 +178,53 @@ class SupervisedWorkerGroup(WorkerGroup):
             who = self._who_hangs()
         with self._deciding:
             if not self._over.is_set():
-                self._hanging = f"{who}: {seconds:.0f} s after the start the group has not begun to train"
+                self._hanging = f"{who}: {seconds:.0f} s after its start the group is not training"
         while self._hanging and not self._over.is_set():
-            with contextlib.suppress(Exception):  # for a while nobody may be there to hear of it
+            with contextlib.suppress(Exception):  # the placement group may not be ready yet
                 self._room.shutdown()
             self._over.wait(PING_SECONDS)
 
     def _who_hangs(self) -> str:
         if not self._workers:
-            return "a worker that has not come up hangs"
+            return "a worker hangs before its process has started"
         asked = {worker.actor.get_metadata.remote(): worker for worker in self._workers}
         _, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=PING_SECONDS)
-        silent = [asked[one] for one in waiting]
-        if len(silent) in (0, len(asked)) and len(asked) > 1:  # who waits for another in the process group does not answer either
+        silent = [asked[reference] for reference in waiting]
+        if len(silent) in (0, len(asked)) and len(asked) > 1:  # workers that wait for another one in a collective do not answer either
             return "a worker hangs, the others wait for it"
-        names = [f"worker {one.distributed_context.world_rank} (process {one.metadata.pid} on {one.metadata.node_ip})" for one in silent]
+        names = [
+            f"worker {worker.distributed_context.world_rank} (process {worker.metadata.pid} on {worker.metadata.node_ip})"
+            for worker in silent
+        ]
         return f"{', '.join(names[:4]) or 'the worker'}{' …' if names[4:] else ''} hangs"
 
 
 def _end_at_mistake(error: BaseException) -> None:
-    """Raises what a worker has raised, where the next start would only meet it again."""
-    for one in carried_by(error):
-        if isinstance(one, MISTAKES):
-            if one is not error:
-                one.add_note(str(error))  # the worker's traceback
-            raise one
+    """Raise the exception of a worker if a restart would repeat it."""
+    for reason in carried_by(error):
+        if isinstance(reason, MISTAKES):
+            if reason is not error:
+                reason.add_note(str(error))  # the worker's traceback
+            raise reason
 
 
 def _nodes(notice: Any) -> str:
-    names = ", ".join(one[:8] for one in notice.preempted_node_ids)
+    names = ", ".join(node[:8] for node in notice.preempted_node_ids)
     seconds = f" in {max(notice.deadline_ms / 1000 - time.time(), 0):.0f} s" if notice.deadline_ms else ""
     return f"node {names} (workers {', '.join(map(str, notice.preempted_ranks))}){seconds}"
 
 
 def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
-    """Why a group of `workers` broke, from the errors of its workers: a lost one first, for the others only miss it."""
+    """Why a group of `workers` failed, from the errors of its workers. A dead worker comes first: the others' errors follow from it."""
     for worker, error in errors.items():
         failure = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
         if isinstance(failure, RayActorError):
             reason = _reason(str(failure))
-            hint = "; so NCCL ends one that has waited train.hang_seconds for another" if "SIGABRT" in reason else ""
-            return f"worker {worker} was lost ({reason}{hint})"
+            hint = "; NCCL aborts a worker that has waited for another for train.hang_seconds" if "SIGABRT" in reason else ""
+            return f"worker {worker} died ({reason}{hint})"
     for worker, error in errors.items():
         if isinstance(error, WorkerHealthCheckTimeoutError):
-            return f"worker {worker} hangs: it has not answered since {_seconds()} s"
+            return f"worker {worker} hangs: no answer for {_seconds()} s"
     for worker, error in errors.items():
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             silent = sorted(set(range(workers)) - set(errors))
@@ -230,11 +235,11 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
 
 
 def _why(error: BaseException) -> str:
-    """Why a start failed, of which it is not known whose error it is."""
+    """Why a start failed, if the failed worker is unknown."""
     if isinstance(error, RayActorError):
-        return f"a worker was lost ({_reason(str(error))})"
+        return f"a worker died ({_reason(str(error))})"
     origin, hangs = origin_of(error), "timed out" in str(error).lower()
-    return f"a worker {'hangs or is out of reach' if hangs else 'failed'} ({type(origin).__name__}: {in_one_line(origin)[:300]})"
+    return f"a worker {'hangs or is unreachable' if hangs else 'failed'} ({type(origin).__name__}: {in_one_line(origin)[:300]})"
 
 
 def _seconds() -> str:
@@ -242,7 +247,7 @@ def _seconds() -> str:
 
 
 def _reason(text: str) -> str:
-    """The line of Ray's report that says why."""
+    """The line of Ray's report that contains the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
     telling = [line for line in lines if "because" in line or "SIG" in line or "exit" in line.lower()]
     return (telling or lines)[-1].partition(" Some common causes")[0][:300]

@@ -1,4 +1,4 @@
-"""Ends a worker that makes no step any more, although its process lives and answers: reading from a file system that is gone, say."""
+"""Kills a worker that makes no progress although its process answers, e.g. while it reads from an unreachable file system."""
 
 import contextlib
 import math
@@ -11,14 +11,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 1.25  # times train.hang_seconds: who waits for another in a collective, or doesn't answer Ray, is found before
-OWN = str(Path(__file__).parents[3])  # frames of this project say more than those below them
+PATIENCE = 1.25  # times train.hang_seconds: a hang in a collective, or a worker that does not answer Ray, is detected earlier
+OWN = str(Path(__file__).parents[3])  # frames of this project are more informative than library frames
 
 
 class Watchdog:
-    """A context manager for the thread that trains: when `seconds` have gone by since a call of `stepped`, `say` is told where that
-    thread is, and the process is killed, so that Ray starts the group again. Nothing is watched before the first step, which may compile
-    and fetch shards, nor from `rests` to the next step: a checkpoint may have to wait for a slow store."""
+    """A context manager for the training thread. If `stepped` is not called for `seconds`, `say` prints its position, and the process
+    is killed, so that Ray restarts the group. Time does not count before the first step, which may compile and fetch shards, nor after
+    `rests` until the next step: a checkpoint may have to wait for slow storage."""
 
     def __init__(self, name: str, seconds: float, say: Callable[[str], None]) -> None:
         self.name, self.seconds, self.say = name, seconds, say
@@ -32,11 +32,11 @@ class Watchdog:
         self._over.set()
 
     def stepped(self) -> None:
-        """The thread is alive."""
+        """Called after each step."""
         self._last = time.monotonic()
 
     def rests(self) -> None:
-        """The thread is about to do what may take any time."""
+        """Called before an operation that may take any time."""
         self._last = math.inf
 
     def _watch(self, thread: int) -> None:
@@ -44,14 +44,14 @@ class Watchdog:
             silent = time.monotonic() - self._last
             if silent > self.seconds:
                 with contextlib.suppress(Exception):
-                    self.say(f"{self.name} hangs: no step for {silent:.0f} s, {_where(thread)}; it is ended")
-                    time.sleep(1)  # until that is told
+                    self.say(f"{self.name} hangs: no step for {silent:.0f} s, {_where(thread)}; killing it")
+                    time.sleep(1)  # until the message is sent
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _where(thread: int) -> str:
-    """What a thread is doing: the innermost function of this project."""
+    """The current position of a thread: the innermost function of this project."""
     frame = sys._current_frames().get(thread)
     stack = traceback.extract_stack(frame) if frame else []
-    own = [one for one in stack if one.filename.startswith(OWN)] or stack
+    own = [entry for entry in stack if entry.filename.startswith(OWN)] or stack
     return f"in {own[-1].name} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else "its thread is gone"

@@ -173,7 +173,7 @@ def test_without_its_manifest_a_cache_is_no_cache_and_needs_no_work(
 ) -> None:
     again = copied(built, tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no finished latent cache"):
+    with pytest.raises(UserError, match="not a finished latent cache"):
         LatentCache(again.path)
     summary = cache(Images(images), tokenizer.path, again, stage)
     assert contents(again.path) == contents(built.path)
@@ -231,7 +231,7 @@ def test_an_image_mended_in_its_parquet_file_is_tried_again(
     assert (summary["rejected"], summary["images"]) == (0, 12)
     assert (tmp_path / "cache" / "shards" / "shard-00000.arrow").stat().st_mtime_ns == before
     write_parquet(tmp_path / "source", {**pictures, "b/07.png": png(99)})
-    with pytest.raises(UserError, match=r"holds now: 1 changed \(train-00001/00000001\)\. Give another cache\.path"):  # not rejected
+    with pytest.raises(UserError, match=r"contains now: 1 changed \(train-00001/00000001\); choose another cache\.path"):  # not rejected
         cache(Images(options), tokenizer.path, settings, stage)
     write_parquet(tmp_path / "source", pictures, row_group=2)  # the same images, laid out otherwise
     assert cache(Images(options), tokenizer.path, settings, stage) == summary
@@ -280,14 +280,15 @@ def test_another_source_and_another_tokenizer_are_refused(
     (tmp_path / "source" / "b" / "18.png").unlink()
     with pytest.raises(UserError) as told:
         cache(Images(replace(images, source=str(tmp_path / "source"))), tokenizer.path, built, stage)
-    assert told.value.text == (
-        f"{built.path} was made of other images than images.source {str(tmp_path / 'source')!r} holds now: 1 changed (b/17.png); 1 added "
-        "(c/00.png); 2 missing (a/00.png, b/18.png). Give another cache.path, delete that directory to make it of these images, or bring "
-        "the former images back"
+    assert str(told.value) == (
+        f"{built.path} was made from other images than images.source {str(tmp_path / 'source')!r} contains now: 1 changed (b/17.png); 1 "
+        "added "
+        "(c/00.png); 2 missing (a/00.png, b/18.png); choose another cache.path, delete that directory to make it from these images, or "
+        "restore the former images"
     )
     other = KLAutoencoder(KLConfig(channels=3, width=8, multipliers=(1, 2), encoder_blocks=1, decoder_blocks=1))
     save_tokenizer(other, tmp_path / "tokenizer")
-    with pytest.raises(UserError, match=r"different: tokenizer\.digest"):
+    with pytest.raises(UserError, match=r"differing settings: tokenizer\.digest"):
         cache(Images(images), str(tmp_path / "tokenizer"), built, stage)
 
 
@@ -299,7 +300,7 @@ def test_too_many_rejects_stop_the_stage_and_mended_images_resume_it(
     settings = copied(built, tmp_path / "cache")
     for name in ("summary.json", "manifest.json", "shards/shard-00001.json"):
         (tmp_path / "cache" / name).unlink()
-    with pytest.raises(UserError, match=r"3 of \d+ images can't be used, images.max_rejected=0.03 allows 1: b/20.png \(empty file\)"):
+    with pytest.raises(UserError, match=r"3 of \d+ images can't be used, but images.max_rejected=0.03 allows 1: b/20.png \(empty file\)"):
         cache(Images(strict), tokenizer.path, settings, stage)
     assert pq.read_table(tmp_path / "cache" / "rejected.parquet").num_rows == 3
     assert not (tmp_path / "cache" / "manifest.json").exists()
@@ -333,7 +334,7 @@ def test_sizes_and_tokenizers_that_do_not_fit(images: ImageSettings, tokenizer: 
     settings = CacheSettings(path=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"images.size is 15, expected a multiple of 2"):
         cache(Images(replace(images, size=15)), tokenizer.path, settings, stage)
-    with pytest.raises(UserError, match=r"holds no tokenizer .* run `mar tokenize` first"):
+    with pytest.raises(UserError, match=r"is not a tokenizer .* run `mar tokenize` first"):
         cache(Images(images), str(tmp_path), settings, stage)
 
 
@@ -347,7 +348,7 @@ def test_what_a_source_holds_beside_its_images_is_printed(tokenizer: TokenizerSe
         cache(Images(ImageSettings(source=str(tmp_path / "source"), size=SIZE)), tokenizer.path, settings, stage)
     allowed = ImageSettings(source=str(tmp_path / "source"), size=SIZE, allow_empty_classes=True)
     assert cache(Images(allowed), tokenizer.path, settings, stage)["images"] == 2
-    assert stage.said[:2] == ["passed over: 1 hidden folder (.c)", "1 of 3 classes has no image to train on: bb"]
+    assert stage.said[:2] == ["skipped: 1 hidden folder (.c)", "1 of 3 classes has no training image: bb"]
     assert LatentCache(settings.path).manifest.class_names == ["a", "b", "bb"]
 
 

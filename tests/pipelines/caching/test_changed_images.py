@@ -77,7 +77,9 @@ def test_an_image_of_the_same_size_and_other_bytes_is_named(copy: Path, tokenize
     for key in ("a/02.png", "b/11.png"):
         change(copy / "images" / key)
     os.utime(copy / "images" / "a" / "04.png")
-    with pytest.raises(UserError, match=r"holds now: 2 changed \(a/02\.png, b/11\.png\)\. Give another cache\.path, delete that directory"):
+    with pytest.raises(
+        UserError, match=r"contains now: 2 changed \(a/02\.png, b/11\.png\); choose another cache\.path, delete that directory"
+    ):
         again(copy, tokenizer, stage)
     assert (copy / "cache" / "listing.arrow").read_bytes() == kept
 
@@ -87,8 +89,8 @@ def test_a_copy_of_the_data_is_read_once_and_is_the_same_source(copy: Path, toke
     for path in (copy / "images").rglob("*.png"):
         os.utime(path)
     assert again(copy, tokenizer, stage) == [
-        f"15 of 15 images lie in files that were written since {copy}/cache was made of them: they are read again",
-        f"15 of 15 images read again have the bytes that {copy}/cache was made of",
+        f"15 of 15 images are in files that were written after {copy}/cache was made; reading them again",
+        "15 of 15 images that were read again are unchanged",
         f"{copy}/cache is complete",
     ]
     assert again(copy, tokenizer, stage) == [f"{copy}/cache is complete"]
@@ -103,12 +105,12 @@ def test_a_repaired_image_of_the_same_size_is_tried_again(copy: Path, tokenizer:
     path.write_bytes(b"no pixel")
     os.utime(path, ns=(1, 1))
     said = again(copy, tokenizer, stage)
-    assert f"images that {copy}/cache had rejected were repaired; their shards are made again" in said
+    assert f"images that were rejected in {copy}/cache have been repaired; their shards are encoded again" in said
     assert storage.read_json(str(copy / "cache" / "shards" / "shard-00003.json"))["image_sha256"][-1] == storage.digest(b"no pixel")
 
 
 def test_what_keeps_its_time_is_found_when_everything_is_read(copy: Path, tokenizer: TokenizerSettings, stage: Listening) -> None:
-    assert again(copy, tokenizer, stage, check=True)[0] == f"15 of 15 images read again have the bytes that {copy}/cache was made of"
+    assert again(copy, tokenizer, stage, check=True)[0] == "15 of 15 images that were read again are unchanged"
     change(copy / "images" / "a" / "06.png", keep_time=True)
     assert again(copy, tokenizer, stage) == [f"{copy}/cache is complete"]  # the source does not show it
     with pytest.raises(UserError, match=r"1 changed \(a/06\.png\)"):
@@ -140,9 +142,9 @@ def test_a_cache_of_before_is_complete_and_what_is_not_known_is_said(copy: Path,
     change(copy / "images" / "a" / "00.png")
     for _ in range(2):
         said = again(copy, tokenizer, stage)
-        assert "kept no modification times: an image that was replaced since by one of the same size is not noticed" in said[0]
+        assert "did not record modification times: images replaced by others of the same size are not detected" in said[0]
         assert said[1:] == [f"{copy}/cache is complete"]
-    with pytest.raises(UserError, match=r"keeps no digests of 15 images .* `mar verify --sample N`"):
+    with pytest.raises(UserError, match=r"has no digests of 15 images: .* `mar verify --sample N`"):
         again(copy, tokenizer, stage, check=True)
     (copy / "images" / "a" / "00.png").write_bytes(encoded(16, 17))
     with pytest.raises(UserError, match=r"1 changed \(a/00\.png\)"):  # its size is another one
@@ -154,7 +156,7 @@ def test_an_image_in_a_tar_that_was_written_again(tokenizer: TokenizerSettings, 
     write_webdataset(tmp_path / "images", IMAGES)
     again(tmp_path, tokenizer, stage)
     write_webdataset(tmp_path / "images", IMAGES)
-    assert "15 of 15 images read again have the bytes that" in again(tmp_path, tokenizer, stage)[1]
+    assert "15 of 15 images that were read again are unchanged" in again(tmp_path, tokenizer, stage)[1]
     changed = bytearray(IMAGES["a/04.png"])
     changed[-1] ^= 1
     write_webdataset(tmp_path / "images", {**IMAGES, "a/04.png": bytes(changed)})

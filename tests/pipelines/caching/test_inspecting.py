@@ -92,7 +92,7 @@ def test_verify_encodes_again_and_names_damage(made: Path, tmp_path: Path, capsy
     (copy / "shards" / "shard-00001.arrow").write_bytes(whole["shard-00001.arrow"][:-1])
     (copy / "shards" / "shard-00002.arrow").write_bytes(bytes([whole["shard-00002.arrow"][0] ^ 1]) + whole["shard-00002.arrow"][1:])
     found = list(damages(LatentCache(str(copy))))
-    assert [text.split()[1:3] for _, text in found] == [["is", "missing"], ["is", found[1][1].split()[2]], ["has", "another"]]
+    assert [text.split()[1:3] for _, text in found] == [["is", "missing"], ["has", found[1][1].split()[2]], ["does", "not"]]
     with pytest.raises(Exception, match="1"):
         verify_command(str(copy))
     assert "0 of 3 shards" in capsys.readouterr().out
@@ -127,7 +127,7 @@ def test_verify_finds_another_source_and_another_tokenizer(made: Path, tmp_path:
         verify_command(str(made / "cache"), sample=4, tokenizer=str(tmp_path / "tokenizer"))
     first = next(iter(sorted(IMAGES)))
     (tmp_path / "images" / first).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"image {first} .* can't be used any more: empty file; the source has changed"):
+    with pytest.raises(UserError, match=rf"image {first} .* can no longer be used: empty file; the source has changed"):
         verify_command(str(made / "cache"), sample=4, source=other)
 
 

@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(
         writer.begin(tensors, progress(20))
         writer.wait()
         assert len(said) == 1
-        assert "checkpoint at 20 images failed, training goes on without it" in said[0]
+        assert "checkpoint at 20 images could not be written, training continues" in said[0]
         with pytest.raises(UserError, match="the last checkpoint can't be written, in 3 attempts"):
             writer.finish(tensors, progress(30))
     assert [one.name for one in Path(job.train.path, "checkpoints").iterdir()] == ["images-000000000010"]
@@ -177,7 +177,7 @@ def test_damage_is_told_and_the_one_before_is_used(job: TrainingJob, tensors: di
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")
     assert newest_checkpoint(job.train.path, said.append) == str(folder / "images-000000000020")
     assert len(said) == 1
-    assert said[0].startswith(f"checkpoint images-000000000030 passed over: {damaged} is damaged: SHA-256")
+    assert said[0].startswith(f"checkpoint images-000000000030 skipped: {damaged} is damaged: SHA-256")
     (folder / "images-000000000040").mkdir()  # as a bucket holds one whose writer was cut: `state.json` comes last
     forget_lost_attempts(job.train.path)
     assert checkpoint_names(job.train.path) == ["images-000000000020", "images-000000000030"]
@@ -206,7 +206,7 @@ def test_a_bucket_out_of_reach_during_a_checkpoint(
         writer.begin(tensors, progress(20))
         writer.wait()
         assert len(said) == 1
-        assert "checkpoint at 20 images failed" in said[0]
+        assert "checkpoint at 20 images could not be written" in said[0]
         server.share = 0.0
         assert newest_checkpoint(job.train.path) == "s3://runs/one/checkpoints/images-000000000010"
         writer.finish(tensors, progress(30))

@@ -35,7 +35,7 @@ def test_all_is_kept_where_the_classes_are_the_same(checkpoint: tuple[str, dict[
     start = start_from(path, CONFIG, ["ant", "bee", "cat"])
     weights = start.weights(MAR(CONFIG))
     assert all(torch.equal(weights[name], average[name]) for name in average)
-    assert start.anew == ()
+    assert start.initialized == ()
 
 
 def test_classes_are_found_by_name_and_others_start_anew(checkpoint: tuple[str, dict[str, torch.Tensor]]) -> None:
@@ -49,7 +49,7 @@ def test_classes_are_found_by_name_and_others_start_anew(checkpoint: tuple[str, 
     assert torch.equal(weights[CLASSES][[0, 2]], average[CLASSES][[2, 0]])
     assert torch.equal(weights[CLASSES][[1, 3, 4]], model.class_emb.weight[[1, 3, 4]])
     assert all(torch.equal(weights[name], average[name]) for name in average if name != CLASSES)
-    assert start.describe(names)[1] == "classes: 2 known there by name: cat, ant, 3 start anew"
+    assert start.describe(names)[1] == "classes: 2 found in the checkpoint by name: cat, ant; 3 initialized"
     reordered = start_from(path, CONFIG, ["bee", "ant", "cat"]).weights(MAR(CONFIG))  # as many classes, but in another order
     assert torch.equal(reordered[CLASSES], average[CLASSES][[1, 0, 2]])
 
@@ -58,9 +58,9 @@ def test_what_has_another_shape_starts_anew_and_is_named(checkpoint: tuple[str, 
     path = checkpoint[0]
     config = replace(CONFIG, latent_size=8)
     start = start_from(path, config, ["ant", "bee", "cat"])
-    assert set(start.anew) == {"encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
+    assert set(start.initialized) == {"encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
     assert "encoder_pos_embed_learned" in "\n".join(start.describe(["ant", "bee", "cat"]))
-    with pytest.raises(UserError, match="1 encoder blocks of width 64, there 1 encoder blocks of width 32"):
+    with pytest.raises(UserError, match="found 1 encoder blocks of width 32, expected 1 encoder blocks of width 64"):
         start_from(path, replace(CONFIG, encoder_width=64, decoder_width=64), ["ant"])
     (Path(path) / "ema.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"train\.init_from: .*ema\.safetensors is damaged"):

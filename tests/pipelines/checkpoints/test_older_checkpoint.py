@@ -56,11 +56,11 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_named(name: str, sections: 
         STAGES[name](*sections, stage)
     passed = [line for line in stage.said if "images-000000000020" in line]
     assert len(passed) == 1, stage.said
-    assert re.match(r"checkpoint images-000000000020 passed over: .*ema\.safetensors is damaged: SHA-256 missing", passed[0])
+    assert re.match(r"checkpoint images-000000000020 skipped: .*ema\.safetensors is damaged: SHA-256 missing", passed[0])
 
 
 def test_it_is_named_in_the_terminal_when_nobody_listens(
     sections: tuple[TokenizerSettings, TrainSettings], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert newest_checkpoint(sections[1].path) == checkpoint_path(sections[1].path, 10)
-    assert "checkpoint images-000000000020 passed over" in capsys.readouterr().err
+    assert "checkpoint images-000000000020 skipped" in capsys.readouterr().err

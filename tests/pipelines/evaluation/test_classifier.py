@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mar_model.noise import stream
-from pipelines.evaluation.classifier import Classifier, fit, load_classifier, shifted
+from pipelines.evaluation.classifier.network import Classifier, load_classifier
+from pipelines.evaluation.classifier.training import fit, shifted
 from pipelines.runtime.errors import UserError
 
 
@@ -18,7 +19,7 @@ def test_it_learns_digits() -> None:
     torch.manual_seed(0)
     classifier = Classifier(10)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.evaluation.classifier.EPOCHS", 6)
+        patch.setattr("pipelines.evaluation.classifier.training.EPOCHS", 6)
         fit(classifier, images[::3], torch.from_numpy(labels[::3]), seed=0)
     classifier.eval()
     held_out = slice(1, None, 9)

@@ -7,18 +7,23 @@ import torch
 from listening import Listening
 from tiny_run import CLASSES, SIZE, write_checkpoint, write_images, write_tokenizer
 
-from pipelines.evaluation.classifier import check_classes, classifier_digest, load_classifier, train_classifier
+from mar_model.tokenizers import load_tokenizer
+from pipelines.evaluation.classifier.network import check_classes, classifier_digest, load_classifier
+from pipelines.evaluation.classifier.training import train_classifier
 from pipelines.evaluation.comparison import frechet_rows
 from pipelines.evaluation.features import EfficientNetLite0, network_digest
-from pipelines.evaluation.image_sets import NoiseImages
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.image_sets.sets import NoiseImages
+from pipelines.evaluation.metrics.inception_score import inception_score
+from pipelines.evaluation.metrics.kid import kernel_distance
+from pipelines.evaluation.metrics.precision_recall import precision_recall
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.evaluation.stage import evaluate, with_reference
 from pipelines.evaluation.statistics import FeatureStatistics, FeatureSums, frechet_distance
 from pipelines.generation import samples
 from pipelines.generation.settings import GenerateSettings
 from pipelines.images.listing import Images, list_images
-from pipelines.images.pixels import decode
+from pipelines.images.pixels import decode, to_model, to_uint8
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
@@ -103,6 +108,23 @@ def test_the_record_is_what_its_images_give_in_one_piece(run: dict, network: Eff
     assert "fid" not in record["metrics"]
     assert set(record["definitions"]) == set(record["metrics"])
     assert record["seconds_per_image"] > 0
+    names = {"frechet_distance", "spatial_frechet_distance", "class_score_mean", "class_score_std", "kernel_distance_mean",
+             "kernel_distance_std", "precision", "recall"}  # fmt: skip
+    assert set(record["metrics"]) == {f"{name}_efficientnet-lite0" for name in names} | {"label_agreement"}
+    assert record["format_version"] == 2
+    whole_set, reference_set = network.features(drawn(path)), network.features(real(run["images"].settings, held_out=True))
+    spatial = [FeatureSums.of(one.spatial).moments() for one in (whole_set, reference_set)]
+    expected = {
+        "spatial_frechet_distance": frechet_distance(*spatial[0], *spatial[1]),
+        "class_score_mean": inception_score(whole_set.logits)[0],
+        "kernel_distance_mean": kernel_distance(whole_set.pooled, reference_set.pooled, size=HELD_OUT)[0],
+        "precision": precision_recall(whole_set.pooled, reference_set.pooled)[0],
+        "recall": precision_recall(whole_set.pooled, reference_set.pooled)[1],
+    }
+    for name, value in expected.items():
+        assert record["metrics"][f"{name}_efficientnet-lite0"] == pytest.approx(value, rel=1e-3), name
+    assert all(error >= 0 for error in record["standard_errors"].values())
+    assert "subset size 24" in record["definitions"]["kernel_distance_mean_efficientnet-lite0"]
     assert record["generation"]["ar_steps"] == 4
     assert Path(path, "samples.png").is_file()
 
@@ -190,17 +212,23 @@ def test_again_it_is_complete_and_after_a_kill_it_goes_on(run: dict) -> None:
 
 def test_rows_compare_equal_numbers(run: dict, network: EfficientNetLite0) -> None:
     count = 18
-    rows = frechet_rows(run["images"], run["evaluate"], count, run["stage"])
+    rows = frechet_rows(run["images"], run["evaluate"], count, run["stage"], run["tokenizer_path"])
     in_turn = np.concatenate([np.arange(6) + 8 * label for label in range(3)])  # six of eight a class
     held_out = statistics(network, real(run["images"].settings, held_out=True)[in_turn])
+    train = real(run["images"].settings, held_out=False)[in_turn]
+    tokenizer = load_tokenizer(Path(run["tokenizer_path"]))
+    with torch.inference_mode():
+        reconstructed = to_uint8(tokenizer.decode(tokenizer.moments(to_model(train)).chunk(2, dim=1)[0]))
     expected = {
+        "reconstructed": reconstructed,
         "generated": drawn(run["evaluate"].path)[:count],
-        "real_train": real(run["images"].settings, held_out=False)[in_turn],
+        "real_train": train,
         "noise": NoiseImages(count, SIZE, run["stage"].seed).read(0, count),
     }
     assert rows == {name: pytest.approx(distance(statistics(network, images), held_out), rel=1e-4) for name, images in expected.items()}
     assert rows["real_train"] < rows["noise"]
-    assert frechet_rows(run["images"], run["evaluate"], count, run["stage"]) == rows
+    assert list(rows) == ["real_train", "reconstructed", "generated", "noise"]
+    assert frechet_rows(run["images"], run["evaluate"], count, run["stage"], run["tokenizer_path"]) == rows
     with pytest.raises(UserError, match="24 images held out, expected 25"):
         frechet_rows(run["images"], run["evaluate"], 25, run["stage"])
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.evaluation.image_sets import RealImages
-from pipelines.evaluation.references import find_reference
+from pipelines.evaluation.image_sets.sets import RealImages
+from pipelines.evaluation.references.find import find_reference
 from pipelines.evaluation.settings import EvaluateSettings
 from pipelines.images.listing import Images
 from pipelines.images.settings import ImageSettings

@@ -46,7 +46,7 @@ def test_masks_that_say_nothing_are_refused(tmp_path: Path) -> None:
     cases = {
         "clear.png": (clear, {}, "has transparent pixels"),
         "clear-16.png": (GREY, {"transparency": 257}, "has transparent pixels"),
-        "float.tif": (GREY.astype(np.float32), {}, "can't be used: its pixels are floating-point numbers"),
+        "float.tif": (GREY.astype(np.float32), {}, "can't be used: floating-point pixels have no defined white"),
         "ones.png": ((GREY > 9).astype(np.uint8), {}, "hides nothing"),
     }
     for name, (pixels, options, reason) in cases.items():

@@ -198,7 +198,7 @@ def test_an_image_is_completed_where_the_mask_is_white(
     images, _ = LoadedModel(replace(plan, completion=decoded)).images(np.ones(1, int), range(1))
     assert (images[:, 10:] != original[10:]).any()
     other = painted(tmp_path / "other.png", white=(slice(40, 64), slice(0, 9)))
-    with pytest.raises(UserError, match=r"different: mask \(there"):
+    with pytest.raises(UserError, match=r"differing settings: mask \(found"):
         generate(tokenizer.path, "", replace(edit, mask=other), stage)
 
 
@@ -208,7 +208,7 @@ def test_completions_that_cannot_be_are_named_before_any_work(
     image, mask = painted(tmp_path / "image.png"), painted(tmp_path / "mask.png", white=(slice(0, 9), slice(0, 9)))
     (tmp_path / "text.png").write_text("no image")
     cases = [
-        ({"image": image}, r"generate\.image is given without generate\.mask"),
+        ({"image": image}, r"generate\.image is set, but generate\.mask is empty"),
         ({"image": image, "mask": str(tmp_path / "none.png")}, r"generate\.mask '.*none\.png' can't be read"),
         ({"image": str(tmp_path / "text.png"), "mask": mask}, r"generate\.image '.*text\.png' can't be used: UnidentifiedImageError"),
         (
@@ -286,13 +286,13 @@ def test_mistakes_are_named(settings: GenerateSettings, tokenizer: TokenizerSett
     def attempt(change: dict[str, object], tokenizer: TokenizerSettings = tokenizer) -> None:
         generate(tokenizer.path, str(tmp_path / "none"), replace(settings, **change), stage)
 
-    with pytest.raises(UserError, match=r"train\.path '.*none' holds no checkpoint.*generate\.checkpoint"):
+    with pytest.raises(UserError, match=r"train\.path '.*none' contains no checkpoint.*generate\.checkpoint"):
         attempt({"checkpoint": ""})
     with pytest.raises(UserError, match=r"generate\.checkpoint .* is not a checkpoint: no state\.json in it"):
         attempt({"checkpoint": str(tmp_path)})
-    with pytest.raises(UserError, match=r"generate\.labels has 3, the checkpoint's classes are 0 to 2"):
+    with pytest.raises(UserError, match=r"generate\.labels contains 3, expected 0 to 2 as in the checkpoint"):
         attempt({"labels": [0, 3]})
-    with pytest.raises(UserError, match=r"generate\.labels has 'be', the checkpoint knows no such class; nearest: 'bee'"):
+    with pytest.raises(UserError, match=r"generate\.labels contains 'be', but the checkpoint has no such class; nearest: 'bee'"):
         attempt({"labels": ["ant", "be"]})
     torch.manual_seed(5)
     other = tmp_path / "other"

@@ -108,18 +108,18 @@ DEEP = {  # every one holds the greys 0, 1, 2, … 255
     "grey-alpha.png": png16(np.stack([GREY, GREY[::-1]], 2), 4),
     "rgba.png": png16(np.stack([GREY, GREY, GREY, GREY[::-1]], 2), 6),
 }
-FLOAT = "its pixels are floating-point numbers, of which none is known to be white; convert it to 8 or 16 bits"
+FLOAT = "floating-point pixels have no defined white; convert the image to 8 or 16 bits"
 BROKEN = {
     "float.tif": (tiff(GREY.astype("<f4"), 32, sample_format=3), FLOAT),
     "float.pgm": (b"Pf 16 16 -1.0\n" + np.linspace(0, 1, SIZE * SIZE).astype("<f4").tobytes(), FLOAT),
-    "signed16.tif": (tiff(GREY.astype(">i2"), 16, sample_format=2), "its pixels are signed integers, of which none is known to be black"),
-    "signed32.tif": (saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "its pixels are signed integers, of which none is known"),
+    "signed16.tif": (tiff(GREY.astype(">i2"), 16, sample_format=2), "signed integer pixels have no defined black"),
+    "signed32.tif": (saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "signed integer pixels have no defined black"),
     "integers-of-im.png": (
         saved(Image.fromarray(GREY.astype(np.int32)), "IM"),
-        "its pixels are 32-bit integers (format IM), of which none is known",
+        "32-bit integer pixels (format IM) have no defined white",
     ),
     "bomb.png": (png(20_000, 20_000), "DecompressionBombError: Image size (400000000 pixels) exceeds limit of 178956970 pixels"),
-    "long.png": (saved(Image.new("RGB", (1, 40_000)), "PNG"), "1 × 40000 pixels is too long for a square crop"),
+    "long.png": (saved(Image.new("RGB", (1, 40_000)), "PNG"), "1 × 40000 pixels: aspect ratio too extreme for a square crop"),
     "truncated.png": (saved(FRAMES[0], "PNG")[:400], "OSError: image file is truncated"),
     "truncated.jpg": (saved(Image.fromarray(pixels(64, 64, 3)), "JPEG")[:1500], "OSError: image file is truncated"),
     "header-alone.jpg": (saved(RGB, "JPEG")[:100], "OSError: Truncated File Read"),

@@ -61,16 +61,16 @@ def test_empty_class_folders_are_refused_or_classes_of_their_own(tmp_path: Path)
     with pytest.raises(UserError) as error:
         list_images(settings)
     assert str(error.value) == (
-        f"images.source {str(tmp_path)!r} has 2 class folders without images: ant (no files), dog (1 file, such as dog/notes.txt); bring "
-        "their images, take these folders away (or begin their names with a dot: they are passed over), or set "
-        "images.allow_empty_classes=true: each is then a class with a number of its own"
+        f"images.source {str(tmp_path)!r} has 2 class folders without images: ant (no files), dog (1 file, such as dog/notes.txt); add "
+        "images, remove these folders or rename them with a leading dot (hidden folders are skipped), or set "
+        "images.allow_empty_classes=true to keep them as classes"
     )
     listing = list_images(replace(settings, allow_empty_classes=True))
     assert listing.class_names == ["ant", "cat", "dog", "emu"]  # as torchvision numbers them
     assert [(row.key, row.label) for row in listing.rows] == [("cat/1.png", 1), ("emu/2.png", 3)]
     assert listing.remarks == [
-        "passed over: 1 hidden folder (.bee), 1 file that is no image by its ending (.txt 1)",
-        "2 of 4 classes have no image to train on: ant, dog",
+        "skipped: 1 hidden folder (.bee), 1 file that is not an image, by extension (.txt 1)",
+        "2 of 4 classes have no training image: ant, dog",
     ]
 
 
@@ -79,8 +79,8 @@ def test_what_a_tree_holds_beside_its_images_is_named(tmp_path: Path) -> None:
         tmp_path, "cat/1.png", "cat/deep/2.png", "cat/3.avif", "cat/4.AVIF", "README", "top.png", ".a/x.png", ".b/c/x.png"
     )
     assert list_images(settings).notes == (
-        "passed over: 2 hidden folders (.a, .b), 1 image outside the class folders (top.png), "
-        "3 files that are no images by their ending (.avif 2, none 1)",
+        "skipped: 2 hidden folders (.a, .b), 1 image outside the class folders (top.png), "
+        "3 files that are not images, by extension (.avif 2, none 1)",
     )
     for name in (".a", ".b", "README", "top.png", "cat/3.avif", "cat/4.AVIF"):
         (tmp_path / name).rename(tmp_path.parent / f"{tmp_path.name}{name.replace('/', '-')}")
@@ -92,7 +92,7 @@ def test_a_class_that_one_part_lacks_is_no_empty_class(tmp_path: Path) -> None:
     (tmp_path / "train" / "bee").mkdir()
     listing = list_images(settings)
     assert (listing.class_names, [row.label for row in listing.rows]) == (["bee", "cat"], [1, 0, 1])
-    assert listing.remarks == ["passed over: 1 hidden folder (val/.x)", "1 of 2 classes has no image to train on: bee"]
+    assert listing.remarks == ["skipped: 1 hidden folder (val/.x)", "1 of 2 classes has no training image: bee"]
     for part in ("train", "val"):
         (tmp_path / part / "emu").mkdir()
     with pytest.raises(UserError, match=r"has 1 class folder without images: emu \(no files\); "):
@@ -118,7 +118,7 @@ def test_a_loop_of_links_is_named_and_a_link_outside_is_followed(tmp_path: Path)
         name = "a/more/back" if link.name == "back" else link.relative_to(root)
         with pytest.raises(UserError) as error:
             list_images(settings)
-        assert str(error.value) == f"{root}/{name} is a link that leads in a circle; remove it"
+        assert str(error.value) == f"{root}/{name} is a link that leads to one of its parent folders; remove it"
         link.unlink()
 
 
@@ -138,13 +138,13 @@ def test_held_out_by_hash_of_the_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"source": ""}, "images.source '' is not there"),
-        ({"source": "{root}/nowhere"}, "nowhere' is not there"),
+        ({"source": ""}, "images.source '' does not exist"),
+        ({"source": "{root}/nowhere"}, "nowhere' does not exist"),
         ({"source": "{root}/a"}, "holds no class folders"),
         ({"held_out_folder": "a"}, "holds no class folders with images; expected {root}/part/class/image"),
         ({"held_out_share": 1e-9}, "holds out none of the 2 images"),
         ({"held_out_share": 1.0}, "images.held_out_share is 1.0, expected"),
-        ({"held_out_share": 0.5, "held_out_folder": "a"}, "reset one of them"),
+        ({"held_out_share": 0.5, "held_out_folder": "a"}, "clear one of the two"),
     ],
 )
 def test_sources_that_make_no_data_set(tmp_path: Path, change: dict[str, Any], text: str) -> None:
@@ -160,7 +160,7 @@ def test_held_out_folder_that_is_not_a_part(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'test' holds no images .* \['train', 'val'\]"):
         list_images(replace(settings, held_out_folder="test"))
     only = write_tree(tmp_path / "only", "val/a/1.png")
-    with pytest.raises(UserError, match="none is left to train on"):
+    with pytest.raises(UserError, match="expected some to train on"):
         list_images(replace(only, held_out_folder="val"))
 
 
@@ -227,7 +227,7 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
 
     for error in (OSError(errno.EMFILE, "Too many open files"), OSError(errno.ESTALE, "Stale file handle"), OSError("AWS Error NETWORK")):
         failing(error)
-        with pytest.raises(UserError, match=r"can't be read .*when it answers again run the same command"):
+        with pytest.raises(UserError, match=r"can't be read .*run the same command when it answers again"):
             read_image(settings, row)
     for error in (
         FileNotFoundError(errno.ENOENT, "gone"),
@@ -241,7 +241,7 @@ def test_a_source_that_does_not_answer_is_no_broken_image(tmp_path: Path, monkey
 
 
 def test_very_long_images_are_refused_before_they_fill_the_memory() -> None:
-    with pytest.raises(ImageError, match="1 × 3000 pixels is too long"):
+    with pytest.raises(ImageError, match="1 × 3000 pixels: aspect ratio too extreme"):
         decode(encoded(1, 3000), 256)
 
 

@@ -7,7 +7,7 @@ import pytest
 from listening import Listening
 
 from benchmarks.source_forms import encoded, write_parquet, write_tree
-from pipelines.evaluation.image_sets import RealImages
+from pipelines.evaluation.image_sets.sets import RealImages
 from pipelines.images.listing import ImageListing, list_images
 from pipelines.images.reading import read_image
 from pipelines.images.settings import ImageSettings
@@ -49,11 +49,11 @@ def test_an_output_of_other_images_is_refused_by_key_and_touched_files_are_count
     remember_source(path, touched)
     check_source(path, "tokenizer.path", source, touched, identity, stage)
     assert stage.said == [
-        f"1 of the 30 images of {source} lie in files that were written since {path} was made of them, and have the "
-        "size that they had: whether their bytes have changed is not known here"
+        f"1 of the 30 images of {source} are in files that were written after {path} was made from them, with "
+        "unchanged sizes; whether their bytes have changed was not checked"
     ]
     now = listed(tmp_path / "images", {"a/00.png": b"other", "b/31.png": b"new"})
-    with pytest.raises(UserError, match=rf"^{path} was made of other .* now: 1 changed \(a/00.png\); 1 added \(b/31.png\)\. Give"):
+    with pytest.raises(UserError, match=rf"^{path} was made from other .* now: 1 changed \(a/00.png\); 1 added \(b/31.png\); choose"):
         check_source(path, "tokenizer.path", source, now, {**identity, "images.listing": now.digest}, stage)
     check_source(path, "tokenizer.path", source, now, {"images.size": 8, "images.listing": now.digest}, stage)  # `Stage.begin` refuses
 

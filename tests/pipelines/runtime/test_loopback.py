@@ -17,9 +17,9 @@ RECIPE = TrainSettings(images=64, batch=16, micro_batch=4, warmup_images=32, wor
 
 def test_the_list_of_sockets_names_address_and_port() -> None:
     with socket.create_server(("0.0.0.0", 0)) as everywhere, socket.create_server(("::1", 0), family=socket.AF_INET6) as here:
-        found = {(address, port) for _, address, port in listening(os.getpid())}
-        assert {("0.0.0.0", everywhere.getsockname()[1]), ("::1", here.getsockname()[1])} <= found
-    assert not found & {(address, port) for _, address, port in listening(os.getpid())}
+        opened = {("0.0.0.0", everywhere.getsockname()[1]), ("::1", here.getsockname()[1])}
+        assert opened <= {(address, port) for _, address, port in listening(os.getpid())}
+    assert not opened & {(address, port) for _, address, port in listening(os.getpid())}
 
 
 def test_while_a_stage_trains_on_two_workers_everything_listens_on_the_loopback(

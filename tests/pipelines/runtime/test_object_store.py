@@ -176,10 +176,10 @@ def test_faults_change_no_byte_and_what_never_recovers_leaves_nothing(
         assert storage.read_bytes(f"s3://data/made/shards/{name}") == (tmp_path / "shards" / name).read_bytes()
 
     impatient.share, impatient.kinds = 1.0, ("503",)
-    with pytest.raises(UserError, match=r"images\.source 's3://data/source' can't be read \(a/00 ü\.png: .*what is finished is kept"):
+    with pytest.raises(UserError, match=r"images\.source 's3://data/source' can't be read \(a/00 ü\.png: .*finished work is kept"):
         ShardEncoder(replace(job, images=on_s3, path=str(tmp_path / "other")), rows).make(0, 0, 30)
     impatient.methods = ("PUT",)
-    with pytest.raises(UserError, match=r"s3://data/lost/shards/shard-00000\.arrow can't be written: no answer in 3 attempts"):
+    with pytest.raises(UserError, match=r"s3://data/lost/shards/shard-00000\.arrow can't be written: not accepted in 3 attempts"):
         ShardEncoder(replace(job, path="s3://data/lost"), rows).make(0, 0, 30)
     impatient.share = 0.0
     assert storage.list_files("s3://data/lost") == []
@@ -200,7 +200,7 @@ def test_the_stage_and_the_loader_on_s3(
         assert storage.read_bytes(f"s3://data/cache/{name}") == (tmp_path / "cache" / name).read_bytes()
 
     size = max(storage.size(f"s3://data/cache/{name}") for name in names[1:])
-    with pytest.raises(UserError, match=r"room for 4 of the 8 shards .* train\.shuffle_window from 1 to 3"):
+    with pytest.raises(UserError, match=r"fits 4 of the 8 shards .* train\.shuffle_window from 1 to 3"):
         LatentDataset(LatentCache("s3://data/cache", str(tmp_path / "local"), 4.5 * size / 1e9), seed=3)
     far = LatentCache("s3://data/cache", str(tmp_path / "local"), 4.5 * size / 1e9)
     near, whole = LatentDataset(LatentCache(str(tmp_path / "cache")), seed=3, window=2), LatentDataset(far, seed=3, window=2)

@@ -29,10 +29,9 @@ from pipelines.runtime.plots import sweep_plot
 from pipelines.runtime.stage import Stage
 from pipelines.runtime.tracking import Tracker, TrackingSettings
 from pipelines.sweeping.settings import SweepSettings
-from pipelines.sweeping.stage import best_of, concurrency, finished_rows, sweep, sweep_identity
+from pipelines.sweeping.stage import best_of, concurrency, finished_rows, run_trial, sweep, sweep_identity
 from pipelines.sweeping.table import row_of, write_table
 from pipelines.sweeping.trials import Sections, grid
-from pipelines.sweeping.tune import run_trial
 from pipelines.training.settings import TrainSettings
 from pipelines.training.stage import train
 
@@ -266,7 +265,7 @@ def test_a_training_that_diverged_never_wins(sections: Sections, ray_local: Clus
     # whatever the metric is: nothing is drawn with such weights
     scored = replace(settings, metric="frechet_distance")
     trials = {one.name: one for one in grid(sections, scored)}
-    outcome = run_trial({"trial": "learning_rate=1e+30"}, trials, scored, 1, ray_local)["outcome"]
+    outcome = run_trial({"trial": "learning_rate=1e+30"}, trials, scored, 0, ray_local)["outcome"]
     assert outcome["error"] == bad["error"]
 
     # a row that an earlier version wrote for such a trial does not stay
@@ -294,7 +293,7 @@ def test_every_trial_failed(sections: Sections, ray_local: ClusterSettings, tmp_
     [
         ("generate", "loss", "'loss'; a sweep over generate measures frechet_distance, fid"),
         ("train", "label_agreement", "label_agreement needs evaluate.classifier"),
-        ("generate", "fid", r"train\.path .* holds no checkpoint; run `mar train`"),
+        ("generate", "fid", r"train\.path .* contains no checkpoint; run `mar train`"),
         ("train", "fid", r"sweep\.images is 1, expected 2 or more"),
     ],
 )

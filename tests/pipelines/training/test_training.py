@@ -86,7 +86,7 @@ def test_interrupted_equals_uninterrupted_bit_by_bit(sections: tuple[str, CacheS
     listening = Listening(stage.cluster)
     longer = train(*sections, ARCHITECTURE, replace(parts, activation_checkpointing=True), listening)
     assert longer["resumed_from"] == 48
-    assert len([line for line in listening.said if line.startswith("checkpoint images-000000000072 passed over: ")]) == 1, listening.said
+    assert len([line for line in listening.said if line.startswith("checkpoint images-000000000072 skipped: ")]) == 1, listening.said
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         expected, found = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
         assert expected.keys() == found.keys()
@@ -117,9 +117,9 @@ def test_a_damaged_shard_ends_the_run_before_its_first_checkpoint(
     with pytest.raises(UserError) as told:
         guarded("train", recipe.path, lambda: train(tokenizer, settings, ARCHITECTURE, recipe, stage))
     assert told.value.text.startswith(
-        f"shard-00001.arrow of {settings.path} has the SHA-256 {storage.digest(bytes(data))[:12]}…, the manifest"
+        f"shard-00001.arrow of {settings.path} is damaged: SHA-256 {storage.digest(bytes(data))[:12]}…, expected"
     )
-    assert "run `mar cache` with the same settings, which makes exactly these shards again" in told.value.text
+    assert "run `mar cache` with the same settings to make these shards again" in told.value.remedy
     assert newest_checkpoint(recipe.path) is None
     with pytest.raises(UserError, match=r"1 of the 3 shards of .* are damaged \(shard-00001\.arrow\)"):
         train(tokenizer, settings, ARCHITECTURE, recipe, stage)
@@ -162,7 +162,7 @@ def test_what_cannot_be_is_said_before_any_work(sections: tuple[str, CacheSettin
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=3), stage)
     with pytest.raises(UserError, match="only 4 micro-batches"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), workers=5), stage)
-    with pytest.raises(UserError, match=r"keep_best is 'validation_fid', expected one of loss, .* where train\.validation_images is set"):
+    with pytest.raises(UserError, match=r"keep_best is 'validation_fid', expected one of loss, .* if train\.validation_images is set"):
         train(*sections, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), keep_best="validation_fid"), stage)
 
 

@@ -54,7 +54,7 @@ def drain(node_id: str, seconds: float) -> None:
 
 def test_a_group_waits_for_room_for_its_fewest(nodes: Cluster, cache: CacheSettings, tmp_path: Path) -> None:
     stage, run = Listening(ClusterSettings(autoscaling=True)), replace(RECIPE, path=str(tmp_path), workers=3, workers_min=2)
-    waiting, began = "the cluster has no room for 2 workers at present: waiting for it", time.monotonic()
+    waiting, began = "the cluster has no resources for 2 workers: waiting", time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train, TOKENIZER.path, cache, ARCHITECTURE, run, stage)
         while waiting not in stage.said and time.monotonic() < began + 60:
@@ -67,7 +67,7 @@ def test_a_group_waits_for_room_for_its_fewest(nodes: Cluster, cache: CacheSetti
     assert ROOM_SECONDS < waited < 60
     assert summary["images_seen"] == RECIPE.images
     assert stage.said.count(waiting) == 1
-    assert [line[0] for line in stage.said if "workers at work again" in line] == ["2"]
+    assert [line[0] for line in stage.said if "workers running again" in line] == ["2"]
 
 
 def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSettings, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSetti
     run = replace(RECIPE, path=str(tmp_path), images=3200, workers=3, workers_min=1)
 
     def give_notice() -> None:
-        while not any("at work again" in line for line in stage.said):
+        while not any("running again" in line for line in stage.said):
             time.sleep(0.05)
         drain(second.node_id, 60)
 
@@ -85,7 +85,7 @@ def test_a_lost_node_and_one_that_gives_notice(nodes: Cluster, cache: CacheSetti
         summary = train(TOKENIZER.path, cache, ARCHITECTURE, run, stage)
     assert summary["images_seen"] == 3200
     text = "\n".join(stage.said)
-    assert "was lost" in text
-    assert "will be taken away" in text
-    assert [line[0] for line in stage.said if "workers at work again" in line] == ["2", "1"]
+    assert "died" in text
+    assert "will be pre-empted" in text
+    assert [line[0] for line in stage.said if "workers running again" in line] == ["2", "1"]
     assert len(losses(tmp_path)) == 20

@@ -29,4 +29,4 @@ def test_it_is_ended_and_told_where_it_was(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     first, told = done.stdout.splitlines()
     assert first == "eight steps"
-    assert told == "worker 1 hangs: no step for 0 s, in stuck (script.py:6); it is ended"
+    assert told == "worker 1 hangs: no step for 0 s, in stuck (script.py:6); killing it"

@@ -1,0 +1,1 @@
+"""The classifier that measures label agreement: its network, and its training."""
