@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mar_model.tokenizers.kl import KLAutoencoder, posterior_kl, sample_posterior
+from mar_model.tokenizers.kl import KLAutoencoder
 from mar_model.tokenizers.losses.reconstruction import LearnedVariance, Weights, pixel_error
+from mar_model.tokenizers.posterior import posterior_kl, sample_posterior
 from mar_model.tokenizers.quantizer import quantizer_loss, straight_through
 from mar_model.tokenizers.vq import VQAutoencoder
 
@@ -24,6 +25,10 @@ class Losses(NamedTuple):
     images: Tensor  # reconstructed, (B, 3, H, W)
     latents: Tensor | None = None
     indices: Tensor | None = None
+
+    def detached(self) -> "Losses":
+        """The same values without their graph."""
+        return Losses(self.loss.detach(), self.figures, self.reconstruction.detach(), self.images.detach(), self.latents, self.indices)
 
 
 class Objective(nn.Module):

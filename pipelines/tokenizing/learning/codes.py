@@ -6,11 +6,13 @@ from torch import Tensor
 from mar_model.noise import stream
 from mar_model.tokenizers import VQAutoencoder
 from mar_model.tokenizers.quantizer import CodeUse, code_counts, code_use, revive
+from pipelines.tokenizing.learning.workers import gathered, summed
 from pipelines.tokenizing.settings import TokenizerSettings
 
 
 class CodeWatch:
-    """Counts the codes of all workers' batches. `idle`: images since a code was the nearest one of any latent, (codes,)."""
+    """Counts the codes of all workers' batches. `idle` (codes,): images since a code was last the nearest one of a latent; `counts`
+    (codes,): how often it was since the last call of `use`."""
 
     def __init__(self, tokenizer: VQAutoencoder, settings: TokenizerSettings, seed: int, workers: int) -> None:
         self.tokenizer, self.settings, self.seed, self.workers = tokenizer, settings, seed, workers
@@ -20,27 +22,21 @@ class CodeWatch:
 
     def count(self, indices: Tensor) -> None:
         """Take in the codes (B, h, w) of this worker's share of a batch."""
-        counts = code_counts(indices, self.tokenizer.codebook)
-        if self.workers > 1:
-            torch.distributed.all_reduce(counts)
+        counts = summed(code_counts(indices, self.tokenizer.codebook), self.workers)
         self.counts += counts
         self.idle = torch.where(counts > 0, 0, self.idle + self.settings.batch)
 
     def revive(self, latents: Tensor, images_seen: int, optimizer: torch.optim.Optimizer) -> None:
         """Replace the codes that have been idle for `revive_images` by latents (B, C, h, w) of this batch; their optimizer state is reset.
 
-        Candidates are those of the global batch and the draw depends on `images_seen` alone, so all workers do the same.
+        The latents of all workers are candidates and the draw depends on `images_seen` alone, so all workers replace the same codes.
         """
         if not self.settings.revive_images:
             return
         dead = self.idle >= self.settings.revive_images
         if not bool(dead.any()):
             return
-        candidates = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).contiguous()
-        if self.workers > 1:
-            shares = [torch.empty_like(candidates) for _ in range(self.workers)]
-            torch.distributed.all_gather(shares, candidates)
-            candidates = torch.cat(shares)
+        candidates = gathered(latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]), self.workers)
         book = self.tokenizer.quantize.embedding.weight
         rows = revive(book.data, dead, candidates, stream(self.seed, "tokenize", "revive", images_seen))
         for name, value in optimizer.state.get(book, {}).items():
