@@ -14,7 +14,7 @@ class Replicated:
     """Every worker holds the whole network; gradients are averaged in the backward pass of a step's last micro-batch."""
 
     def __init__(self, network: nn.Module, workers: int) -> None:
-        self._computed: nn.Module = DistributedDataParallel(network, broadcast_buffers=False) if workers > 1 else network
+        self._computed: nn.Module = DistributedDataParallel(network) if workers > 1 else network
 
     def __call__(self, *arguments: Any) -> Any:
         return self._computed(*arguments)
