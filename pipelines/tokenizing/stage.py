@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mar_model.files import describe_misfit, shapes_of
-from mar_model.tokenizers import NetworkConfig, without_weights
+from mar_model.tokenizers import KLConfig, VQConfig, without_weights
 from pipelines.images.listing import ImageListing, Images
 from pipelines.images.settings import ImageSettings
 from pipelines.images.source_changes import check_source, remember_source
@@ -163,7 +163,7 @@ def _check(images: ImageSettings, tokenizer: TokenizerSettings) -> None:
         _check_initial(tokenizer, sizes)
 
 
-def _check_initial(tokenizer: TokenizerSettings, sizes: NetworkConfig) -> None:
+def _check_initial(tokenizer: TokenizerSettings, sizes: KLConfig | VQConfig) -> None:
     """Raise UserError where the weights of `tokenizer.init_from` do not fit the sizes of section tokenizer."""
     expected = shapes_of(without_weights(sizes).state_dict())
     if misfit := describe_misfit(expected, shapes_of(initial_weights(tokenizer.init_from))):

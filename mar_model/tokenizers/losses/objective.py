@@ -51,7 +51,7 @@ class Objective(nn.Module):
         self.tokenizer, self.weights, self.quantizer_form = tokenizer, weights, quantizer_form
         self.variance = LearnedVariance() if learned_variance else None
         self.perceptual = perceptual
-        self.names = ("loss", "squared_error", "quantizer_loss" if tokenizer.codebook else "kl")
+        self.names: tuple[str, ...] = ("loss", "squared_error", "quantizer_loss" if tokenizer.codebook else "kl")
         if weights.l1:
             self.names += ("absolute_error",)
         if perceptual is not None:

@@ -108,7 +108,7 @@ class Training:
             with self._replicated.micro_batch(index + 1 == len(parts)):
                 losses = ahead or self._forward(*one)
                 loss = losses.loss
-                if against:
+                if against and weight is not None:
                     term = against.generator_loss(losses.images)
                     loss = loss + weight * term
                     generator += term.detach() / len(parts)
