@@ -19,6 +19,7 @@ from pipelines.images.reading import DecodedImages
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
 from pipelines.tokenizing.directory import latents_digest, require_tokenizer, tokenizer_digest
 from pipelines.tokenizing.job import TokenizerJob
@@ -180,6 +181,16 @@ def test_psnr_is_of_the_images_that_can_be_used_and_of_finite_reconstructions(se
     with pytest.raises(UserError, match=r"diverged \(its reconstructions are not finite after 3072 images\); lower tokenizer"):
         write_result(elsewhere, tokenizer, HeldOut(elsewhere, listing), {})
     assert not Path(elsewhere.tokenizer.path).exists()
+
+
+def test_a_tokenizer_of_an_earlier_version_is_still_complete() -> None:
+    before = {
+        "kind", "channels", "width", "multipliers", "encoder_blocks", "decoder_blocks", "attention", "images", "batch", "learning_rate",
+        "kl_weight", "precision",
+    }  # fmt: skip
+    assert identity_of(tokenizer=TokenizerSettings()).keys() == {f"tokenizer.{name}" for name in before}
+    changed = identity_of(tokenizer=TokenizerSettings(ema_decay=0.9, workers=2))
+    assert changed.keys() - {f"tokenizer.{name}" for name in before} == {"tokenizer.ema_decay"}
 
 
 def test_psnr_closed_form() -> None:
