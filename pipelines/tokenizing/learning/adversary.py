@@ -1,6 +1,7 @@
 """The discriminator that a tokenizer is trained against, its optimizer, and both of its terms."""
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,21 @@ from mar_model.tokenizers.losses.discriminator import PatchDiscriminator
 from mar_model.tokenizers.losses.objective import Losses
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.tokenizing.learning.progress import named, part, put_state
-from pipelines.tokenizing.learning.workers import Replicated
+from pipelines.tokenizing.learning.workers import Replicated, summed
 from pipelines.tokenizing.settings import TokenizerSettings
 
 BETAS = (0.5, 0.9)  # as published
+
+
+class Generator(NamedTuple):
+    """The generator loss, and its gradient with respect to the reconstructions, so that the discriminator is passed through once."""
+
+    loss: Tensor
+    gradient: Tensor
+
+    def term(self, reconstructions: Tensor) -> Tensor:
+        """A term whose gradients are those of the generator loss. Its value is not."""
+        return (reconstructions * self.gradient).sum()
 
 
 class Adversary:
@@ -36,24 +48,25 @@ class Adversary:
         """From now on gradients are means over the workers."""
         self._replicated = Replicated(self.network, self.workers)
 
-    def generator_loss(self, reconstructions: Tensor) -> Tensor:
-        """The tokenizer's term, which has no gradient to the discriminator."""
+    def generator(self, reconstructions: Tensor) -> Generator:
+        """The tokenizer's term for reconstructions (B, 3, H, W)."""
         self.network.requires_grad_(False)
+        images = reconstructions.detach().requires_grad_()
         with autocast(self.settings.precision, self.device):
-            loss = generator_loss(self.network(reconstructions).float())
+            loss = generator_loss(self.network(images).float())
+        [gradient] = torch.autograd.grad(loss, images)
         self.network.requires_grad_(True)
-        return loss
+        return Generator(loss.detach(), gradient)
 
-    def weight(self, parts: Iterable[Losses], last_layer: nn.Parameter) -> Tensor:
+    def weight(self, parts: Iterable[tuple[Losses, Generator | None]], last_layer: nn.Parameter) -> Tensor:
         """The adaptive weight of a global batch, from the micro-batches of this worker: () on the device, equal on all workers."""
         sums = torch.zeros(2, *last_layer.shape, device=self.device)
         count = 0
-        for losses in parts:
-            sums += torch.stack(last_layer_gradients(losses.reconstruction, self.generator_loss(losses.images), last_layer))
+        for losses, generator in parts:
+            assert generator is not None
+            sums += torch.stack(last_layer_gradients(losses.reconstruction, generator.term(losses.images), last_layer))
             count += 1
-        if self.workers > 1:
-            torch.distributed.all_reduce(sums)
-        return adaptive_weight(*(sums / (count * self.workers)))
+        return adaptive_weight(*(summed(sums, self.workers) / (count * self.workers)))
 
     def step(self, images: Tensor, reconstructions: Tensor, learning_rate: float, micro_batch: int) -> Tensor:
         """One step of the discriminator on images and reconstructions (B, 3, H, W) that have no gradient. Returns its loss."""

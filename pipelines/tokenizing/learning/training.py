@@ -17,7 +17,7 @@ from mar_model.tokenizers.losses.reconstruction import Weights
 from mar_model.training.ema import WeightAverage
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.tokenizing.directory import ENCODER
-from pipelines.tokenizing.learning.adversary import Adversary
+from pipelines.tokenizing.learning.adversary import Adversary, Generator
 from pipelines.tokenizing.learning.codes import CodeWatch
 from pipelines.tokenizing.learning.perceptual import perceptual_distance
 from pipelines.tokenizing.learning.progress import named, part, put_state
@@ -83,7 +83,7 @@ class Training:
         if self.workers == 1:
             return
         micro_batch = self.settings.micro_batch or len(images)
-        losses = self._forward(images[:micro_batch], noise[:micro_batch])
+        losses, _ = self._forward(self._placed(images[:micro_batch]), noise[:micro_batch].to(self.device))
         losses.loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         if self.adversary:
@@ -97,21 +97,19 @@ class Training:
         micro_batch = self.settings.micro_batch or len(images)
         parts = list(zip(images.split(micro_batch), noise.split(micro_batch), strict=True))
         against = self.adversary if self.adversary and images_seen >= self.settings.adversarial_start else None
-        ahead = self._forward(*parts[0]) if len(parts) == 1 else None
-        weight = None
+        ahead = self._forward(*parts[0], against) if len(parts) == 1 else None
+        weight, generator_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         if against:  # the weight is the whole batch's: with micro-batches it takes a forward pass of its own
-            passes = (ahead or self._forward(*one, alone=True) for one in parts)
-            weight = self.settings.adversarial_weight * against.weight(passes, self.tokenizer.decoder.last_layer)
+            passes = [ahead] if ahead else (self._forward(*one, against, alone=True) for one in parts)
+            weight = against.weight(passes, self.tokenizer.decoder.last_layer)
         done: list[Losses] = []
-        generator = torch.zeros((), device=self.device)
         for index, one in enumerate(parts):
             with self._replicated.micro_batch(index + 1 == len(parts)):
-                losses = ahead or self._forward(*one)
+                losses, generator = ahead or self._forward(*one, against)
                 loss = losses.loss
-                if against and weight is not None:
-                    term = against.generator_loss(losses.images)
-                    loss = loss + weight * term
-                    generator += term.detach() / len(parts)
+                if generator is not None:
+                    loss = loss + self.settings.adversarial_weight * weight * generator.term(losses.images)
+                    generator_loss += generator.loss / len(parts)
                 (loss / len(parts)).backward()
             done.append(losses.detached())
         nn.utils.clip_grad_norm_(self.parameters, GRADIENT_CLIP)
@@ -120,20 +118,23 @@ class Training:
         figures = torch.stack([losses.figures for losses in done]).mean(dim=0)
         if self.adversary:
             figures = torch.cat([figures, figures.new_full((len(self.adversary.names),), torch.nan)])
-        if against and weight is not None:
+        if against:
             loss = against.step(images, torch.cat([losses.images for losses in done]), learning_rate, micro_batch)
-            figures[-3:] = torch.stack([generator, loss, weight / self.settings.adversarial_weight])
+            figures[-3:] = torch.stack([generator_loss, loss, weight])
         if self.codes:
             self._watch_codes(self.codes, done, images_seen)
         if self.average:
             self.average.update(self.tokenizer, images_seen // self.settings.batch)
         return figures
 
-    def _forward(self, images: Tensor, noise: Tensor, alone: bool = False) -> Losses:
-        """`alone`: no backward pass of the whole follows."""
+    def _forward(
+        self, images: Tensor, noise: Tensor, against: Adversary | None = None, *, alone: bool = False
+    ) -> tuple[Losses, Generator | None]:
+        """The losses of a micro-batch, and with an adversary its term. `alone`: no backward pass of the whole follows."""
         computed: Any = self.objective if alone else self._replicated
         with autocast(self.settings.precision, self.device):
-            return computed(images, noise)  # type: ignore[no-any-return]
+            losses: Losses = computed(images, noise)
+        return losses, against.generator(losses.images) if against else None
 
     def _placed(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.settings.channels_last else torch.contiguous_format

@@ -106,6 +106,24 @@ def test_two_workers_and_micro_batches_take_the_same_steps(settings: TokenizerSe
             assert float(difference) < 1e-3, name
 
 
+def test_the_adversarial_terms_gradient_and_weight() -> None:
+    training = Training(SETTINGS, 1, CPU, 1)
+    adversary, (images, noise) = training.adversary, batch(0)
+    assert adversary is not None
+    losses = training.objective(images, noise)
+    last = training.tokenizer.decoder.last_layer
+    direct = -adversary.network(losses.images).mean()
+    [expected] = torch.autograd.grad(direct, last, retain_graph=True)
+    [other] = torch.autograd.grad(losses.reconstruction, last, retain_graph=True)
+    generator = adversary.generator(losses.images)
+    assert generator.loss.item() == pytest.approx(direct.item(), rel=1e-6)
+    weight = adversary.weight([(losses, generator)], last)
+    assert weight.item() == pytest.approx(float(other.norm() / (expected.norm() + 1e-4)), rel=1e-5)
+    [found] = torch.autograd.grad(generator.term(losses.images), last)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.network.parameters())
+
+
 def workers(settings: TokenizerSettings, folder: Path) -> list[dict[str, Any]]:
     """Five steps in two processes that share every batch: of each its figures and tensors."""
     (folder / "settings").write_bytes(pickle.dumps(settings))
@@ -130,7 +148,7 @@ def test_the_terms_are_named() -> None:
     assert distance(others, images).tolist() == [0.0] * 8
     found = distance(shifted, images)
     assert found.shape == (8,)
-    assert float(found.min()) > 0
+    assert float(found.detach().min()) > 0
     found.sum().backward()
     assert float(shifted.grad.abs().sum()) > 0
     assert perceptual_distance(SETTINGS, CPU) is None
