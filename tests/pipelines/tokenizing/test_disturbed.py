@@ -1,6 +1,7 @@
 """Tokenizer training with failed and hung workers, a killed command and Ctrl-C: it ends as if nothing had happened."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -86,7 +87,6 @@ def assert_the_same(path: Path, expected: Path) -> None:
 
 
 def load_summary(path: Path) -> dict:  # type: ignore[type-arg]
-    import json
 
     return json.loads((path / "summary.json").read_text())  # type: ignore[no-any-return]
 
@@ -122,6 +122,6 @@ def test_a_killed_command_resumes(undisturbed: Path, images: ImageSettings, tmp_
     first.send_signal(number)
     assert first.wait(timeout=60) != 0
     psutil.wait_procs(children, timeout=60)
-    assert 320 <= seen(path) < 800
+    assert 320 <= seen(path) <= 800  # a request to stop takes a second to arrive
     assert subprocess.run(command, cwd=Path(__file__).parents[3], env={**os.environ, "RAY_worker_niceness": "0"}).returncode == 0
     assert_the_same(path, undisturbed)
