@@ -8,7 +8,7 @@ demo: .venv/installed  ## all stages on digits: images, tokenizer, cache, model,
 	$(BIN)/mar quickstart
 
 test: .venv/installed  ## the test suite, in two processes
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: .venv/installed  ## tests that take minutes each: killed and hung workers, node failures, failing S3
 	$(BIN)/python -m pytest -q -m long

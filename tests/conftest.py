@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from preforked import preforked
 
 from pipelines.runtime.cluster.connection import connected
 from pipelines.runtime.cluster.settings import ClusterSettings
@@ -30,8 +31,10 @@ def ray_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterSetti
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("RAY_worker_niceness", "0")  # at Ray's 15 its workers would wait for whatever else the suite runs
-        with connected(settings, Path(tmp_path_factory.mktemp("ray")) / "ray.log"):
+        folder = Path(tmp_path_factory.mktemp("ray"))
+        with preforked(folder / "workers") as end, connected(settings, folder / "ray.log"):
             yield settings
+            end()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from jobs.quickstart.digits import write_digits
 from pipelines.runtime import progress
 from pipelines.runtime.cluster.settings import ClusterSettings
 
+ROOT = Path(__file__).parents[2]
 SETTINGS = [
     "tokenizer.images=1024", "tokenizer.width=8", "model.encoder_depth=1", "model.decoder_depth=1", "model.encoder_width=48",
     "model.decoder_width=48", "model.denoiser_depth=1", "model.denoiser_width=32", "train.images=2560", "train.checkpoint_images=512",
@@ -37,10 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "jobs.cli", "quickstart"]
+    command = [sys.executable, "-m", "preforked", str(folder / f"workers-{time.monotonic_ns()}"), "jobs.cli", "quickstart"]
     for setting in SETTINGS:
         command += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "RAY_worker_niceness": "0"}
     environment.pop("RAY_ADDRESS", None)
     log = (folder / "output.log").open("a")
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, text=True)
@@ -50,7 +51,7 @@ def output(folder: Path) -> str:
     return (folder / "output.log").read_text()
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], folder: Path, seconds: float = 240) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str], folder: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.poll() is None, output(folder)
@@ -68,7 +69,7 @@ def test_killed_and_started_again_it_ends_whole(folder: Path) -> None:
     first.wait()
 
     second = start(folder)
-    assert second.wait(timeout=400) == 0, output(folder)
+    assert second.wait(timeout=900) == 0, output(folder)
     said = output(folder)
     assert "Traceback" not in said
     assert "tokenizer is complete" in said  # the second attempt went on where the first one was killed
@@ -96,7 +97,7 @@ def test_finished_it_says_so_and_does_nothing_again(folder: Path) -> None:
     run = folder / "runs" / "demo"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     third = start(folder)
-    assert third.wait(timeout=120) == 0
+    assert third.wait(timeout=300) == 0
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
     for stage in ("tokenize", "cache", "train", "evaluate"):
         assert f"{stage} is complete" in output(folder)

@@ -87,7 +87,7 @@ def exposed(agent: str) -> dict[str, list[str]]:
     return found
 
 
-def until(done: Any, seconds: float = 60.0) -> Any:
+def until(done: Any, seconds: float = 240.0) -> Any:
     """What `done()` gives once it is true."""
     end = time.monotonic() + seconds
     while not (result := done()):

@@ -45,7 +45,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with log.open("w") as output:
             process = psutil.Popen(command, stdout=output, stderr=output)
         try:
-            give_up = time.monotonic() + 60
+            give_up = time.monotonic() + 240
             while "--block" not in log.read_text().partition("Ray runtime started")[2]:  # the last words of its start
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < give_up, log.read_text()

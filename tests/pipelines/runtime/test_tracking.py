@@ -153,7 +153,7 @@ def server(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     with open(tmp_path / "server.log", "wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port), 0.2).close()
