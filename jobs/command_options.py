@@ -20,7 +20,9 @@ class ConfigOptions:
     """Where a command's configuration comes from."""
 
     config: Annotated[str | None, typer.Option("--config", metavar="FILE.yaml", help="settings that override the preset's")] = None
-    preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge")] = None
+    preset: Annotated[str | None, typer.Option("--preset", metavar="NAME", help="demo, mar_base, mar_large, mar_huge, kl16, kl8, vq16")] = (
+        None
+    )
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override one setting; repeatable")
     ] = None

@@ -10,10 +10,10 @@ from pipelines.evaluation.validation import plan_validation
 from pipelines.generation.settings import GenerateSettings
 from pipelines.images.listing import Images
 from pipelines.runtime.stage import Stage
+from pipelines.runtime.supervision.messages import Validated
 from pipelines.training import stage as training
 from pipelines.training.metrics.prometheus import Gauges, run_label
 from pipelines.training.settings import TrainSettings
-from pipelines.training.supervision.messages import Validated
 
 
 def train(

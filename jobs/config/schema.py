@@ -67,9 +67,9 @@ class RunConfig(BaseModel):
 
 WRITTEN = (*(stage.writes for stage in STAGES.values()), "tracking.uri")  # settings with output locations
 LOCATIONS = (
-    "images.source", "tokenizer.path", "cache.path", "cache.local", "train.path", "train.init_from", "generate.path", "generate.checkpoint",
-    "generate.image", "generate.mask", "evaluate.path", "evaluate.samples", "evaluate.tokenizer", "evaluate.lpips_weights",
-    "evaluate.reference", "evaluate.weights",
+    "images.source", "tokenizer.path", "tokenizer.init_from", "tokenizer.perceptual_weights", "cache.path", "cache.local", "train.path",
+    "train.init_from", "generate.path", "generate.checkpoint", "generate.image", "generate.mask", "evaluate.path", "evaluate.samples",
+    "evaluate.tokenizer", "evaluate.lpips_weights", "evaluate.reference", "evaluate.weights",
     "evaluate.classifier", "sweep.path",
 )  # fmt: skip
 

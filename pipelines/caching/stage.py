@@ -28,7 +28,7 @@ from pipelines.runtime.cluster.workers import cluster_resources
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing.directory import tokenizer_config, tokenizer_digest
+from pipelines.tokenizing.directory import latents_digest, tokenizer_config
 
 
 def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stage, check: bool = False) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def cache(images: Images, tokenizer_path: str, cache: CacheSettings, stage: Stag
     identity = {
         **identity_of(images=images.settings, cache=cache),
         TRAIN_LISTING: listing_digest(listing, rows),
-        "tokenizer.digest": tokenizer_digest(tokenizer_path),
+        "tokenizer.digest": latents_digest(tokenizer_path),
     }
     shards = shards_of(len(rows), cache.shard_images)
     identity = settle_identity(images.settings, cache.path, listing, shards, identity, stage, check)

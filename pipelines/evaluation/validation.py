@@ -30,10 +30,10 @@ from pipelines.runtime.cluster.workers import default_device, require_workers, w
 from pipelines.runtime.records import null_for_nan
 from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
+from pipelines.runtime.supervision.channel import TrainingChannel
+from pipelines.runtime.supervision.messages import Validated
 from pipelines.training.metrics.prometheus import Gauges
 from pipelines.training.settings import TrainSettings
-from pipelines.training.supervision.channel import TrainingChannel
-from pipelines.training.supervision.messages import Validated
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig

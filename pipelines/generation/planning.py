@@ -39,7 +39,8 @@ def plan_drawing(
         ) from error
     state = with_tokenizer(state, tokenizer)
     trained_with = state["tokenizer"]
-    require_tokenizer(tokenizer, trained_with["digest"], f"checkpoint {checkpoint} (tokenizer then at {trained_with['path']!r})")
+    found = require_tokenizer(tokenizer, trained_with["digest"], f"checkpoint {checkpoint} (tokenizer then at {trained_with['path']!r})")
+    state = {**state, "tokenizer": {**trained_with, "digest": found}}  # another decoder may draw its latents, which makes other samples
     classes = state["model"]["classes"]
     found_labels = [_label(label, state.get("class_names") or [], classes) for label in labels]
     drawing = Drawing(path, checkpoint, state, tokenizer, generate, found_labels or list(range(classes)), stage.seed, stage.cluster, files)

@@ -24,9 +24,10 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1, description="a share from 0 u
 RANGE_ERRORS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")  # pydantic's types of errors
 
 
-def identity(default: Any = MISSING, help: str = "", factory: Any = MISSING) -> Any:
-    """A dataclass field that is part of the identity of a stage's output."""
-    return field(default=default, default_factory=factory, metadata={"identity": True, "help": help})
+def identity(default: Any = MISSING, help: str = "", factory: Any = MISSING, *, added: bool = False) -> Any:
+    """A dataclass field that is part of the identity of a stage's output. `added`: earlier versions did not have it, so that at its default
+    it is left out of the identity, and outputs of earlier versions are still recognised."""
+    return field(default=default, default_factory=factory, metadata={"identity": True, "help": help, "added": added})
 
 
 def operational(default: Any = MISSING, help: str = "", factory: Any = MISSING) -> Any:
@@ -38,7 +39,7 @@ def identity_of(**sections: Any) -> dict[str, Any]:
     """The identity fields of these settings as one flat mapping `section.field` → plain value.
 
     A section is a settings dataclass or a plain value. Of a settings dataclass the identity fields are included; of any other dataclass,
-    all fields.
+    all fields. Left out are fields marked `added` at their default.
     """
     flat: dict[str, Any] = {}
     for name, section in sections.items():
@@ -47,7 +48,8 @@ def identity_of(**sections: Any) -> dict[str, Any]:
             continue
         values = asdict(section)  # type: ignore[arg-type]
         for item in fields(section):
-            if item.metadata.get("identity", True):
+            unchanged = item.metadata.get("added", False) and values[item.name] == item.default
+            if item.metadata.get("identity", True) and not unchanged:
                 flat[f"{name}.{item.name}"] = values[item.name]
     return flat
 

@@ -1,8 +1,12 @@
 """A tokenizer directory: its files and its digest."""
 
+import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mar_model.tokenizers import PixelTokenizer, load_tokenizer, network_config, save_tokenizer
 from pipelines.runtime import storage
@@ -50,12 +54,57 @@ def check_tokenizer_files(path: str) -> None:
         raise DamagedFileError(str(error), ANOTHER_TOKENIZER) from error
 
 
-def require_tokenizer(path: str, expected: str, user: str) -> None:
+def require_tokenizer(path: str, expected: str, user: str) -> str:
     """Check that the tokenizer in directory `path` has the digest `expected`, that of the tokenizer with which `user` was made, e.g.
-    "checkpoint X". Raises UserError where it has another, and DamagedFileError where its files are damaged."""
+    "checkpoint X", or makes the same latents (see `latents_digest`). Returns its digest.
+
+    Raises UserError where it is another tokenizer, and DamagedFileError where its files are damaged."""
     found = tokenizer_digest(path)
-    if found != expected:
+    if expected not in (found, latents_digest(path)):
         check_tokenizer_files(path)
         raise UserError(
             f"{user} was made with the tokenizer of digest {expected[:12]}…, but {path!r} holds {found[:12]}…", remedy="name that tokenizer"
         )
+    return found
+
+
+LATENTS = "latents.json"  # of a tokenizer whose decoder alone was trained: `digest` of the tokenizer that its encoder is from, `encoder`
+ENCODER = ("encoder.", "quant_conv.", "quantize.")  # the weights that decide the latents and their codes
+
+
+def initial_weights(path: str) -> dict[str, Tensor]:
+    """The weights of the tokenizer in directory `path`, by name. Raises UserError where there is none or it is damaged."""
+    try:
+        return dict(load_tokenizer(storage.local_directory(path)).state_dict())
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer.init_from {path!r} can't be loaded: {error}", remedy="name a tokenizer's directory") from error
+
+
+def encoder_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the weights that decide the latents: those of encoder, `quant_conv` and codebook."""
+    digest = hashlib.sha256()
+    for name in sorted(name for name in weights if name.startswith(ENCODER)):
+        digest.update(f"{name} {tuple(weights[name].shape)}\n".encode())
+        digest.update(weights[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def keep_latents(path: str, source: str) -> None:
+    """Record in the tokenizer directory `path` that it makes the latents of the tokenizer in directory `source`.
+
+    Raises ValueError where the weights that decide them differ."""
+    digests = [encoder_digest(initial_weights(one)) for one in (path, source)]
+    if digests[0] != digests[1]:
+        raise ValueError(f"the encoder of {path} is not that of {source}")
+    storage.write_json(storage.join(path, LATENTS), {"digest": latents_digest(source), "encoder": digests[0]})
+
+
+def latents_digest(path: str) -> str:
+    """The digest under which caches and checkpoints know the latents of the tokenizer in directory `path`: its own, or, where its decoder
+    alone was trained (`tokenizer.train=decoder`) and its encoder is still the recorded one, that of the tokenizer that it started from."""
+    record = storage.join(path, LATENTS)
+    if storage.exists(record):
+        kept = storage.read_json(record, dict[str, str], f"delete it; then {path!r} is a tokenizer with latents of its own")
+        if encoder_digest(initial_weights(path)) == kept.get("encoder"):
+            return str(kept["digest"])
+    return tokenizer_digest(path)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.images.listing import ImageListing
 from pipelines.images.settings import ImageSettings
-from pipelines.runtime.cluster.channel import MessageChannel
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.supervision.channel import TrainingChannel
 from pipelines.tokenizing.settings import TokenizerSettings
 
 if TYPE_CHECKING:
@@ -22,4 +22,4 @@ class TokenizerJob:
     listing: "ObjectRef[ImageListing]"
     seed: int
     cluster: ClusterSettings
-    channel: MessageChannel
+    channel: TrainingChannel

@@ -8,8 +8,8 @@ from pipelines.caching.latent_cache import LatentCache
 from pipelines.checkpoints.fine_tuning import Start
 from pipelines.checkpoints.run import CheckpointedRun, Retention
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.supervision.channel import TrainingChannel
 from pipelines.training.settings import TrainSettings
-from pipelines.training.supervision.channel import TrainingChannel
 
 
 @dataclass(frozen=True)

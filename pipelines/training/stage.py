@@ -18,16 +18,16 @@ from pipelines.runtime.cluster.workers import require_workers
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.settings import check, identity_of
 from pipelines.runtime.stage import IDENTITY, Stage, read_identity
+from pipelines.runtime.supervision.channel import STOP, TrainingChannel
+from pipelines.runtime.supervision.controller import Supervision, ray_train_waits
+from pipelines.runtime.supervision.listener import Listener
+from pipelines.runtime.supervision.messages import Validated
 from pipelines.training.data import LatentDataset
 from pipelines.training.job import TrainingJob
-from pipelines.training.listener import Listener
 from pipelines.training.metrics.divergence import diverged, skipped_steps
 from pipelines.training.metrics.log import MetricsLog
 from pipelines.training.metrics.telemetry import in_short
 from pipelines.training.settings import LOSS_COLUMNS, METRICS, TrainSettings
-from pipelines.training.supervision.channel import STOP, TrainingChannel
-from pipelines.training.supervision.controller import Supervision, ray_train_waits
-from pipelines.training.supervision.messages import Validated
 from pipelines.training.validator import Validator
 from pipelines.training.worker import train_worker
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Protocol
 
-from pipelines.training.supervision.channel import TrainingChannel
+from pipelines.runtime.supervision.channel import TrainingChannel
 
 if TYPE_CHECKING:
     from ray.train import ValidationConfig

@@ -16,14 +16,14 @@ from pipelines.runtime.cluster.channel import Metrics
 from pipelines.runtime.cluster.precision import autocast
 from pipelines.runtime.cluster.workers import default_device, use_threads
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.supervision.channel import PREEMPTED, RESIZED
+from pipelines.runtime.supervision.messages import PassedOver, Started
+from pipelines.runtime.supervision.watchdog import PATIENCE, Watchdog
 from pipelines.training.data import GlobalBatch, MicroBatch, MicroBatches, Normalization, owner_of
 from pipelines.training.job import TrainingJob
 from pipelines.training.metrics.prometheus import run_label
 from pipelines.training.metrics.telemetry import Telemetry
 from pipelines.training.state import WorkerState
-from pipelines.training.supervision.channel import PREEMPTED, RESIZED
-from pipelines.training.supervision.messages import PassedOver, Started
-from pipelines.training.supervision.watchdog import PATIENCE, Watchdog
 
 if TYPE_CHECKING:
     from ray.train import ValidationTaskConfig

@@ -9,6 +9,7 @@ from command_line import Mar
 from jobs.config.load import PRESETS, file_as_assignments, load, presets
 from jobs.config.schema import TYPES
 from mar_model.config import PUBLISHED
+from mar_model.tokenizers import without_weights
 from pipelines.runtime.errors import UserError
 
 MISTAKES = [
@@ -37,7 +38,7 @@ MISTAKES = [
     ("train.workers=0", ["train.workers is 0", "above 0"]),
     ("model.label_drop=1.5", ["model.label_drop is 1.5", "between 0 and 1"]),
     ("generate.diffusion_steps=1001", ["generate.diffusion_steps is 1001", "1000 or fewer"]),
-    ("tokenizer.kind=kI", ["tokenizer.kind is 'kI'", "one of kl, pixels"]),
+    ("tokenizer.kind=kI", ["tokenizer.kind is 'kI'", "one of kl, vq, pixels"]),
     ("cache.dtype=float61", ["cache.dtype is 'float61'", "one of float16, float32", "nearest: float16"]),
     ("train.schedule=cosin", ["train.schedule is 'cosin'", "one of constant, cosine", "nearest: cosine"]),
     ("train.precision=bf61", ["train.precision is 'bf61'", "auto, bf16, float32", "nearest: bf16"]),
@@ -76,7 +77,7 @@ def test_a_file_or_preset_that_is_not_there(mar: Mar, tmp_path: Path) -> None:
     assert f"nearest: {tmp_path / 'digits.yaml'}" in absent.err
     preset = mar("cache", "--preset", "mar_bas")
     assert preset.status == 2
-    assert "'mar_bas' does not exist, expected one of demo, mar_base, mar_huge, mar_large; nearest: mar_base" in preset.err
+    assert "'mar_bas' does not exist, expected one of demo, kl16, kl8, mar_base, mar_huge, mar_large, vq16; nearest: mar_base" in preset.err
     assert "--preset demo" in mar("cache", "--config", "demo").err
     assert "use --config" in mar("cache", "--preset", "mine.yaml").err
 
@@ -183,6 +184,19 @@ def test_presets_have_the_published_number_of_parameters(preset: str, published:
     from jobs.estimate import parameters
 
     assert parameters(load(preset), classes=1000) == published
+
+
+@pytest.mark.parametrize(
+    ("preset", "published", "start", "weight"), [("kl16", 69_610_963, 50_001, 0.5), ("kl8", 83_653_863, 50_001, 0.5),
+    ("vq16", 69_593_371, 250_001, 0.75)],
+)  # fmt: skip
+def test_tokenizers_have_the_published_sizes_and_recipe(preset: str, published: int, start: int, weight: float) -> None:
+    settings = load(preset).tokenizer
+    assert sum(value.numel() for value in without_weights(settings.network()).parameters()) == published
+    assert settings.learning_rate == pytest.approx(4.5e-6 * settings.batch)
+    assert settings.adversarial_start == start * settings.batch
+    assert (settings.adversarial_weight, settings.perceptual_weight, settings.l1_weight, settings.l2_weight) == (weight, 1.0, 1.0, 0.0)
+    assert (settings.beta1, settings.beta2, settings.weight_decay, settings.kl_weight) == (0.5, 0.9, 0.0, 1e-6)
 
 
 def test_the_demo_fits_two_workers() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mar_model.tokenizers.losses.adversarial import adaptive_weight, balanced, discriminator_loss, generator_loss
+from mar_model.tokenizers.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss, last_layer_gradients
 from mar_model.tokenizers.losses.discriminator import PatchDiscriminator
 from mar_model.tokenizers.losses.perceptual import LPIPS, WIDTHS, feature_distance, load_lpips
 from mar_model.tokenizers.losses.reconstruction import LearnedVariance, pixel_error
@@ -65,7 +65,7 @@ def test_adaptive_weight() -> None:
 
     layer, inputs = torch.nn.Parameter(as_float32(draws(4, 3))), as_float32(draws(2, 3, seed=1))
     out = inputs @ layer.T
-    weight = balanced(out.square().sum(), -out.mean(), layer)
+    weight = adaptive_weight(*last_layer_gradients(out.square().sum(), -out.mean(), layer))
     outputs = draws(2, 3, seed=1) @ draws(4, 3).T
     reconstruction = np.einsum("bo,bi->oi", 2 * outputs, draws(2, 3, seed=1))
     generator = -np.ones((4, 1)) * draws(2, 3, seed=1).sum(0) / 8

@@ -23,21 +23,9 @@ def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor)
     return ratio.clamp(0.0, LARGEST_WEIGHT).detach()
 
 
-def balanced(reconstruction: Tensor, generator: Tensor, last_layer: Tensor, average: "AverageGradients | None" = None) -> Tensor:
-    """`adaptive_weight` of two losses. `average` makes both gradients those of the global batch, where workers share it."""
-    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, generator)]
-    if average is not None:
-        gradients = average(gradients)
-    return adaptive_weight(*gradients)
+def last_layer_gradients(reconstruction: Tensor, generator: Tensor, last_layer: Tensor) -> list[Tensor]:
+    """The gradients of both losses with respect to the decoder's last layer, which `adaptive_weight` balances. Both graphs are kept.
 
-
-class AverageGradients:
-    """Means over the workers of a torch.distributed group."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    def __call__(self, gradients: list[Tensor]) -> list[Tensor]:
-        both = torch.stack(gradients)
-        torch.distributed.all_reduce(both)
-        return list(both / self.workers)
+    Micro-batches and workers that share a batch average their gradients before they are balanced, so that the weight is the batch's.
+    """
+    return [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, generator)]

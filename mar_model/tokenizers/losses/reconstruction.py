@@ -15,7 +15,6 @@ class Weights:
     perceptual: float = 0.0
     kl: float = 0.0
     quantizer: float = 1.0
-    adversarial: float = 0.0
 
 
 def pixel_error(reconstructions: Tensor, images: Tensor, l1: float, l2: float) -> Tensor:

@@ -28,12 +28,12 @@ from pipelines.runtime import storage
 from pipelines.runtime.cluster.settings import ClusterSettings
 from pipelines.runtime.errors import UserError
 from pipelines.runtime.stage import Stage
+from pipelines.runtime.supervision.channel import STOP, TrainingChannel
+from pipelines.runtime.supervision.messages import Validated
 from pipelines.runtime.tracking import Tracker, TrackingSettings
 from pipelines.tokenizing.directory import tokenizer_digest
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.training.settings import TrainSettings
-from pipelines.training.supervision.channel import STOP, TrainingChannel
-from pipelines.training.supervision.messages import Validated
 
 NAME = metric_name("efficientnet-lite0")
 SAMPLES = 10

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mar_model.noise import stream
-from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, load_tokenizer, save_tokenizer
+from mar_model.tokenizers import KLAutoencoder, PixelTokenizer, VQAutoencoder, load_tokenizer, save_tokenizer
 from mar_model.training.recipe import learning_rate
 from pipelines.images.listing import Images, list_images
 from pipelines.images.pairs import psnr
@@ -21,14 +20,17 @@ from pipelines.images.reading import DecodedImages
 from pipelines.images.settings import ImageSettings
 from pipelines.runtime import storage
 from pipelines.runtime.errors import UserError
+from pipelines.runtime.settings import identity_of
 from pipelines.runtime.stage import Stage
-from pipelines.tokenizing import stage as tokenizing
-from pipelines.tokenizing.directory import tokenizer_digest
+from pipelines.tokenizing.directory import latents_digest, require_tokenizer, tokenizer_digest
 from pipelines.tokenizing.job import TokenizerJob
-from pipelines.tokenizing.result import RESULT, write_result
+from pipelines.tokenizing.learning.batches import batches
+from pipelines.tokenizing.learning.progress import save_progress
+from pipelines.tokenizing.learning.training import Training
+from pipelines.tokenizing.result import RESULT, HeldOut, write_result
 from pipelines.tokenizing.settings import TokenizerSettings
 from pipelines.tokenizing.stage import tokenize
-from pipelines.tokenizing.worker import GRADIENT_CLIP, PROGRESS, WARMUP_SHARE, Objective, batches, load_progress, save_progress
+from pipelines.tokenizing.worker import WARMUP_SHARE
 
 
 @pytest.fixture(scope="module")
@@ -100,66 +102,48 @@ def test_killed_and_resumed_on_two_workers_is_the_uninterrupted_run(
 def train_here(images: ImageSettings, settings: TokenizerSettings, save_at: int) -> list[list[float]]:
     """The whole training in this process, step by step; leaves behind what a run killed after `save_at` images would. Returns the
     loss curve."""
-    with torch.random.fork_rng():
-        torch.manual_seed(stream(1, "tokenize", "weights").initial_seed())
-        tokenizer = KLAutoencoder(settings.network())
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95))
-    objective = Objective(tokenizer, settings.kl_weight)
+    training = Training(settings, 1, torch.device("cpu"), 1)
     images_seen, curve = 0, list[list[float]]()
     for pixels, noise in batches(DecodedImages(images, list_images(images).train()), settings, (4, 4, 4), 1, 0, 0, 1):
         if images_seen == save_at:
-            save_progress(settings.path, tokenizer, optimizer, images_seen, curve)
-        warmup = int(WARMUP_SHARE * settings.images)
-        optimizer.param_groups[0]["lr"] = learning_rate(images_seen, settings.learning_rate, warmup, "cosine", settings.images)
-        losses = objective(pixels, noise)
-        losses[0].backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), GRADIENT_CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            save_progress(settings.path, training.tensors(), images_seen, curve, [])
+        rate = learning_rate(images_seen, settings.learning_rate, int(WARMUP_SHARE * settings.images), "cosine", settings.images)
+        figures = training.step(pixels, noise, images_seen, rate)
         images_seen += settings.batch
-        curve.append([images_seen, losses[0].item()])
+        curve.append([images_seen, figures[0].item()])
     return curve
 
 
-def test_progress_brings_back_weights_and_optimizer(tmp_path: Path, settings: TokenizerSettings) -> None:
-    def make() -> tuple[KLAutoencoder, torch.optim.Optimizer]:
-        tokenizer = KLAutoencoder(settings.network())
-        return tokenizer, torch.optim.AdamW(tokenizer.parameters(), lr=1e-3)
+def test_the_decoder_alone_is_trained(images: ImageSettings, settings: TokenizerSettings, stage: Stage, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = VQAutoencoder(replace(settings, kind="vq", codes=32).network())
+    save_tokenizer(start, tmp_path / "start")
+    tuned = replace(
+        settings, kind="vq", codes=32, init_from=str(tmp_path / "start"), train="decoder", images=128, ema_decay=0.9, revive_images=16,
+        validation_images=64,
+    )  # fmt: skip
+    summary = tokenize(Images(images), tuned, stage)
+    assert summary["validations"][0] == [64, pytest.approx(summary["psnr_held_out"], abs=3)]
+    assert summary["identity"]["tokenizer.init_from"] == tokenizer_digest(tuned.init_from)
+    found = load_tokenizer(Path(tuned.path))
+    for name, value in start.state_dict().items():
+        assert torch.equal(value, found.state_dict()[name]) == name.startswith(("encoder.", "quant_conv.", "quantize.")), name
+    pixels = torch.rand(2, 3, 16, 16)
+    for one, other in zip(start.eval().encode(pixels), found.encode(pixels), strict=True):
+        assert torch.equal(one, other)
 
-    images = torch.rand(2, 3, 16, 16)
-
-    def step(tokenizer: KLAutoencoder, optimizer: torch.optim.Optimizer) -> None:
-        tokenizer.encode(images).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    tokenizer, optimizer = make()
-    assert load_progress(str(tmp_path), tokenizer, optimizer) == (0, [])
-    step(tokenizer, optimizer)
-    # the decoder took no part in this step and has no optimizer state yet: give it one, as real training does
-    tokenizer.decode(torch.rand(2, 4, 4, 4)).square().mean().backward()
-    optimizer.step()
-    save_progress(str(tmp_path), tokenizer, optimizer, 32, [[16, 0.5], [32, 0.25]])
-    again, optimizer_again = make()
-    optimizer.zero_grad()
-    step(tokenizer, optimizer)
-    assert load_progress(str(tmp_path), again, optimizer_again) == (32, [[16, 0.5], [32, 0.25]])
-    step(again, optimizer_again)
-    assert all(torch.equal(one, other) for one, other in zip(tokenizer.parameters(), again.parameters(), strict=True))
-    assert (tmp_path / PROGRESS).is_file()
-
-
-def test_objective_against_its_definition(settings: TokenizerSettings) -> None:
-    tokenizer = KLAutoencoder(settings.network())
-    images, noise = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 4, 4)
-    loss, error, kl = Objective(tokenizer, kl_weight=0.5)(images, noise).tolist()
-    mean, log_variance = tokenizer.encode(images).chunk(2, dim=1)
-    reconstruction = tokenizer.decode(mean + (0.5 * log_variance).exp() * noise)
-    posterior = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
-    nats = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum().item() / 2
-    assert error == pytest.approx(torch.nn.functional.mse_loss(reconstruction, images).item(), rel=1e-5)
-    assert kl == pytest.approx(nats, rel=1e-4)
-    assert loss == pytest.approx(error + 0.5 * nats / (3 * 16 * 16), rel=1e-5)
+    before = tokenizer_digest(tuned.init_from)  # as a cache and a checkpoint of before hold it
+    assert latents_digest(tuned.path) == before
+    assert require_tokenizer(tuned.path, before, "a cache") == tokenizer_digest(tuned.path) != before
+    with torch.no_grad():
+        found.quantize.embedding.weight[0] += 1  # type: ignore[union-attr]
+    save_tokenizer(found, Path(tuned.path))
+    with pytest.raises(UserError, match="a cache was made with the tokenizer of digest"):
+        require_tokenizer(tuned.path, before, "a cache")
+    with pytest.raises(
+        UserError, match=r"init_from .* does not fit section tokenizer: .*; set tokenizer to its sizes: kind=vq, channels=4"
+    ):
+        tokenize(Images(images), replace(tuned, codes=64, path=f"{tuned.path}-other"), stage)
 
 
 def test_batches_do_not_depend_on_workers(images: ImageSettings, settings: TokenizerSettings) -> None:
@@ -184,7 +168,7 @@ def test_psnr_is_of_the_images_that_can_be_used_and_of_finite_reconstructions(se
     job = TokenizerJob(images, settings, nobody, 0, nobody, nobody)
     torch.manual_seed(0)
     tokenizer = KLAutoencoder(settings.network()).eval()
-    write_result(job, tokenizer, listing, {})
+    write_result(job, tokenizer, HeldOut(job, listing), {})
     originals, _ = DecodedImages(images, list(listing.held_out())[2:]).take(np.arange(2))
     with torch.no_grad():
         reconstructions = to_uint8(tokenizer.decode(tokenizer.encode(to_model(originals))[:, :4]))
@@ -196,8 +180,18 @@ def test_psnr_is_of_the_images_that_can_be_used_and_of_finite_reconstructions(se
         next(tokenizer.parameters()).fill_(torch.nan)
     elsewhere = replace(job, tokenizer=replace(settings, path=f"{settings.path}-nan"))
     with pytest.raises(UserError, match=r"diverged \(its reconstructions are not finite after 3072 images\); lower tokenizer"):
-        write_result(elsewhere, tokenizer, listing, {})
+        write_result(elsewhere, tokenizer, HeldOut(elsewhere, listing), {})
     assert not Path(elsewhere.tokenizer.path).exists()
+
+
+def test_a_tokenizer_of_an_earlier_version_is_still_complete() -> None:
+    before = {
+        "kind", "channels", "width", "multipliers", "encoder_blocks", "decoder_blocks", "attention", "images", "batch", "learning_rate",
+        "kl_weight", "precision",
+    }  # fmt: skip
+    assert identity_of(tokenizer=TokenizerSettings()).keys() == {f"tokenizer.{name}" for name in before}
+    changed = identity_of(tokenizer=TokenizerSettings(ema_decay=0.9, workers=2))
+    assert changed.keys() - {f"tokenizer.{name}" for name in before} == {"tokenizer.ema_decay"}
 
 
 def test_psnr_closed_form() -> None:
@@ -239,6 +233,13 @@ def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, 
         ({"width": 0}, "width is 0"),
         ({"batch": 15, "workers": 2}, "tokenizer.batch is 15"),
         ({"batch": 15, "workers": 5}, "tokenizer.workers 5"),
+        ({"micro_batch": 3}, "tokenizer.micro_batch is 3, expected a divisor of a worker's share of the batch, 16"),
+        ({"l2_weight": 0.0}, "both 0"),
+        ({"train": "decoder"}, r"expected a tokenizer whose encoder is kept in tokenizer.init_from"),
+        ({"perceptual_weight": 1.0}, "no file with VGG16's weights is named; set tokenizer.perceptual_weights"),
+        ({"perceptual_weight": 1.0, "perceptual_weights": "/nowhere"}, "'/nowhere', which is not a file"),
+        ({"kind": "vq", "learned_variance": True}, "which has no likelihood"),
+        ({"init_from": "/nowhere"}, "tokenizer.init_from '/nowhere' can't be loaded"),
     ):
         with pytest.raises(UserError, match=message):
             tokenize(Images(images), replace(settings, **change), stage)
@@ -248,9 +249,6 @@ def test_mistakes_are_named(images: ImageSettings, settings: TokenizerSettings, 
 
 
 @pytest.mark.long
-def test_a_workers_user_error_reaches_the_person(
-    images: ImageSettings, settings: TokenizerSettings, stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizing, "FAILURES", 0)  # it would be the same error each time
+def test_a_workers_user_error_reaches_the_person(images: ImageSettings, settings: TokenizerSettings, stage: Stage) -> None:
     with pytest.raises(UserError, match=r"diverged.*lower tokenizer.learning_rate"):
         tokenize(Images(images), replace(settings, learning_rate=1e30, images=64), stage)

@@ -14,8 +14,8 @@ from tiny_cache import ARCHITECTURE, TOKENIZER, write_latents
 
 from pipelines.caching.settings import CacheSettings
 from pipelines.runtime.cluster.settings import ClusterSettings
+from pipelines.runtime.supervision.controller import ROOM_SECONDS
 from pipelines.training.stage import train
-from pipelines.training.supervision.controller import ROOM_SECONDS
 
 pytestmark = pytest.mark.long
 

@@ -156,7 +156,7 @@ def test_a_worker_that_hangs_or_dies_while_its_group_starts(
     undisturbed: Path, cache: CacheSettings, stage: Listening, tmp_path: Path, doing: str, kind: signal.Signals, cause: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("pipelines.training.supervision.controller.START_SECONDS", 15)
+    monkeypatch.setattr("pipelines.runtime.supervision.controller.START_SECONDS", 15)
     with taken(2), as_soon_as(doing, kind):  # the next start has only the room of the first
         train(TOKENIZER.path, cache, ARCHITECTURE, replace(RECIPE, path=str(tmp_path), hang_seconds=5), stage)
     assert_bitwise(tmp_path, undisturbed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
-from pipelines.training.supervision.watchdog import Watchdog
+from pipelines.runtime.supervision.watchdog import Watchdog
 
 def stuck():
     time.sleep(60)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines.runtime.cluster.channel import Metrics, Said
-from pipelines.training.supervision.messages import GroupFailed, PassedOver, Started, Validated
+from pipelines.runtime.supervision.messages import GroupFailed, PassedOver, Started, Validated
 
 
 class Listener:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-PATIENCE = 1.25  # times train.hang_seconds: a hang in a collective, or a worker that does not answer Ray, is detected earlier
+PATIENCE = 1.25  # times the setting hang_seconds: a hang in a collective, or a worker that does not answer Ray, is detected earlier
 OWN = str(Path(__file__).parents[3])  # frames of this project are more informative than library frames
 
 

@@ -23,16 +23,16 @@ from pipelines.runtime.cluster.ray_internals import (
 )
 from pipelines.runtime.environment import environment
 from pipelines.runtime.errors import UserError, carried_by, in_one_line, origin_of
-from pipelines.training.supervision.channel import PREEMPTED, RESIZED, TrainingChannel
-from pipelines.training.supervision.messages import GroupFailed
-from pipelines.training.supervision.watchdog import PATIENCE
+from pipelines.runtime.supervision.channel import PREEMPTED, RESIZED, TrainingChannel
+from pipelines.runtime.supervision.messages import GroupFailed
+from pipelines.runtime.supervision.watchdog import PATIENCE
 
 # Errors that a restart would repeat, with the same settings, files and code.
 MISTAKES = (UserError, ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, AssertionError)
 ROOM_SECONDS = 8  # to place all workers; then Ray checks the cluster's resources again (default: 60)
 POLL_SECONDS = 0.5  # interval of Ray's worker polls (default: 2)
 PREEMPTION_POLL_SECONDS = 2  # interval of Ray's checks for pre-emption notices (default: 5)
-START_SECONDS = 120  # minimum time for a placed group to start training, however short train.hang_seconds is
+START_SECONDS = 120  # minimum time for a placed group to start training, however short hang_seconds is
 LONGEST_PAUSE_SECONDS = 60.0  # between consecutive failed starts
 PING_SECONDS = 1.0  # for a healthy worker to answer
 SHUTDOWN_SECONDS = 5  # for the rest of a failed group to leave its process group (default: 30)
@@ -90,7 +90,7 @@ class Supervision(ControllerCallback, WorkerGroupCallback):
         """Wait, longer after each consecutive failure. Raises RuntimeError after too many."""
         self._failed_starts += 1
         if 0 <= self.restarts < self._failed_starts:
-            raise RuntimeError(f"the workers failed to start {self._failed_starts} times in a row (train.failures): {cause}")
+            raise RuntimeError(f"the workers failed to start {self._failed_starts} times in a row (setting failures): {cause}")
         self.channel.send(GroupFailed(f"{cause}; restarting", time.time()))
         if self._failed_starts > 1:
             time.sleep(min(2**self._failed_starts, LONGEST_PAUSE_SECONDS))
@@ -220,7 +220,7 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
         failure = error.health_check_failure if isinstance(error, WorkerHealthCheckFailedError) else error
         if isinstance(failure, RayActorError):
             reason = _reason(str(failure))
-            hint = "; NCCL aborts a worker that has waited for another for train.hang_seconds" if "SIGABRT" in reason else ""
+            hint = "; NCCL aborts a worker that has waited for another for the setting hang_seconds" if "SIGABRT" in reason else ""
             return f"worker {worker} died ({reason}{hint})"
     for worker, error in errors.items():
         if isinstance(error, WorkerHealthCheckTimeoutError):
@@ -229,7 +229,7 @@ def cause_of(errors: Mapping[int, BaseException], workers: int) -> str:
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             silent = sorted(set(range(workers)) - set(errors))
             hanging = f"worker {', '.join(map(str, silent))} hangs: " if silent else ""
-            return f"{hanging}worker {worker} has waited {_seconds()} s for the others (train.hang_seconds)"
+            return f"{hanging}worker {worker} has waited {_seconds()} s for the others (setting hang_seconds)"
     worker, error = next(iter(errors.items()))
     return f"worker {worker} failed ({type(error).__name__}: {in_one_line(error)[:300]})"
 
